@@ -1,0 +1,259 @@
+"""An ml_collections file becomes one frozen, validated `Experiment`.
+
+Every check happens here, before anything is read or compiled; a `ConfigError` names the field as it is written on
+the command line (`finetune.batch_size`), the value found and the values allowed. Nothing in here imports JAX.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from lark_jax.errors import ConfigError
+
+STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
+DTYPES = ("float32", "bfloat16")
+Section = TypeVar("Section")
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"config.{field}: expected {allowed}, got {value!r}")
+
+
+def _require_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, field, value, "one of " + ", ".join(repr(choice) for choice in allowed))
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    path: str  # folder with config.json, *.safetensors and tokenizer files, or a hub id
+    chat_template: str | None = None  # Jinja file, for tokenizers that bring no template
+    max_length: int = 32_768  # tokens of prompt and answer together; longer trajectories lose their end
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "student.path", self.path, "a checkpoint folder or hub id")
+        _require(self.max_length >= 2, "student.max_length", self.max_length, "an integer >= 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolConfig:
+    path: str  # .jsonl or .parquet
+    on_bad_record: str = "error"  # "error": stop at the first; "skip": go on, list it in the manifest
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "pool.path", self.path, "a .jsonl or .parquet file")
+        _require_one_of("pool.on_bad_record", self.on_bad_record, ("error", "skip"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    tokens_per_batch: int = 32_768  # tokens per device and step, padding included
+    dtype: str = "bfloat16"  # of parameters and activations; statistics are always float32
+    metrics: tuple[str, ...] = ()  # further columns; none is registered yet
+    vocab_chunk: int = 4_096  # vocabulary rows per pass; the widest logits that ever exist
+
+    def __post_init__(self) -> None:
+        _require(self.tokens_per_batch >= 1, "score.tokens_per_batch", self.tokens_per_batch, "an integer >= 1")
+        _require_one_of("score.dtype", self.dtype, DTYPES)
+        _require(self.metrics == (), "score.metrics", self.metrics, "(): no further metric is registered yet")
+        _require(self.vocab_chunk >= 1, "score.vocab_chunk", self.vocab_chunk, "an integer >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    methods: tuple[str, ...] = ("lark",)  # names from selection.methods.METHODS
+    budgets: tuple[int, ...] = (3,)  # B, trajectories kept per problem
+    score: str | None = None  # with `weighting`: one more method, "<score>-<weighting>"
+    weighting: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(len(self.methods) > 0 or self.score is not None, "select.methods", self.methods, "one or more")
+        _require(len(set(self.methods)) == len(self.methods), "select.methods", self.methods, "distinct names")
+        valid_budgets = len(self.budgets) > 0 and all(budget >= 1 for budget in self.budgets)
+        _require(valid_budgets, "select.budgets", self.budgets, "one or more integers >= 1")
+        _require(len(set(self.budgets)) == len(self.budgets), "select.budgets", self.budgets, "distinct integers")
+        both_or_none = (self.score is None) == (self.weighting is None)
+        _require(both_or_none, "select.weighting", self.weighting, "score and weighting given together")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    learning_rate: float = 1e-5  # peak, after warm-up
+    epochs: int = 5
+    batch_size: int = 64  # trajectories per optimizer step, over all devices
+    warmup_fraction: float = 0.05  # of all steps, linear; then cosine to zero
+    max_grad_norm: float = 1.0  # global norm
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    dtype: str = "bfloat16"  # of the computation; parameters, moments and gradient sums stay float32
+    tokens_per_batch: int = 32_768  # tokens per device and micro-batch, padding included
+    packing: bool = False  # several trajectories in one row, kept apart by segment ids
+    remat: str = "block"  # recomputed in the backward pass: "none" or every "block"
+    vocab_chunk: int = 4_096  # vocabulary rows per pass of the loss
+    checkpoint_every: int = 50  # optimizer steps
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm", "eps"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"finetune.{name}", value, "a positive number")
+        for name in ("epochs", "batch_size", "tokens_per_batch", "vocab_chunk", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "an integer >= 1")
+        for name in ("b1", "b2", "warmup_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"finetune.{name}", value, "a number in [0, 1)")
+        valid_decay = 0 <= self.weight_decay < math.inf
+        _require(valid_decay, "finetune.weight_decay", self.weight_decay, "a number >= 0")
+        _require_one_of("finetune.dtype", self.dtype, DTYPES)
+        _require_one_of("finetune.remat", self.remat, ("none", "block"))
+        _require(not self.packing, "finetune.packing", self.packing, "False: packed rows are not available yet")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    engine: str = "auto"  # "vllm", "transformers", or "auto": vLLM where it really generates
+    python: str | None = None  # interpreter of the worker, when the engine lives in another virtualenv
+    benchmarks: tuple[str, ...] = ()  # files of {"problem", "answer"} records (JSON list or JSON lines)
+    system_prompts: str = "by_kind"  # "by_kind" (built in), "none", or a JSON file {kind: text}
+    include_base: bool = True  # measure the student before fine-tuning too
+    samples: int = 5  # per problem and seed: the k of Acc@k
+    seeds: tuple[int, ...] = (0, 1, 2)  # decoding seeds
+    temperature: float = 0.6
+    top_p: float = 0.95
+    repetition_penalty: float = 1.0
+    max_tokens: int = 32_768  # generated tokens per sample
+    grader: str = "math_verify"  # or "paper": the plain rules of Appendix C.4
+    tensor_parallel: int = 1  # GPUs per engine
+
+    def __post_init__(self) -> None:
+        _require_one_of("evaluate.engine", self.engine, ("auto", "vllm", "transformers"))
+        _require_one_of("evaluate.grader", self.grader, ("math_verify", "paper"))
+        for name in ("samples", "max_tokens", "tensor_parallel"):
+            _require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "an integer >= 1")
+        distinct_seeds = len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds)
+        _require(distinct_seeds, "evaluate.seeds", self.seeds, "one or more distinct integers")
+        _require(min(self.seeds) >= 0, "evaluate.seeds", self.seeds, "integers >= 0")
+        _require(self.temperature >= 0, "evaluate.temperature", self.temperature, "a number >= 0")
+        _require(0 < self.top_p <= 1, "evaluate.top_p", self.top_p, "a number in (0, 1]")
+        positive_penalty = self.repetition_penalty > 0
+        _require(positive_penalty, "evaluate.repetition_penalty", self.repetition_penalty, "a number > 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = -1  # devices along which rows (and, in fine-tuning, parameters) are split; -1: the rest
+    tensor: int = 1  # devices along which single layers are split
+
+    def __post_init__(self) -> None:
+        _require(self.data == -1 or self.data >= 1, "mesh.data", self.data, "-1 or an integer >= 1")
+        _require(self.tensor == 1, "mesh.tensor", self.tensor, "1: tensor parallelism is not available yet")
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+    """The embedded experiment (stage "prepare"): problems, teachers' pool, tokenizer and a small student."""
+
+    num_problems: int = 200  # in the pool
+    num_test_problems: int = 100  # held out, the benchmark
+    rollouts: int = 3  # per teacher and problem
+    num_pretrain_problems: int = 6_000  # seen by the base student only, disjoint from the other two
+    pretrain_epochs: int = 2
+    pretrain_learning_rate: float = 2e-3
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4  # head_dim = hidden_size / num_heads; the evaluation engine needs >= 32
+    num_kv_heads: int = 2
+    intermediate_size: int = 384
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _require(value > 0, f"synthetic.{field.name}", value, "a positive number")
+        divides = self.hidden_size % self.num_heads == 0 and self.num_heads % self.num_kv_heads == 0
+        _require(
+            divides,
+            "synthetic.num_heads",
+            self.num_heads,
+            "a divisor of hidden_size, a multiple of num_kv_heads",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    workdir: str  # every stage writes below it
+    student: StudentConfig
+    pool: PoolConfig
+    seed: int = 42
+    stages: tuple[str, ...] = ("score", "select", "finetune", "export", "evaluate", "report")
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    mesh: MeshConfig = MeshConfig()
+    synthetic: SyntheticConfig | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.workdir), "workdir", self.workdir, "a folder")
+        _require(self.seed >= 0, "seed", self.seed, "an integer >= 0")
+        _require(len(self.stages) > 0, "stages", self.stages, "one or more of " + ", ".join(STAGES))
+        for stage in self.stages:
+            _require_one_of("stages", stage, STAGES)
+        _require(len(set(self.stages)) == len(self.stages), "stages", self.stages, "each stage at most once")
+        synthetic_given = "prepare" not in self.stages or self.synthetic is not None
+        _require(synthetic_given, "synthetic", None, 'a section, since "prepare" is among the stages')
+        if "evaluate" in self.stages:
+            _require(len(self.evaluate.benchmarks) > 0, "evaluate.benchmarks", (), "one or more benchmark files")
+
+
+def experiment_from_mapping(values: Mapping[str, Any]) -> Experiment:
+    """Builds the experiment from nested mappings (an `ml_collections.ConfigDict` or plain dictionaries).
+
+    Raises:
+      ConfigError: a field is unknown (with the nearest known name), missing, of the wrong type, or out of range.
+    """
+    return _section_from_mapping(Experiment, values, prefix="")
+
+
+def _section_from_mapping(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
+    hints = typing.get_type_hints(section)
+    _refuse_unknown_fields(values, list(hints), prefix)
+    arguments = {name: _converted(hints[name], values[name], f"{prefix}{name}") for name in values}
+    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in arguments:
+            raise ConfigError(f"config.{prefix}{field.name}: missing; set it in the config file")
+    return section(**arguments)
+
+
+def _refuse_unknown_fields(values: Mapping[str, Any], known: list[str], prefix: str) -> None:
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else "known fields: " + ", ".join(known)
+            raise ConfigError(f"config.{prefix}{name}: unknown field; {hint}")
+
+
+def _converted(hint: Any, value: Any, field: str) -> Any:
+    """`value` as the type `hint`; lossless conversions only (int to float, list to tuple)."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (hint,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ConfigError(f"config.{field}: expected a section with fields, got {value!r}")
+        return _section_from_mapping(typing.cast(type, hint), dict(value.items()), prefix=f"{field}.")
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ConfigError(f"config.{field}: expected a tuple, got {value!r}")
+        return tuple(_converted(typing.get_args(hint)[0], item, field) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"config.{field}: expected {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,41 @@
+"""Errors that a user can act on. Their message is complete: what is wrong, where, and what to do.
+
+`run.py` prints the message of a `LarkError` on one line and exits with status 2; any other exception is a
+bug in lark_jax and keeps its traceback.
+"""
+
+
+class LarkError(Exception):
+    """Base of every error that input, configuration or hardware can cause."""
+
+
+class ConfigError(LarkError):
+    """A configuration field is unknown, of the wrong type, or outside its allowed values."""
+
+
+class PoolError(LarkError):
+    """A pool file or a record of it breaks the schema; names file, line, field and record id."""
+
+
+class TemplateError(LarkError):
+    """A chat template or a message cannot be turned into tokens faithfully."""
+
+
+class CheckpointError(LarkError):
+    """A student checkpoint is incomplete, unsupported, or does not match its config.json."""
+
+
+class SelectionError(LarkError):
+    """A score table cannot be selected from."""
+
+
+class TrainingError(LarkError):
+    """Fine-tuning cannot start or go on (non-finite loss or gradient, nothing to train on, changed data)."""
+
+
+class EvaluationError(LarkError):
+    """A benchmark, an engine or a grader cannot be used."""
+
+
+class PipelineError(LarkError):
+    """A stage's inputs are missing or its outputs belong to another experiment."""

@@ -1,0 +1,74 @@
+"""The device mesh and ONE table: parameter name -> PartitionSpec.
+
+Mesh axes: `data` (rows; in fine-tuning also parameters, gradients and Adam moments: FSDP) and `tensor` (single
+layers). Names and layouts are those of `students.decoder`: HF's, layers stacked on a leading axis.
+"""
+
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lark_jax.config import MeshConfig
+from lark_jax.errors import ConfigError
+
+DATA = "data"
+TENSOR = "tensor"
+
+# Stacked layer parameters are [num_layers, out, in]; the output side of q, k, v, gate and up and the input side of
+# o and down lie on `tensor`, the other side on `data`. Norm scales are small and stay whole.
+PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed_tokens\.weight", PartitionSpec(TENSOR, DATA)),
+    (r"lm_head\.weight", PartitionSpec(TENSOR, DATA)),
+    (r"layers\.self_attn\.[qkv]_proj\.weight", PartitionSpec(None, TENSOR, DATA)),
+    (r"layers\.self_attn\.[qkv]_proj\.bias", PartitionSpec(None, TENSOR)),
+    (r"layers\.self_attn\.o_proj\.weight", PartitionSpec(None, DATA, TENSOR)),
+    (r"layers\.mlp\.(gate|up)_proj\.weight", PartitionSpec(None, TENSOR, DATA)),
+    (r"layers\.mlp\.down_proj\.weight", PartitionSpec(None, DATA, TENSOR)),
+    (r"(layers\.)?([a-z_]+\.)*[a-z_]*norm\.weight", PartitionSpec()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of shape [data, tensor] over `devices` (default: all).
+
+    Raises:
+      ConfigError: the number of devices is not data x tensor.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // config.tensor if config.data == -1 else config.data
+    if data * config.tensor != len(devices):
+        raise ConfigError(
+            f"config.mesh: data={config.data} x tensor={config.tensor} does not match {len(devices)} devices "
+            f"({devices[0].platform}); set mesh.data=-1 to use them all"
+        )
+    return jax.make_mesh((data, config.tensor), (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The table's spec for parameter `name`, without the axes that do not divide its dimension.
+
+    Raises:
+      KeyError: no row, or more than one row, of the table matches `name`.
+    """
+    matches = [spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, name)]
+    if len(matches) != 1:
+        raise KeyError(f"{name}: {len(matches)} rows of PARAMETER_SPECS match, expected one")
+    axes = [
+        axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(matches[0], shape, strict=False)
+    ]
+    return PartitionSpec(*axes)
+
+
+def parameter_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, parameter_spec(name, shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Leading axis over `data`: batches of rows."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
