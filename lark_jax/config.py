@@ -12,6 +12,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ml_collections import FieldReference
+
 from lark_jax.errors import ConfigError
 
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
@@ -251,9 +253,15 @@ def _converted(hint: Any, value: Any, field: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ConfigError(f"config.{field}: expected a tuple, got {value!r}")
-        return tuple(_converted(typing.get_args(hint)[0], item, field) for item in value)
+        return tuple(_converted(typing.get_args(hint)[0], item, field) for item in _items(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"config.{field}: expected {hint.__name__}, got {value!r}")
     return value
+
+
+def _items(value: list[Any] | tuple[Any, ...]) -> list[Any]:
+    """Items with references to other fields resolved; `--config.stages=score,select` arrives as one string."""
+    resolved = [item.get() if isinstance(item, FieldReference) else item for item in value]
+    return [part for item in resolved for part in (item.split(",") if isinstance(item, str) else [item])]

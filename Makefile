@@ -1,0 +1,27 @@
+# `make demo` and `make test` set everything up by themselves on a fresh machine; the first call takes minutes.
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m lark_jax.run --config=configs/tiny.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python scripts/bench_token_statistics.py --out build/bench_token_statistics.json
+	$(BIN)/python scripts/bench_scoring.py --out build/bench_scoring.json
+
+$(VENV)/ready: pyproject.toml scripts/setup.sh
+	bash scripts/setup.sh $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs

@@ -1,0 +1,164 @@
+"""Stages as resumable tasks: each writes into its own folder and closes with a manifest.
+
+A task is skipped while its manifest's fingerprint matches its inputs and its outputs are there. While it runs, the
+folder holds `started.json` with the fingerprint, so that a restarted run knows that what it finds there is its own
+and may continue; anything left by other inputs is removed first.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lark_jax import files, runtime
+from lark_jax.errors import PipelineError
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a finished task tells its manifest."""
+
+    counts: Mapping[str, int]
+    skipped: Sequence[Mapping[str, Any]] = ()  # every record left out, with its reason
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One resumable unit of work.
+
+    `inputs` is called when the tasks before it are done; its value (JSON) is everything that the outputs depend on.
+    `run` writes below `directory` and must continue from what an interrupted call with equal inputs left there.
+    """
+
+    name: str  # "score", "finetune/lark_B3", ...
+    directory: Path
+    inputs: Callable[[], Mapping[str, Any]]
+    run: Callable[[Path], Outcome]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    name: str
+    fingerprint: str
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, int]  # relative path -> bytes
+    outcome: Outcome
+    versions: Mapping[str, str]
+
+
+def run_tasks(tasks: Sequence[Task]) -> int:
+    """Runs what is not up to date, in order; returns how many tasks had to run."""
+    ran = 0
+    for task in tasks:
+        inputs = _as_json(task.inputs())
+        fingerprint = files.sha256_of_json(inputs)
+        existing = read_manifest(task.directory)
+        if existing is not None and existing.fingerprint == fingerprint and _outputs_present(existing, task.directory):
+            runtime.say(f"{task.name}: up to date")
+            continue
+        _prepare_directory(task, fingerprint, inputs, existing)
+        runtime.say(f"{task.name}: running")
+        outcome = task.run(task.directory)
+        _write_manifest(task, fingerprint, inputs, outcome)
+        ran += 1
+        runtime.say(f"{task.name}: done" + _describe(outcome))
+    return ran
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a finished task, or None where there is none."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        values = files.read_json(path)
+        return Manifest(**{**values, "outcome": Outcome(**values["outcome"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise PipelineError(f"{path}: not a manifest ({error}); delete {directory} to compute it again") from error
+
+
+def require_manifest(directory: Path, stage: str) -> Manifest:
+    """The manifest of a stage that must have finished before.
+
+    Raises:
+      PipelineError: it has not; names the stage to add.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise PipelineError(f"{directory}: nothing finished here yet; add {stage!r} to config.stages")
+    return manifest
+
+
+def _as_json(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The value as it reads back from a manifest (tuples become lists), so that old and new compare equal."""
+    return json.loads(json.dumps(inputs))
+
+
+def _outputs_present(manifest: Manifest, directory: Path) -> bool:
+    return all(
+        (directory / name).is_file() and (directory / name).stat().st_size == size
+        for name, size in manifest.outputs.items()
+    )
+
+
+def _prepare_directory(task: Task, fingerprint: str, inputs: Mapping[str, Any], existing: Manifest | None) -> None:
+    started = task.directory / STARTED
+    continues = started.is_file() and _started_fingerprint(started) == fingerprint
+    if existing is not None and existing.fingerprint == fingerprint:
+        runtime.say(f"{task.name}: outputs are missing or have another size; computing them again")
+    elif existing is not None:
+        changed = ", ".join(_changed_keys(existing.inputs, inputs)) or "inputs"
+        runtime.say(f"{task.name}: {changed} changed since the last run; computing it again")
+    if not continues and task.directory.exists():
+        shutil.rmtree(task.directory)
+    files.remove_partial_files(task.directory)
+    (task.directory / MANIFEST).unlink(missing_ok=True)
+    files.write_json(started, {"fingerprint": fingerprint})
+
+
+def _started_fingerprint(started: Path) -> str | None:
+    try:
+        return files.read_json(started).get("fingerprint")
+    except ValueError:
+        return None
+
+
+def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the leaves in which two nested mappings differ."""
+    changed: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed += _changed_keys(before, after, prefix=f"{prefix}{key}.")
+        elif before != after:
+            changed.append(prefix + key)
+    return changed
+
+
+def _write_manifest(task: Task, fingerprint: str, inputs: Mapping[str, Any], outcome: Outcome) -> None:
+    outputs = {
+        file.relative_to(task.directory).as_posix(): file.stat().st_size
+        for file in sorted(task.directory.rglob("*"))
+        if file.is_file() and file.name not in (MANIFEST, STARTED)
+    }
+    manifest = Manifest(
+        name=task.name,
+        fingerprint=fingerprint,
+        inputs=inputs,
+        outputs=outputs,
+        outcome=outcome,
+        versions=runtime.package_versions(),
+    )
+    files.write_json(task.directory / MANIFEST, dataclasses.asdict(manifest))
+    (task.directory / STARTED).unlink(missing_ok=True)
+
+
+def _describe(outcome: Outcome) -> str:
+    counts = [f"{value} {name}" for name, value in outcome.counts.items()]
+    return f" ({', '.join(counts)})" if counts else ""

