@@ -63,8 +63,21 @@ def test_equal_scores_are_equal_bytes(tmp_path):
 def test_columns_are_those_of_the_contract_and_metrics_come_last(tmp_path):
     write_scores(tmp_path / "scores.parquet", [_score(metrics={"zeta": 1.0, "alpha": 2.0})])
     assert pq.read_schema(tmp_path / "scores.parquet").names == [
-        *"problem_id candidate_id teacher num_prompt_tokens num_target_tokens truncated loss brier".split(),
-        *"mean_clipped_rank target_prob wrong_concentration status reason alpha zeta".split(),
+        "problem_id",
+        "candidate_id",
+        "teacher",
+        "num_prompt_tokens",
+        "num_target_tokens",
+        "truncated",
+        "loss",
+        "brier",
+        "mean_clipped_rank",
+        "target_prob",
+        "wrong_concentration",
+        "status",
+        "reason",
+        "alpha",
+        "zeta",
     ]
 
 
