@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lark_jax.errors import LarkError, PipelineError
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -94,6 +96,42 @@ def sha256_of_path(path: str | Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class ContentHashes:
+    """`sha256_of_path`, remembered by path, size and modification time, so that large files are read once."""
+
+    def __init__(self, cache: str | Path) -> None:
+        self._cache = Path(cache)
+
+    def of(self, path: str | Path, missing: type[LarkError] = PipelineError) -> str:
+        """Hash of a file or directory.
+
+        Raises:
+          missing: there is nothing at `path`.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise missing(f"{path}: no such file or folder")
+        remembered = self._read()
+        state = _modification_state(path)
+        entry = remembered.get(str(path.resolve()))
+        if entry is None or entry["state"] != state:
+            entry = {"state": state, "sha256": sha256_of_path(path)}
+            write_json(self._cache, {**remembered, str(path.resolve()): entry})
+        return entry["sha256"]
+
+    def _read(self) -> dict[str, Any]:
+        """The cache; an unreadable one is as good as none, since everything in it can be computed again."""
+        try:
+            return read_json(self._cache)
+        except (OSError, ValueError):
+            return {}
+
+
+def _modification_state(path: Path) -> list[list[Any]]:
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _is_hidden(relative: Path) -> bool:

@@ -1,0 +1,64 @@
+"""Where everything lies below the working directory, and the names of the runs."""
+
+import dataclasses
+from pathlib import Path
+
+from lark_jax.config import Experiment
+from lark_jax.files import ContentHashes
+from lark_jax.selection import Method, resolve_methods
+
+BASE = "base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One method at one budget: a selection, the student fine-tuned on it, and its evaluation."""
+
+    method: Method
+    budget: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}_B{self.budget}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    root: Path
+    runs: tuple[Run, ...]
+    hashes: ContentHashes
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "Layout":
+        root = Path(experiment.workdir)
+        methods = resolve_methods(experiment.select)
+        runs = tuple(Run(method, budget) for method in methods for budget in experiment.select.budgets)
+        return cls(root, runs, ContentHashes(root / ".hashes.json"))
+
+    @property
+    def prepared_data(self) -> Path:
+        return self.root / "prepare" / "data"
+
+    @property
+    def prepared_student(self) -> Path:
+        return self.root / "prepare" / "student"
+
+    @property
+    def score(self) -> Path:
+        return self.root / "score"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    def selection(self, run: Run) -> Path:
+        return self.root / "selection" / run.name
+
+    def finetune(self, run: Run) -> Path:
+        return self.root / "finetune" / run.name
+
+    def export(self, run: Run) -> Path:
+        return self.root / "export" / run.name
+
+    def evaluation(self, name: str) -> Path:
+        return self.root / "evaluate" / name

@@ -1,0 +1,90 @@
+"""Stage "score": one forward pass per trajectory, `score/scores.parquet`."""
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lark_jax.config import Experiment
+from lark_jax.errors import PoolError
+from lark_jax.pipeline import Outcome, Task
+from lark_jax.pool import Pool, read_pool
+from lark_jax.pool.chat import load_chat_format
+from lark_jax.scoring import CandidateScore, ScoreOptions, score_pool, write_scores
+from lark_jax.sharding import make_mesh
+from lark_jax.stages.layout import Layout
+from lark_jax.students import load_student, local_folder
+
+SCORES = "scores.parquet"
+
+
+def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
+    def inputs() -> dict[str, Any]:
+        return {
+            "pool": layout.hashes.of(experiment.pool.path, PoolError),
+            "on_bad_record": experiment.pool.on_bad_record,
+            **student_inputs(experiment, layout),
+            "score": dataclasses.asdict(experiment.score),
+        }
+
+    def run(directory: Path) -> Outcome:
+        pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
+        student_folder = local_folder(experiment.student.path)
+        chat = load_chat_format(student_folder, experiment.student.chat_template)
+        mesh = make_mesh(experiment.mesh)
+        student, _ = load_student(student_folder, mesh=mesh, dtype=experiment.score.dtype)
+        options = ScoreOptions(
+            max_length=experiment.student.max_length,
+            tokens_per_batch=experiment.score.tokens_per_batch,
+            vocab_chunk=experiment.score.vocab_chunk,
+        )
+        parts = directory / "parts"
+        scores = score_pool(student, pool, chat, mesh=mesh, options=options, parts_directory=parts)
+        refuse_if_nothing_scored(scores)
+        write_scores(directory / SCORES, scores)
+        shutil.rmtree(parts, ignore_errors=True)
+        return outcome_of(pool, scores)
+
+    return [Task("score", layout.score, inputs, run)]
+
+
+def student_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
+    """What every stage that turns messages into tokens and runs the student depends on."""
+    template = experiment.student.chat_template
+    return {
+        "student": layout.hashes.of(local_folder(experiment.student.path)),
+        "chat_template": None if template is None else layout.hashes.of(template),
+        "max_length": experiment.student.max_length,
+    }
+
+
+def refuse_if_nothing_scored(scores: tuple[CandidateScore, ...]) -> None:
+    """Raises PoolError when every trajectory was skipped: going on would train on nothing."""
+    reasons = Counter(score.reason for score in scores if score.status != "ok")
+    if reasons.total() == len(scores):
+        reason, count = reasons.most_common(1)[0]
+        raise PoolError(f"none of {len(scores)} trajectories could be scored; {count} of them: {reason}")
+
+
+def outcome_of(pool: Pool, scores: tuple[CandidateScore, ...]) -> Outcome:
+    locations = {(t.problem_id, t.candidate_id): t.location for t in pool.trajectories}
+    unread = [dataclasses.asdict(record) for record in pool.skipped]
+    unscored = [
+        {
+            "problem_id": score.problem_id,
+            "candidate_id": score.candidate_id,
+            "location": locations[score.problem_id, score.candidate_id],
+            "reason": score.reason,
+        }
+        for score in scores
+        if score.status != "ok"
+    ]
+    counts = {
+        "trajectories": len(scores),
+        "scored": len(scores) - len(unscored),
+        "truncated": sum(score.truncated for score in scores),
+        "skipped": len(unread) + len(unscored),
+        "target tokens": sum(score.num_target_tokens for score in scores if score.status == "ok"),
+    }
+    return Outcome(counts=counts, skipped=unread + unscored)

@@ -1,0 +1,38 @@
+"""Stage "select": `selection/<method>_B<budget>/`, from the score table alone; needs no accelerator."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lark_jax.config import Experiment
+from lark_jax.pipeline import Outcome, Task, require_manifest
+from lark_jax.pool import read_pool
+from lark_jax.scoring import read_scores
+from lark_jax.selection import select_trajectories, write_selection
+from lark_jax.stages.layout import Layout, Run
+from lark_jax.stages.score import SCORES
+
+
+def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
+    return [_select_task(experiment, layout, run) for run in layout.runs]
+
+
+def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
+    def inputs() -> dict[str, Any]:
+        require_manifest(layout.score, "score")
+        return {
+            "scores": layout.hashes.of(layout.score / SCORES),
+            "pool": layout.hashes.of(experiment.pool.path),
+            "on_bad_record": experiment.pool.on_bad_record,
+            "method": run.method.name,
+            "budget": run.budget,
+            "seed": experiment.seed,
+        }
+
+    def select(directory: Path) -> Outcome:
+        pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
+        selection = select_trajectories(read_scores(layout.score / SCORES), run.method, run.budget, experiment.seed)
+        write_selection(selection, pool, directory)
+        return Outcome(counts=dataclasses.asdict(selection.counts))
+
+    return Task(f"select/{run.name}", layout.selection(run), inputs, select)
