@@ -1,0 +1,112 @@
+"""Length-bucketed batches of right-padded rows.
+
+Rows lie under plain causal attention, so padding on the right changes no real token and no padding mask is
+needed. Lengths are rounded up to a fixed ladder and the number of rows depends on the length alone, so few
+shapes are ever compiled, also across calls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lark_jax.pool.chat import RenderedTrajectory
+
+_GROWTH = 1.25  # from rung to rung; bounds the padding within a row to about 20%
+_FINE_UNIT = 32  # rungs below _COARSE_FROM are multiples of this
+_COARSE_UNIT = 128  # the others of this: the tile of the flash kernels
+_COARSE_FROM = 1024
+_PADDING_ROW = -1
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One batch: `rows` rows of `length` inputs; the first `len(members)` hold trajectories, the others padding."""
+
+    length: int
+    rows: int
+    members: tuple[int, ...]  # indices into the caller's sequence
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """A batch as arrays. A trajectory of P prompt and A target tokens fills P + A - 1 inputs of its row."""
+
+    tokens_bt: np.ndarray  # int32: the inputs
+    targets_bt: np.ndarray  # int32: the token after each input; the padding id where there is none
+    mask_bt: np.ndarray  # float32: 1.0 where `targets_bt` is a target token, 0.0 over prompt and padding
+    row_ids_b: np.ndarray  # int32: index of the trajectory in the caller's sequence, -1 for a padding row
+
+
+def bucket_lengths(longest: int) -> tuple[int, ...]:
+    """The ladder of row lengths, ascending, that covers rows of 1 to `longest` inputs.
+
+    Rungs grow by a quarter, rounded up to multiples of 32 (of 128 from 1,024 on). All but the last are the same
+    for every `longest`; the last is `longest` rounded up to the unit, so that 32,767 inputs cost 32,768.
+    """
+    rungs = [_FINE_UNIT]
+    while rungs[-1] < longest:
+        rungs.append(min(_rounded_up(int(rungs[-1] * _GROWTH) + 1), _rounded_up(longest)))
+    return tuple(rungs)
+
+
+def plan_batches(lengths: Sequence[int], tokens_per_batch: int, row_multiple: int) -> tuple[BatchPlan, ...]:
+    """Puts every trajectory into exactly one batch, longest first.
+
+    Trajectories are sorted by length (ties in the caller's order) and cut into batches: each batch takes the
+    rung of its longest member, and its remaining rows take the next shorter trajectories instead of padding.
+    Only the last batch can hold padding rows. Longest first: memory that does not suffice shows at once.
+
+    Args:
+      lengths: inputs of each trajectory, `RenderedTrajectory.num_inputs`.
+      tokens_per_batch: inputs per device and batch, padding included.
+      row_multiple: number of devices along which rows are split.
+
+    Returns:
+      Plans with `rows = row_multiple * max(1, tokens_per_batch // length)`: a row longer than the budget still
+      gets a device to itself.
+    """
+    if not lengths:
+        return ()
+    if min(lengths) < 1:
+        raise ValueError(f"plan_batches: trajectory {int(np.argmin(lengths))} has no inputs")
+    ladder = np.asarray(bucket_lengths(max(lengths)))
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    plans = []
+    start = 0
+    while start < len(order):
+        length = int(ladder[np.searchsorted(ladder, lengths[order[start]])])
+        rows = row_multiple * max(1, tokens_per_batch // length)
+        plans.append(BatchPlan(length, rows, tuple(order[start : start + rows])))
+        start += rows
+    return tuple(plans)
+
+
+def padding_fraction(plans: Sequence[BatchPlan], lengths: Sequence[int]) -> float:
+    """Share of the planned inputs that is padding, in [0, 1)."""
+    planned = sum(plan.rows * plan.length for plan in plans)
+    real = sum(lengths[member] for plan in plans for member in plan.members)
+    return 1.0 - real / planned if planned else 0.0
+
+
+def assemble(rendered: Sequence[RenderedTrajectory], plan: BatchPlan, pad_id: int) -> TokenRows:
+    """Fills the arrays of one batch; `plan.members` are indices into `rendered`."""
+    shape = (plan.rows, plan.length)
+    tokens_bt = np.full(shape, pad_id, np.int32)
+    targets_bt = np.full(shape, pad_id, np.int32)
+    mask_bt = np.zeros(shape, np.float32)
+    row_ids_b = np.full(plan.rows, _PADDING_ROW, np.int32)
+    for row, member in enumerate(plan.members):
+        trajectory = rendered[member]
+        sequence = np.concatenate([trajectory.prompt_tokens, trajectory.target_tokens])
+        inputs = trajectory.num_inputs
+        tokens_bt[row, :inputs] = sequence[:-1]
+        targets_bt[row, :inputs] = sequence[1:]
+        mask_bt[row, len(trajectory.prompt_tokens) - 1 : inputs] = 1.0
+        row_ids_b[row] = member
+    return TokenRows(tokens_bt, targets_bt, mask_bt, row_ids_b)
+
+
+def _rounded_up(length: int) -> int:
+    unit = _FINE_UNIT if length <= _COARSE_FROM else _COARSE_UNIT
+    return -(-length // unit) * unit
