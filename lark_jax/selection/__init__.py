@@ -1,0 +1,27 @@
+"""Which trajectories to train on, with which weights: pure algebra over the score table (paper, Section 4)."""
+
+from lark_jax.selection.learnability import lark_scores, learnability_rate
+from lark_jax.selection.methods import METHODS, SCORES, WEIGHTINGS, Method, resolve_methods
+from lark_jax.selection.output import WeightedTrajectory, read_training_set, write_selection
+from lark_jax.selection.selector import Choice, Selection, SelectionCounts, method_scores, select_trajectories
+from lark_jax.selection.weighting import chi2_top_b, uniform_top_b
+
+__all__ = [
+    "METHODS",
+    "SCORES",
+    "WEIGHTINGS",
+    "Choice",
+    "Method",
+    "Selection",
+    "SelectionCounts",
+    "WeightedTrajectory",
+    "chi2_top_b",
+    "lark_scores",
+    "learnability_rate",
+    "method_scores",
+    "read_training_set",
+    "resolve_methods",
+    "select_trajectories",
+    "uniform_top_b",
+    "write_selection",
+]
