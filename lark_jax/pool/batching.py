@@ -5,6 +5,7 @@ needed. Lengths are rounded up to a fixed ladder and the number of rows depends 
 shapes are ever compiled, also across calls.
 """
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,8 @@ import numpy as np
 
 from lark_jax.pool.chat import RenderedTrajectory
 
-_GROWTH = 1.25  # from rung to rung; bounds the padding within a row to about 20%
-_FINE_UNIT = 32  # rungs below _COARSE_FROM are multiples of this
-_COARSE_UNIT = 128  # the others of this: the tile of the flash kernels
-_COARSE_FROM = 1024
+_SHORT_RUNGS = (32, 64, 96)
+_FIRST_OCTAVE = 128  # from here on four rungs per octave: 1, 5/4, 6/4, 7/4 times a power of two
 _PADDING_ROW = -1
 
 
@@ -39,15 +38,17 @@ class TokenRows:
 
 
 def bucket_lengths(longest: int) -> tuple[int, ...]:
-    """The ladder of row lengths, ascending, that covers rows of 1 to `longest` inputs.
+    """The ladder of row lengths, ascending, up to the first rung that holds `longest` inputs.
 
-    Rungs grow by a quarter, rounded up to multiples of 32 (of 128 from 1,024 on). All but the last are the same
-    for every `longest`; the last is `longest` rounded up to the unit, so that 32,767 inputs cost 32,768.
+    Rungs are the same for every `longest`. Neighbours differ by at most a quarter from 128 on, all are multiples
+    of 32, from 512 on of 128 (the tile of the flash kernels), and every power of two is one.
     """
-    rungs = [_FINE_UNIT]
+    rungs = list(_SHORT_RUNGS)
+    octave = _FIRST_OCTAVE
     while rungs[-1] < longest:
-        rungs.append(min(_rounded_up(int(rungs[-1] * _GROWTH) + 1), _rounded_up(longest)))
-    return tuple(rungs)
+        rungs += [octave * quarters // 4 for quarters in (4, 5, 6, 7)]
+        octave *= 2
+    return tuple(rungs[: bisect.bisect_left(rungs, longest) + 1])
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int, row_multiple: int) -> tuple[BatchPlan, ...]:
@@ -70,12 +71,12 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int, row_multiple: in
         return ()
     if min(lengths) < 1:
         raise ValueError(f"plan_batches: trajectory {int(np.argmin(lengths))} has no inputs")
-    ladder = np.asarray(bucket_lengths(max(lengths)))
+    ladder = bucket_lengths(max(lengths))
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     plans = []
     start = 0
     while start < len(order):
-        length = int(ladder[np.searchsorted(ladder, lengths[order[start]])])
+        length = ladder[bisect.bisect_left(ladder, lengths[order[start]])]
         rows = row_multiple * max(1, tokens_per_batch // length)
         plans.append(BatchPlan(length, rows, tuple(order[start : start + rows])))
         start += rows
@@ -105,8 +106,3 @@ def assemble(rendered: Sequence[RenderedTrajectory], plan: BatchPlan, pad_id: in
         mask_bt[row, len(trajectory.prompt_tokens) - 1 : inputs] = 1.0
         row_ids_b[row] = member
     return TokenRows(tokens_bt, targets_bt, mask_bt, row_ids_b)
-
-
-def _rounded_up(length: int) -> int:
-    unit = _FINE_UNIT if length <= _COARSE_FROM else _COARSE_UNIT
-    return -(-length // unit) * unit
