@@ -1,0 +1,7 @@
+"""The result of an experiment as a terminal table and as one self-contained HTML page."""
+
+from lark_jax.report.content import ReportContent
+from lark_jax.report.page import write_report
+from lark_jax.report.table import terminal_report
+
+__all__ = ["ReportContent", "terminal_report", "write_report"]

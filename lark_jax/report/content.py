@@ -1,0 +1,154 @@
+"""What a report shows. The report stage fills these records from files; nothing in this folder reads any."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lark_jax.pool.records import SkippedRecord
+
+
+@dataclass(frozen=True)
+class AccuracyResult:
+    """Acc@k of one student on one benchmark. Accuracies are fractions in [0, 1]."""
+
+    method: str  # selection method, or "base" for the student before fine-tuning
+    budget: int | None  # B; None for the base student
+    benchmark: str
+    samples: int  # k of Acc@k
+    num_problems: int
+    num_seeds: int
+    mean: float  # over decoding seeds
+    std: float | None = None  # sample standard deviation over seeds; None or NaN with one seed
+    interval: tuple[float, float] | None = None  # confidence interval of the mean, as `interval_note` says
+
+    @property
+    def student(self) -> str:
+        return student_label(self.method, self.budget)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation, or None where there is none to show."""
+        return None if self.std is None or not math.isfinite(self.std) else self.std
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Training loss of one run: the mean weighted cross-entropy (nats per token) of each optimizer step."""
+
+    method: str
+    budget: int | None
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def student(self) -> str:
+        return student_label(self.method, self.budget)
+
+
+@dataclass(frozen=True)
+class LandscapeCandidate:
+    """One candidate of the landscape's problem. `weight` is 0 for candidates that were not selected."""
+
+    candidate_id: str
+    teacher: str
+    score: float  # g_hat; NaN where the candidate could not be scored
+    weight: float = 0.0
+    selected: bool = False
+    text: str = ""  # the trajectory; shown for selected candidates
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """All candidates of one problem under one selection (Figure 9 of the paper)."""
+
+    problem_id: str
+    problem: str
+    method: str
+    budget: int
+    candidates: tuple[LandscapeCandidate, ...]
+
+    def by_teacher(self) -> dict[str, tuple[LandscapeCandidate, ...]]:
+        """Teachers in order of first appearance, each with its candidates in the order given."""
+        groups: dict[str, list[LandscapeCandidate]] = {}
+        for candidate in self.candidates:
+            groups.setdefault(candidate.teacher, []).append(candidate)
+        return {teacher: tuple(group) for teacher, group in groups.items()}
+
+    def selected(self) -> tuple[LandscapeCandidate, ...]:
+        """Selected candidates, heaviest first."""
+        chosen = [candidate for candidate in self.candidates if candidate.selected]
+        return tuple(sorted(chosen, key=lambda candidate: -candidate.weight))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One graded answer of one student."""
+
+    student: str
+    benchmark: str
+    problem: str
+    response: str
+    gold: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Count:
+    name: str
+    value: int
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """What went through a stage, and every record that it left out."""
+
+    stage: str
+    counts: tuple[Count, ...] = ()
+    skipped: tuple[SkippedRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configuration field as it is written on the command line, or a package and its version."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    title: str
+    settings: tuple[Setting, ...] = ()
+    versions: tuple[Setting, ...] = ()
+    results: tuple[AccuracyResult, ...] = ()
+    interval_note: str = ""  # how `AccuracyResult.interval` was computed
+    curves: tuple[LossCurve, ...] = ()
+    landscape: Landscape | None = None
+    samples: tuple[Sample, ...] = ()
+    stages: tuple[StageSummary, ...] = ()
+
+
+def student_label(method: str, budget: int | None) -> str:
+    return method if budget is None else f"{method} B={budget}"
+
+
+def settings_from(section: object) -> tuple[Setting, ...]:
+    """Flattens a dataclass (the `Experiment`) or nested mappings into dotted names, in field order."""
+    return tuple(Setting(name, repr(value)) for name, value in _leaves(section, ""))
+
+
+def _leaves(node: object, prefix: str) -> Iterator[tuple[str, Any]]:
+    children = _children(node)
+    if not prefix or children:
+        for name, value in children.items():
+            yield from _leaves(value, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, node
+
+
+def _children(node: object) -> dict[str, Any]:
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    return {str(name): value for name, value in node.items()} if isinstance(node, Mapping) else {}

@@ -1,0 +1,145 @@
+"""One self-contained HTML page: opens from disk, loads nothing, runs no script, and shows pool text as text."""
+
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+from lark_jax.files import atomic_path, write_text
+from lark_jax.report.content import Landscape, ReportContent, StageSummary
+from lark_jax.report.figures import accuracy_figure, landscape_figure, loss_figure
+from lark_jax.report.style import clean, method_styles, png_bytes, svg_text
+from lark_jax.report.table import MISSING, Table, accuracy_detail_table, accuracy_table, loss_table
+
+FIGURE_NAMES = ("accuracy", "loss", "landscape")
+
+
+@dataclass(frozen=True)
+class _Plate:
+    """A figure with its words."""
+
+    figure: Figure
+    title: str
+    caption: str
+
+
+def write_report(content: ReportContent, directory: str | Path) -> Path:
+    """Writes `index.html` and, for each figure that has data, `accuracy.png`, `loss.png`, `landscape.png`.
+
+    Each file is replaced as a whole, the page last; equal content gives equal bytes. Returns the page's path.
+    """
+    directory = Path(directory)
+    plates = _plates(content)
+    for name in FIGURE_NAMES:
+        if name in plates:
+            with atomic_path(directory / f"{name}.png") as temporary:
+                temporary.write_bytes(png_bytes(plates[name].figure))
+        else:
+            (directory / f"{name}.png").unlink(missing_ok=True)
+    page = directory / "index.html"
+    write_text(page, _render(content, plates))
+    return page
+
+
+def render_page(content: ReportContent) -> str:
+    """The page's HTML."""
+    return _render(content, _plates(content))
+
+
+def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
+    folder = resources.files("lark_jax.report")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
+    )
+    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
+    svgs = {name: svg_text(plate.figure, name, plate.title, plate.caption) for name, plate in plates.items()}
+    page = template.render(
+        content=content,
+        css=(folder / "page.css").read_text(encoding="utf-8"),
+        num_benchmarks=len({result.benchmark for result in content.results}),
+        accuracy=accuracy_table(content.results),
+        accuracy_detail=accuracy_detail_table(content.results),
+        accuracy_caption=_accuracy_caption(content),
+        loss=loss_table(content.curves),
+        landscape=_landscape_table(content.landscape) if content.landscape else None,
+        skipped=[_skipped_table(stage) for stage in content.stages],
+        figures=svgs,
+        figure_captions={name: plate.caption for name, plate in plates.items()},
+    )
+    return page.lstrip()
+
+
+def _plates(content: ReportContent) -> dict[str, _Plate]:
+    """The figures that have data, by name. A method has the same colour in all of them."""
+    tuned = [result.method for result in content.results if result.budget is not None]
+    styles = method_styles([*tuned, *(curve.method for curve in content.curves)])
+    plates = {}
+    if content.results:
+        figure = accuracy_figure(content.results, styles)
+        plates["accuracy"] = _Plate(figure, "Accuracy by method and budget", _accuracy_figure_caption(content))
+    if content.curves:
+        plates["loss"] = _Plate(loss_figure(content.curves, styles), "Training loss by optimizer step", _LOSS_CAPTION)
+    if content.landscape and content.landscape.candidates:
+        caption = _landscape_caption(content.landscape)
+        plates["landscape"] = _Plate(landscape_figure(content.landscape), "Scores of one problem's candidates", caption)
+    return plates
+
+
+_LOSS_CAPTION = (
+    "Training loss of each run: pale, every optimizer step; strong, the trailing mean over 1/20 of the run. "
+    "Runs train on different trajectories, so the height of a curve does not rank the methods."
+)
+
+
+def _accuracy_caption(content: ReportContent) -> str:
+    caption = "Accuracy in percent: mean ± sample standard deviation over decoding seeds."
+    return f"{caption} Interval: {content.interval_note}." if content.interval_note else caption
+
+
+def _accuracy_figure_caption(content: ReportContent) -> str:
+    caption = (
+        "Mean accuracy over decoding seeds by selection method and budget B (trajectories per problem); the dashed "
+        "line is the student before fine-tuning. Thick bars with caps: ± one standard deviation over seeds."
+    )
+    if any(result.interval for result in content.results):
+        caption += f" Thin lines: {content.interval_note or 'confidence interval'}."
+    return caption
+
+
+def _landscape_caption(landscape: Landscape) -> str:
+    return (
+        f"Learnability score ĝ of all {len(landscape.candidates)} candidates of problem {landscape.problem_id}, "
+        f"grouped by teacher; .1, .2, ... are a teacher's rollouts. Red border: selected by {landscape.method} at "
+        f"B={landscape.budget}, with the candidate's weight in the loss."
+    )
+
+
+def _landscape_table(landscape: Landscape) -> Table:
+    header = ("teacher", "candidate", "score ĝ", "weight")
+    rows = tuple(
+        (
+            teacher,
+            candidate.candidate_id,
+            f"{candidate.score:.5f}" if math.isfinite(candidate.score) else "not scored",
+            f"{candidate.weight:.4f}" if candidate.selected else MISSING,
+        )
+        for teacher, group in landscape.by_teacher().items()
+        for candidate in group
+    )
+    return Table(header, rows, (False, False, True, True))
+
+
+def _skipped_table(stage: StageSummary) -> Table:
+    header = ("problem", "candidate", "where", "reason")
+    rows = tuple((record.problem_id, record.candidate_id, record.location, record.reason) for record in stage.skipped)
+    return Table(header, rows, (False,) * 4)
+
+
+def _printable(value: object) -> object:
+    """Control characters, which HTML forbids, become U+FFFD; line breaks and tabs stay."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):  # what the template marked as HTML itself
+        return value
+    return "".join(mark if mark in "\n\t" else clean(mark) for mark in value.replace("\r\n", "\n"))

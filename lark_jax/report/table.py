@@ -1,0 +1,147 @@
+"""Tables as plain data, and as aligned text or markdown."""
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lark_jax.report.content import AccuracyResult, LossCurve, ReportContent, StageSummary
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: tuple[bool, ...]  # per column: aligned to the right
+
+    def __post_init__(self) -> None:
+        widths = {len(row) for row in (self.header, self.numeric, *self.rows)}
+        if len(widths) != 1:
+            raise ValueError(f"rows of a table differ in length: {sorted(widths)}")
+
+
+def accuracy_table(results: Sequence[AccuracyResult]) -> Table:
+    """One row per student, one column per benchmark: mean ± standard deviation, in percent."""
+    benchmarks = list(dict.fromkeys(result.benchmark for result in results))
+    students = list(dict.fromkeys((result.method, result.budget) for result in results))
+    found = {(result.method, result.budget, result.benchmark): result for result in results}
+    header = ["method", "B", *(_benchmark_heading(benchmark, results) for benchmark in benchmarks)]
+    rows = []
+    for method, budget in students:
+        cells = [found.get((method, budget, benchmark)) for benchmark in benchmarks]
+        rows.append((method, _budget(budget), *(accuracy_cell(cell) if cell else MISSING for cell in cells)))
+    return Table(tuple(header), tuple(rows), (False, True) + (True,) * len(benchmarks))
+
+
+def accuracy_detail_table(results: Sequence[AccuracyResult]) -> Table:
+    """One row per student and benchmark, with interval, problems and seeds."""
+    header = ("benchmark", "method", "B", "metric", "mean ± std (%)", "interval (%)", "problems", "seeds")
+    benchmarks = list(dict.fromkeys(result.benchmark for result in results))
+    ordered = sorted(results, key=lambda result: benchmarks.index(result.benchmark))
+    rows = tuple(
+        (
+            result.benchmark,
+            result.method,
+            _budget(result.budget),
+            f"Acc@{result.samples}",
+            accuracy_cell(result),
+            _interval_cell(result.interval),
+            f"{result.num_problems:,}",
+            str(result.num_seeds),
+        )
+        for result in ordered
+    )
+    return Table(header, rows, (False, False, True, False, True, True, True, True))
+
+
+def loss_table(curves: Sequence[LossCurve]) -> Table:
+    """One row per run: its number of steps, first and last loss."""
+    rows = tuple(
+        (
+            curve.method,
+            _budget(curve.budget),
+            f"{len(curve.steps):,}",
+            *((f"{curve.losses[0]:.4f}", f"{curve.losses[-1]:.4f}") if curve.losses else (MISSING, MISSING)),
+        )
+        for curve in curves
+    )
+    return Table(("method", "B", "steps", "first loss", "last loss"), rows, (False, True, True, True, True))
+
+
+def accuracy_cell(result: AccuracyResult) -> str:
+    """`41.3 ± 0.6` in percent; says so where there is no mean or no standard deviation."""
+    if not math.isfinite(result.mean):
+        return "not measured"
+    if result.spread is None:
+        return f"{100 * result.mean:.1f} (one seed)" if result.num_seeds == 1 else f"{100 * result.mean:.1f} (no std)"
+    return f"{100 * result.mean:.1f} ± {100 * result.spread:.1f}"
+
+
+def text_table(table: Table) -> str:
+    """Aligned plain text with a rule under the header; every line has the same display width."""
+    lines = [_one_line_cells(line) for line in (table.header, *table.rows)]
+    widths = [max(_display_width(line[column]) for line in lines) for column in range(len(table.header))]
+    padded = ["  ".join(map(_pad, line, widths, table.numeric)) for line in lines]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([padded[0], rule, *padded[1:]])
+
+
+def markdown_table(table: Table) -> str:
+    """GitHub-flavoured markdown; `|` and line breaks inside cells are escaped."""
+    rule = ["---:" if numeric else "---" for numeric in table.numeric]
+    lines = [_one_line_cells(line) for line in (table.header, *table.rows)]
+    escaped = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [escaped[0], rule, *escaped[1:]])
+
+
+def terminal_report(content: ReportContent) -> str:
+    """What a run prints at its end: the accuracy table, counts per stage, and how many records were skipped."""
+    blocks = [content.title]
+    if content.results:
+        blocks.append(text_table(accuracy_detail_table(content.results)))
+        if content.interval_note:
+            blocks.append(f"interval: {content.interval_note}")
+    else:
+        blocks.append("no evaluation in this experiment")
+    if content.stages:
+        blocks.append("\n".join(_stage_line(stage) for stage in content.stages))
+    return "\n\n".join(blocks)
+
+
+def _stage_line(stage: StageSummary) -> str:
+    counts = [f"{count.value:,} {count.name}" for count in stage.counts]
+    return f"{stage.stage}: " + ", ".join([*counts, f"{len(stage.skipped):,} skipped"])
+
+
+def _benchmark_heading(benchmark: str, results: Sequence[AccuracyResult]) -> str:
+    of_benchmark = [result for result in results if result.benchmark == benchmark]
+    metric = "/".join(f"Acc@{samples}" for samples in sorted({result.samples for result in of_benchmark}))
+    problems = "/".join(f"{count:,}" for count in sorted({result.num_problems for result in of_benchmark}))
+    return f"{benchmark} {metric} (n={problems})"
+
+
+def _budget(budget: int | None) -> str:
+    return MISSING if budget is None else str(budget)
+
+
+def _interval_cell(interval: tuple[float, float] | None) -> str:
+    if interval is None or not all(math.isfinite(end) for end in interval):
+        return MISSING
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def _one_line_cells(cells: Sequence[str]) -> list[str]:
+    """Cells without line breaks and without control characters (a terminal obeys them)."""
+    return ["".join(mark for mark in " ".join(cell.split()) if mark.isprintable()) for cell in cells]
+
+
+def _display_width(text: str) -> int:
+    """Terminal columns of `text`: wide characters take two, combining marks none."""
+    return sum(0 if unicodedata.combining(mark) else 1 + (unicodedata.east_asian_width(mark) in "WF") for mark in text)
+
+
+def _pad(text: str, width: int, numeric: bool) -> str:
+    space = " " * (width - _display_width(text))
+    return space + text if numeric else text + space

@@ -1,0 +1,191 @@
+"""The page is safe (pool text stays text), self-contained, complete and deterministic."""
+
+import dataclasses
+import html
+import math
+import random
+import re
+import string
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lark_jax.pool.records import SkippedRecord
+from lark_jax.report import ReportContent, write_report
+from lark_jax.report.content import (
+    AccuracyResult,
+    Count,
+    Landscape,
+    LandscapeCandidate,
+    LossCurve,
+    Sample,
+    Setting,
+    StageSummary,
+)
+from lark_jax.report.page import render_page
+
+HOSTILE = (
+    '<script>alert(\'x\')</script></style></pre></details>"onmouseover="y" <img src=http://evil.example/a.png> & $a'
+)
+VOID_TAGS = {"meta", "use", "path", "link", "img", "br", "hr", "input"}
+
+
+class PageReader(HTMLParser):
+    """Collects tags with attributes and checks that they nest."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID_TAGS:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in VOID_TAGS:
+            return
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def full_content(text: str = "plain", skipped: int = 3) -> ReportContent:
+    candidates = tuple(
+        LandscapeCandidate(
+            f"{text}.{i}", f"{text} teacher {i // 2}", score, weight, weight > 0, f"{text} reasoning {i}"
+        )
+        for i, (score, weight) in enumerate([(0.02, 0.6), (0.01, 0.0), (0.017, 0.4), (math.nan, 0.0)])
+    )
+    records = tuple(
+        SkippedRecord(f"{text} p{i}", f"c{i}", f"pool.jsonl:{i + 1}", f"{text} reason {i}") for i in range(skipped)
+    )
+    return ReportContent(
+        title=f"experiment {text}",
+        settings=(Setting("student.path", text), Setting("select.budgets", "(1, 3)")),
+        versions=(Setting("jax", f"0.10.2 {text}"),),
+        results=(
+            AccuracyResult("base", None, text, 5, 40, 3, 0.25, 0.01, (0.15, 0.35)),
+            AccuracyResult(f"method {text}", 3, text, 5, 40, 3, 0.41, 0.02, (0.3, 0.5)),
+        ),
+        interval_note=f"95% {text}",
+        curves=(LossCurve(f"method {text}", 3, (1, 2, 3), (1.5, 1.2, 1.1)),),
+        landscape=Landscape(f"{text} 839", f"{text} problem", f"method {text}", 3, candidates),
+        samples=(Sample(f"student {text}", text, f"{text} asks", f"{text} answers", f"{text} 5", False),),
+        stages=(StageSummary(f"score {text}", (Count(f"trajectories {text}", 1234),), records),),
+    )
+
+
+def test_pool_text_never_becomes_markup() -> None:
+    plain, hostile = PageReader(render_page(full_content("plain"))), PageReader(render_page(full_content(HOSTILE)))
+    assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in plain.tags]
+    assert not any(tag == "script" for tag, _ in hostile.tags)
+    assert not any(name.startswith("on") for _, attributes in hostile.tags for name in attributes)
+    assert f"{HOSTILE} reasoning 0" in "".join(hostile.text)
+
+
+def test_control_characters_are_replaced() -> None:
+    page = render_page(full_content("bell\x07 null\x00 escape\x1b[31m surrogate\ud800 line\r\nbreak"))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", page)
+    page.encode("utf-8")
+
+
+def test_page_loads_nothing() -> None:
+    page = render_page(full_content())
+    for tag, attributes in PageReader(page).tags:
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            assert (attributes.get(name) or "#").startswith("#"), (tag, name, attributes[name])
+    assert "@import" not in page
+    assert re.findall(r"url\((?!#)", page) == []
+    assert "default-src 'none'" in page
+
+
+def test_ids_are_unique_and_every_reference_resolves() -> None:
+    tags = PageReader(render_page(full_content())).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = [attributes["href"] for _, attributes in tags if attributes.get("href")]
+    labels = [name for _, a in tags for name in (a.get("aria-labelledby") or "").split()]
+    assert links
+    assert {link.removeprefix("#") for link in links if link} | set(labels) <= set(ids)
+
+
+@pytest.mark.parametrize("skipped", [1, 10, 11, 137])
+def test_every_skipped_record_is_on_the_page(skipped: int) -> None:
+    names = ["".join(random.choices(string.ascii_letters, k=12)) for _ in range(skipped)]
+    records = tuple(SkippedRecord(name, f"c-{name}", f"pool.jsonl:{i}", f"why {name}") for i, name in enumerate(names))
+    page = render_page(ReportContent("t", stages=(StageSummary("score", (), records),)))
+    for i, name in enumerate(names):
+        cells = [name, f"c-{name}", f"pool.jsonl:{i}", f"why {name}"]
+        assert re.search(r"\s*".join(f"<td>{re.escape(html.escape(cell))}</td>" for cell in cells), page)
+    assert f"{skipped} skipped" in page
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    files = ("index.html", "accuracy.png", "loss.png", "landscape.png")
+    for folder in ("first", "second"):
+        assert write_report(full_content(), tmp_path / folder) == tmp_path / folder / "index.html"
+    for name in files:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(files)
+
+
+def test_an_experiment_that_did_nothing_says_so(tmp_path: Path) -> None:
+    page = write_report(ReportContent("empty"), tmp_path).read_text()
+    PageReader(page)
+    for sentence in ("No evaluation", "No fine-tuning", "No selection", "No sampled answers", "No stage"):
+        assert sentence in page
+    assert "<svg" not in page
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_a_figure_that_no_longer_has_data_is_removed(tmp_path: Path) -> None:
+    content = full_content()
+    write_report(content, tmp_path)
+    write_report(dataclasses.replace(content, curves=()), tmp_path)
+    assert not (tmp_path / "loss.png").exists()
+    assert (tmp_path / "accuracy.png").exists()
+
+
+def test_an_interrupted_report_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = write_report(full_content(), tmp_path).read_bytes()
+
+    def fail(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lark_jax.report.page._render", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(full_content("new"), tmp_path)
+    assert (tmp_path / "index.html").read_bytes() == old
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_one_seed_is_shown_as_such() -> None:
+    result = AccuracyResult("lark", 3, "held out", 5, 40, 1, 0.413, math.nan)
+    page = render_page(ReportContent("t", results=(result,)))
+    assert "41.3 (one seed)" in page
+    assert "nan" not in "".join(PageReader(page).text).lower()
+
+
+def test_several_benchmarks_get_one_column_each_and_keep_their_intervals() -> None:
+    results = tuple(
+        AccuracyResult(method, budget, name, 5, 30, 3, 0.4, 0.01, (0.311, 0.522))
+        for name in ("first set", "second set")
+        for method, budget in (("base", None), ("lark", 1))
+    )
+    page = render_page(ReportContent("t", results=results))
+    assert "first set Acc@5 (n=30)" in page
+    assert "second set Acc@5 (n=30)" in page
+    assert page.count("31.1 to 52.2") == 4
+    assert render_page(ReportContent("t", results=results[:2])).count("31.1 to 52.2") == 2
