@@ -1,0 +1,214 @@
+"""One Flax NNX decoder for Qwen2, Qwen3, Llama 3 and Mistral, driven by an `Architecture`.
+
+Parameters carry HF's names and HF's [out, in] layout; those of the layers are stacked on a leading axis and scanned.
+Sources: transformers, models/{qwen2,qwen3,llama,mistral}/modeling_*.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lark_jax.errors import ConfigError
+from lark_jax.students.architecture import Architecture
+from lark_jax.students.attention import attend, matmul_precision
+from lark_jax.students.rope import rotate, rotation_tables
+
+INITIALIZER_RANGE = 0.02  # standard deviation of fresh weights, HF's `initializer_range`
+REMAT_CHOICES = ("none", "block")
+
+
+class Weight(nnx.Module):
+    """A parameter `weight` that is looked up or multiplied by its owner (embedding table, untied head)."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.weight = nnx.Param(INITIALIZER_RANGE * jax.random.normal(rngs.params(), shape, dtype))
+
+
+class Linear(nnx.Module):
+    """x W' (+ b), with W [out, in]."""
+
+    def __init__(self, in_size: int, out_size: int, dtype: DTypeLike, rngs: nnx.Rngs, *, use_bias: bool = False):
+        self.weight = nnx.Param(INITIALIZER_RANGE * jax.random.normal(rngs.params(), (out_size, in_size), dtype))
+        self.bias = nnx.Param(jnp.zeros((out_size,), dtype)) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        out = jnp.einsum("...i,oi->...o", x, self.weight[...], precision=matmul_precision(x.dtype))
+        return out if self.bias is None else out + jnp.expand_dims(self.bias[...], range(out.ndim - 1))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) in fp32, cast back, then scaled."""
+
+    def __init__(self, size: int, eps: float, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_fp32 = x.astype(jnp.float32)
+        normed = x_fp32 * jax.lax.rsqrt(jnp.mean(x_fp32 * x_fp32, axis=-1, keepdims=True) + self.eps)
+        return jnp.expand_dims(self.weight[...], range(x.ndim - 1)) * normed.astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, architecture: Architecture, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        a = architecture
+        q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        self.q_proj = Linear(a.hidden_size, q_size, dtype, rngs, use_bias=a.attention_bias)
+        self.k_proj = Linear(a.hidden_size, kv_size, dtype, rngs, use_bias=a.attention_bias)
+        self.v_proj = Linear(a.hidden_size, kv_size, dtype, rngs, use_bias=a.attention_bias)
+        self.o_proj = Linear(q_size, a.hidden_size, dtype, rngs)
+        self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps, dtype) if a.qk_norm else None
+        self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps, dtype) if a.qk_norm else None
+        self.head_dim = a.head_dim
+
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        segment_ids_bt: jax.Array | None,
+        backend: str | None,
+    ) -> jax.Array:
+        batch, time, _ = x_btd.shape
+        q_bthd, k_bskd, v_bskd = (
+            projection(x_btd).reshape(batch, time, -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_bthd, k_bskd = self.q_norm(q_bthd), self.k_norm(k_bskd)
+        q_bthd, k_bskd = rotate(q_bthd, *rotation), rotate(k_bskd, *rotation)
+        out_bthd = attend(q_bthd, k_bskd, v_bskd, segment_ids=segment_ids_bt, backend=backend)
+        return self.o_proj(out_bthd.reshape(batch, time, -1))
+
+
+class MLP(nnx.Module):
+    def __init__(self, architecture: Architecture, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        hidden_size, intermediate_size = architecture.hidden_size, architecture.intermediate_size
+        self.gate_proj = Linear(hidden_size, intermediate_size, dtype, rngs)
+        self.up_proj = Linear(hidden_size, intermediate_size, dtype, rngs)
+        self.down_proj = Linear(intermediate_size, hidden_size, dtype, rngs)
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, architecture: Architecture, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, dtype)
+        self.self_attn = SelfAttention(architecture, dtype, rngs)
+        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, dtype)
+        self.mlp = MLP(architecture, dtype, rngs)
+
+    def __call__(
+        self,
+        hidden_btd: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        segment_ids_bt: jax.Array | None,
+        backend: str | None,
+    ) -> jax.Array:
+        with jax.named_scope("self_attn"):
+            normed_btd = self.input_layernorm(hidden_btd)
+            hidden_btd = hidden_btd + self.self_attn(normed_btd, rotation, segment_ids_bt, backend)
+        with jax.named_scope("mlp"):
+            return hidden_btd + self.mlp(self.post_attention_layernorm(hidden_btd))
+
+
+class Decoder(nnx.Module):
+    """A causal language model without its loss.
+
+    Attributes:
+      dtype: of the computation; weights are cast to it layer by layer, where they are used.
+      remat: "none", or "block": the backward pass recomputes each layer from its input.
+      attention_backend: a key of `attention.BACKENDS`; None: chosen by row length.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        *,
+        rngs: nnx.Rngs,
+        remat: str = "none",
+        attention_backend: str | None = None,
+    ) -> None:
+        """Fresh weights: normal with standard deviation 0.02, biases zero, norm scales one (as HF initializes).
+
+        Raises:
+          ConfigError: unknown `remat`.
+        """
+        if remat not in REMAT_CHOICES:
+            raise ConfigError(f"remat: expected one of {', '.join(map(repr, REMAT_CHOICES))}, got {remat!r}")
+        self.architecture = architecture
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        self.attention_backend = attention_backend
+        table_shape = (architecture.vocab_size, architecture.hidden_size)
+        self.embed_tokens = Weight(table_shape, param_dtype, rngs)
+        self.layers = _stacked_layers(architecture, param_dtype, rngs)
+        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, param_dtype)
+        self.lm_head = None if architecture.tie_word_embeddings else Weight(table_shape, param_dtype, rngs)
+
+    def __call__(self, tokens_bt: jax.Array, segment_ids_bt: jax.Array | None = None) -> jax.Array:
+        """Hidden states after the final norm.
+
+        Args:
+          tokens_bt: int [batch, time]; rows are padded on the right (causal attention never looks there).
+          segment_ids_bt: int [batch, time] for packed rows: equal ids are one trajectory, contiguous; positions
+            start again at zero in each. None: one trajectory a row.
+
+        Returns:
+          hidden_btd: [batch, time, hidden_size] in `self.dtype`.
+        """
+        with jax.named_scope("embed_tokens"):
+            hidden_btd = self.embed_tokens.weight[...][tokens_bt].astype(self.dtype)
+        rotation = rotation_tables(self.architecture, _positions(tokens_bt, segment_ids_bt))
+        graphdef, stacked = nnx.split(self.layers)
+
+        def block(hidden_btd: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            layer = nnx.merge(graphdef, jax.tree.map(lambda weight: weight.astype(self.dtype), weights))
+            return layer(hidden_btd, rotation, segment_ids_bt, self.attention_backend), None
+
+        block = jax.checkpoint(block, prevent_cse=False) if self.remat == "block" else block
+        with jax.named_scope("layers"):
+            hidden_btd, _ = jax.lax.scan(block, hidden_btd, stacked)
+        with jax.named_scope("norm"):
+            return _cast(self.norm, self.dtype)(hidden_btd)
+
+    def head_weight(self) -> jax.Array:
+        """The output projection, [vocab_size, hidden_size] in the parameter dtype; the embedding where tied."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.weight[...]
+
+    def logits(self, tokens_bt: jax.Array, segment_ids_bt: jax.Array | None = None) -> jax.Array:
+        """fp32 [batch, time, vocab_size]. For tests and short inputs: scoring and training never hold logits."""
+        hidden_btd = self(tokens_bt, segment_ids_bt)
+        head_vd = self.head_weight().astype(self.dtype)
+        precision = matmul_precision(self.dtype)
+        return jnp.einsum("btd,vd->btv", hidden_btd, head_vd, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _stacked_layers(architecture: Architecture, dtype: DTypeLike, rngs: nnx.Rngs) -> DecoderLayer:
+    """`num_layers` layers as one module whose parameters have a leading layer axis."""
+
+    @nnx.split_rngs(splits=architecture.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(layer_rngs: nnx.Rngs) -> DecoderLayer:
+        return DecoderLayer(architecture, dtype, layer_rngs)
+
+    return stack(rngs)
+
+
+def _positions(tokens_bt: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
+    """int32 [batch, time]: 0, 1, 2, ... from the start of the row or of each segment."""
+    index_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None, :], tokens_bt.shape)
+    if segment_ids_bt is None:
+        return index_bt
+    starts = segment_ids_bt[:, 1:] != segment_ids_bt[:, :-1]
+    starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)
+    return index_bt - jax.lax.cummax(jnp.where(starts, index_bt, 0), axis=1)
+
+
+def _cast(norm: RMSNorm, dtype: jnp.dtype) -> RMSNorm:
+    graphdef, state = nnx.split(norm)
+    return nnx.merge(graphdef, jax.tree.map(lambda weight: weight.astype(dtype), state))

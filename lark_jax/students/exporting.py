@@ -1,0 +1,139 @@
+"""Decoder -> HF checkpoint folder that transformers and vLLM load unchanged, written shard by shard."""
+
+import functools
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from safetensors.numpy import save_file
+
+from lark_jax.errors import CheckpointError
+from lark_jax.files import atomic_directory
+from lark_jax.sharding import replicated
+from lark_jax.students.architecture import read_architecture
+from lark_jax.students.decoder import Decoder
+from lark_jax.students.hf_names import EMBEDDING_KEY, check_keys, hf_slots, is_ignored, is_repeated_head
+from lark_jax.students.hub import local_folder
+from lark_jax.students.parameters import flatten_parameters
+from lark_jax.students.safetensors_folder import SINGLE_FILE, CheckpointFiles, open_checkpoint
+
+GENERATION_CONFIG = "generation_config.json"
+# Everything beside the weights that loading a model or its tokenizer can need; weights of other formats stay behind.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
+
+
+def export_student(
+    model: Decoder, source: str | Path, out_dir: str | Path, *, end_of_turn_id: int | None = None
+) -> None:
+    """Writes `model` into `out_dir` in the form of the checkpoint `source` that it was loaded from.
+
+    Tensors keep the source's names, dtypes and distribution over files; configuration, tokenizer and chat template
+    are byte-identical copies. `out_dir` appears whole or not at all; host memory holds one file's tensors.
+
+    Args:
+      model: decoder of the source's architecture.
+      source: folder or hub id.
+      out_dir: replaced when it exists.
+      end_of_turn_id: added to `eos_token_id` of `generation_config.json`, so that generation stops at the turn's end.
+
+    Raises:
+      CheckpointError: the source is damaged or of another architecture, or `out_dir` is the source.
+    """
+    source, out_dir = local_folder(source), Path(out_dir)
+    checkpoint = open_checkpoint(source)
+    _check_export(model, checkpoint, out_dir)
+    with atomic_directory(out_dir) as directory:
+        _copy_companions(source, directory)
+        _write_generation_config(directory, end_of_turn_id)
+        for file in checkpoint.files:
+            tensors = dict(_tensors_of(file, checkpoint, model))
+            save_file(tensors, directory / file.name, metadata=checkpoint.metadata_of(file) or {"format": "pt"})
+
+
+def save_new_student(model: Decoder, config_folder: str | Path, out_dir: str | Path) -> None:
+    """Writes a student that has no source checkpoint: one `model.safetensors` in the parameters' own dtype.
+
+    Args:
+      model: decoder of the architecture that `config_folder/config.json` describes.
+      config_folder: folder with `config.json` and tokenizer files, which are copied.
+      out_dir: replaced when it exists.
+
+    Raises:
+      CheckpointError: `config.json` describes another architecture.
+    """
+    config_folder, out_dir = Path(config_folder), Path(out_dir)
+    if read_architecture(config_folder) != model.architecture:
+        raise CheckpointError(f"{config_folder}/config.json: describes another architecture than the student to save")
+    parameters = flatten_parameters(nnx.state(model, nnx.Param))
+    tensors = {key: _to_host(parameters[slot.name], slot.layer) for key, slot in hf_slots(model.architecture).items()}
+    with atomic_directory(out_dir) as directory:
+        _copy_companions(config_folder, directory)
+        save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
+
+
+def _check_export(model: Decoder, checkpoint: CheckpointFiles, out_dir: Path) -> None:
+    if out_dir.resolve() == checkpoint.folder.resolve():
+        raise CheckpointError(f"{out_dir}: is the source checkpoint; export into another folder")
+    if read_architecture(checkpoint.folder) != model.architecture:
+        raise CheckpointError(f"{checkpoint.folder}: has another architecture than the student to export")
+    check_keys(checkpoint.shapes(), model.architecture, checkpoint.folder)
+
+
+def _tensors_of(file: Path, checkpoint: CheckpointFiles, model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    slots = hf_slots(model.architecture)
+    parameters = flatten_parameters(nnx.state(model, nnx.Param))
+    for key in checkpoint.keys_of(file):
+        header = checkpoint.tensors[key]
+        if is_ignored(key):
+            yield key, header.read()
+            continue
+        slot = slots[EMBEDDING_KEY if is_repeated_head(key, model.architecture) else key]
+        yield key, _to_host(parameters[slot.name], slot.layer).astype(header.dtype, copy=False)
+
+
+def _to_host(parameter: jax.Array, layer: int | None) -> np.ndarray:
+    """The parameter, or one of its layers, gathered from all devices."""
+    value = parameter if layer is None else _take_layer(parameter, layer)
+    if isinstance(value.sharding, NamedSharding):
+        value = jax.device_put(value, replicated(value.sharding.mesh))
+    return np.ascontiguousarray(value)
+
+
+@functools.partial(jax.jit)
+def _take_layer(parameter: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(parameter, layer, axis=0, keepdims=False)
+
+
+def _copy_companions(source: Path, directory: Path) -> None:
+    for file in sorted({file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, directory / file.name)
+    if (source / "chat_templates").is_dir():
+        shutil.copytree(source / "chat_templates", directory / "chat_templates")
+
+
+def _write_generation_config(directory: Path, end_of_turn_id: int | None) -> None:
+    """Adds the end-of-turn token to the copied file; without one, that of config.json stays an end too."""
+    if end_of_turn_id is None:
+        return
+    file = directory / GENERATION_CONFIG
+    holder = _read_object(file) if file.is_file() else {}
+    known = holder.get("eos_token_id", _read_object(directory / "config.json").get("eos_token_id"))
+    known_ids = [] if known is None else known if isinstance(known, list) else [known]
+    holder["eos_token_id"] = [*known_ids, *([] if end_of_turn_id in known_ids else [end_of_turn_id])]
+    file.write_text(json.dumps(holder, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return dict(value)

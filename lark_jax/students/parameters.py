@@ -1,0 +1,44 @@
+"""Flat dotted parameter names <-> NNX state, and the shapes of an architecture's parameters without allocating."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lark_jax.students.architecture import Architecture
+from lark_jax.students.decoder import Decoder
+
+
+def flatten_parameters(state: nnx.State) -> dict[str, jax.Array]:
+    """Dotted name (as `sharding.PARAMETER_SPECS` spells it) -> array, sorted by name."""
+    flat = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
+    return {name: flat[name][...] if isinstance(flat[name], nnx.Variable) else flat[name] for name in sorted(flat)}
+
+
+def replace_parameters(state: nnx.State, values: Mapping[str, jax.Array]) -> nnx.State:
+    """A copy of `state` with every parameter taken from `values`; the names must be the same set.
+
+    Raises:
+      KeyError: a name is missing in `values` or unknown to `state`.
+    """
+    flat = nnx.to_flat_state(state)
+    names = {".".join(map(str, path)) for path, _ in flat}
+    if names != set(values):
+        raise KeyError(f"parameters differ: {sorted(names ^ set(values))}")
+    pairs = [(path, variable.replace(values[".".join(map(str, path))])) for path, variable in flat]
+    return nnx.from_flat_state(pairs)
+
+
+def abstract_decoder(
+    architecture: Architecture, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32, **options: str
+) -> Decoder:
+    """A decoder whose parameters are `jax.ShapeDtypeStruct`s; takes no memory."""
+    return nnx.eval_shape(lambda: Decoder(architecture, dtype, param_dtype, rngs=nnx.Rngs(0), **options))
+
+
+def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Dotted name -> shape of every parameter, layers stacked on the leading axis."""
+    flat = nnx.to_flat_state(nnx.state(abstract_decoder(architecture), nnx.Param))
+    return {name: shape for name, shape in sorted((".".join(map(str, path)), value.shape) for path, value in flat)}
