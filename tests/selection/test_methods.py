@@ -1,0 +1,118 @@
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lark_jax.config import SelectConfig
+from lark_jax.errors import ConfigError, SelectionError
+from lark_jax.scoring.table import CandidateScore, skipped_score
+from lark_jax.selection import METHODS, SCORES, WEIGHTINGS, resolve_methods, select_trajectories
+from lark_jax.selection.candidates import group_by_problem
+
+
+def _score(problem_id: str, candidate_id: str, loss: float = 1.0, **changes) -> CandidateScore:
+    score = CandidateScore(problem_id, candidate_id, "teacher", 5, 10, False, loss, 0.5, 2.0, 0.4, 0.1)
+    return dataclasses.replace(score, **changes)
+
+
+def _picks(scores, method: str, budget: int, seed: int = 0) -> dict[str, set[str]]:
+    picks: dict[str, set[str]] = {}
+    for choice in select_trajectories(scores, METHODS[method], budget, seed).choices:
+        picks.setdefault(choice.problem_id, set()).add(choice.candidate_id)
+    return picks
+
+
+def _table(num_problems: int, num_candidates: int) -> list[CandidateScore]:
+    return [_score(f"p{n}", f"c{k}") for n in range(num_problems) for k in range(num_candidates)]
+
+
+def test_grape_takes_the_lowest_losses_with_equal_weights():
+    losses = [0.7, 0.2, 0.9, 0.4]
+    selection = select_trajectories(
+        [_score("p", f"c{k}", loss) for k, loss in enumerate(losses)], METHODS["grape"], 2, 0
+    )
+    assert [(c.candidate_id, c.rank, c.weight, c.score) for c in selection.choices] == [
+        ("c1", 1, 0.5, -0.2),
+        ("c3", 2, 0.5, -0.4),
+    ]
+
+
+def test_random_draws_every_candidate_equally_often():
+    picks = _picks(_table(3000, 5), "random", 2)
+    counts = Counter(candidate for chosen in picks.values() for candidate in chosen)
+    assert all(len(chosen) == 2 for chosen in picks.values())
+    expected, deviation = 3000 * 2 / 5, np.sqrt(3000 * 0.4 * 0.6)
+    assert all(abs(counts[f"c{k}"] - expected) < 5 * deviation for k in range(5))
+
+
+def test_random_draws_every_pair_equally_often():
+    counts = Counter(frozenset(chosen) for chosen in _picks(_table(4000, 4), "random", 2).values())
+    deviation = np.sqrt(4000 * (1 / 6) * (5 / 6))
+    assert len(counts) == 6
+    assert all(abs(count - 4000 / 6) < 5 * deviation for count in counts.values())
+
+
+def test_random_is_the_same_for_one_seed_and_another_for_the_next():
+    table = _table(50, 6)
+    assert _picks(table, "random", 2, seed=7) == _picks(table, "random", 2, seed=7)
+    assert _picks(table, "random", 2, seed=7) != _picks(table, "random", 2, seed=8)
+
+
+def test_random_draws_of_a_problem_do_not_depend_on_the_order_or_on_other_problems():
+    table = _table(20, 6)
+    picks = _picks(table, "random", 2)
+    shuffled = [table[place] for place in np.random.default_rng().permutation(len(table))]
+    assert _picks(shuffled, "random", 2) == picks
+    alone = _picks([score for score in table if score.problem_id == "p3"], "random", 2)
+    assert alone["p3"] == picks["p3"]
+
+
+def test_random_draws_of_a_smaller_budget_are_part_of_those_of_a_larger_one():
+    table = _table(30, 6)
+    small, large = _picks(table, "random", 1), _picks(table, "random", 3)
+    assert all(small[problem] < large[problem] for problem in small)
+
+
+def test_random_never_draws_a_skipped_candidate():
+    table = [*_table(20, 2), *(skipped_score(f"p{n}", "skipped", "teacher", "too long") for n in range(20))]
+    assert all(chosen == {"c0", "c1"} for chosen in _picks(table, "random", 3).values())
+
+
+def test_configured_methods_come_in_order_and_the_pair_comes_last():
+    methods = resolve_methods(SelectConfig(methods=("random", "lark"), score="log_likelihood", weighting="chi2"))
+    assert [method.name for method in methods] == ["random", "lark", "log_likelihood-chi2"]
+    assert (methods[2].score, methods[2].weighting) == (SCORES["log_likelihood"], WEIGHTINGS["chi2"])
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_every_score_goes_with_every_weighting(score, weighting):
+    (_, method) = resolve_methods(SelectConfig(score=score, weighting=weighting))
+    table = [_score("p", f"c{k}", loss) for k, loss in enumerate([0.3, 0.9, 0.5, 1.4])]
+    selection = select_trajectories(table, method, 2, 0)
+    assert selection.name == f"{score}-{weighting}_B2"
+    assert sum(choice.weight for choice in selection.choices) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        (
+            SelectConfig(methods=("larc",)),
+            "config.select.methods: expected one of 'lark', 'random', 'grape', got 'larc'",
+        ),
+        (SelectConfig(score="ghat", weighting="chi2"), "config.select.score: expected one of 'g_hat'"),
+        (SelectConfig(score="g_hat", weighting="kl"), "config.select.weighting: expected one of 'chi2', 'uniform'"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_names_that_are_known(select, message):
+    with pytest.raises(ConfigError) as caught:
+        resolve_methods(select)
+    assert message in str(caught.value)
+
+
+def test_a_missing_metric_is_refused_by_name():
+    candidates = group_by_problem([_score("p", "c0", metrics={"judge": 0.5}), _score("p", "c1")])
+    with pytest.raises(SelectionError, match=r"candidate p/c1: the score table has no metric 'judge'"):
+        candidates.column("judge")
