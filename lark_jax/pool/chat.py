@@ -5,8 +5,6 @@ apart and without automatic special tokens: the student is scored and trained on
 the engine feeds it at inference. Whatever a template adds, deletes or changes on the way is refused by name.
 """
 
-import datetime
-import enum
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,44 +17,31 @@ from transformers import PreTrainedTokenizerFast
 from lark_jax.errors import TemplateError
 from lark_jax.files import sha256_of_bytes, sha256_of_json, sha256_of_path
 from lark_jax.pool.records import Message, SkippedRecord, Trajectory
+from lark_jax.pool.template import (
+    FROZEN_DATE,
+    PROBE,
+    Reason,
+    RenderRefusal,
+    one_line,
+    probe_template,
+    render_completion,
+    render_text,
+    unfaithful,
+)
 
-# Templates that print "today" print this date. Llama 3's own template falls back to it.
-FROZEN_DATE = datetime.datetime(2024, 7, 26)
+__all__ = [
+    "ChatFormat",
+    "Reason",
+    "RenderRefusal",
+    "RenderedTrajectory",
+    "load_chat_format",
+    "render_prompt",
+    "render_trajectories",
+    "render_trajectory",
+]
 
-_PLAIN_PROBE = (Message("user", "Probe question."), Message("assistant", "Probe answer."))
-_REASONING_PROBE = (_PLAIN_PROBE[0], Message("assistant", "<think>\nProbe thought.\n</think>\n\nProbe answer."))
 _Prompts = dict[tuple[Message, ...], tuple[str, np.ndarray]]  # texts and tokens of prompts seen before
 _ENCODED_TOGETHER = 256  # trajectories per call of the tokenizer, which works on them in parallel
-
-
-class Reason(enum.StrEnum):
-    """Why messages cannot be turned into tokens faithfully; stable names for score tables and manifests."""
-
-    TEMPLATE_FAILED = "template_failed"
-    PROMPT_NOT_PREFIX = "prompt_not_prefix"
-    PROMPT_TEXT_LOST = "prompt_text_lost"
-    EMPTY_PROMPT = "empty_prompt"
-    DOUBLE_BOS = "double_bos"
-    REASONING_DELETED = "reasoning_deleted"
-    THINK_BLOCK_ADDED = "think_block_added"
-    TEXT_ALTERED = "text_altered"
-    TEXT_INSERTED = "text_inserted"
-    NO_END_OF_TURN = "no_end_of_turn"
-    CONTROL_TOKEN = "control_token"
-    EMPTY_ANSWER = "empty_answer"
-    PROMPT_FILLS_MAX_LENGTH = "prompt_fills_max_length"
-
-
-class RenderRefusal(TemplateError):
-    """Messages that cannot be turned into tokens faithfully; `reason` is the machine-readable part."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-    def named(self, where: str) -> "RenderRefusal":
-        """The same refusal with the place in front of its message."""
-        return RenderRefusal(self.reason, f"{where}: {self}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,26 +94,12 @@ def load_chat_format(student_path: str | Path, template_file: str | Path | None 
     tokenizer = _load_tokenizer(folder)
     template = _load_template(tokenizer, folder, template_file)
     origin = f"chat template {template_file}" if template_file else f"chat template of {folder}"
-    special_tokens = _special_tokens(tokenizer)
     try:
-        lead, end_of_turn, tail = _probe(tokenizer, template, special_tokens)
+        chat = _probed(tokenizer, template, sha256_of_path(folder / "tokenizer.json"))
+        _check_probe_tokens(chat)
     except RenderRefusal as refusal:
         raise refusal.named(origin) from None
-    pad_id = tokenizer.pad_token_id
-    return ChatFormat(
-        tokenizer=tokenizer,
-        template=template,
-        template_hash=sha256_of_bytes(template.encode()),
-        tokenizer_hash=sha256_of_json([sha256_of_path(folder / "tokenizer.json"), tokenizer.special_tokens_map]),
-        end_of_turn=end_of_turn,
-        end_of_turn_id=special_tokens[end_of_turn],
-        pad_id=special_tokens[end_of_turn] if pad_id is None else pad_id,
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        lead=lead,
-        tail=tail,
-        frozen_date=FROZEN_DATE.date().isoformat() if "strftime_now" in template else None,
-        control_tokens=re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True)))),
-    )
+    return chat
 
 
 def render_prompt(chat: ChatFormat, messages: Sequence[Message]) -> list[int]:
@@ -147,12 +118,11 @@ def render_trajectory(chat: ChatFormat, trajectory: Trajectory, max_length: int)
       RenderRefusal: the tokens would not be faithful to the messages, or the prompt fills `max_length`.
     """
     try:
-        prompt_text = _prompt_text(chat, trajectory.prompt)
-        prompt_tokens = _prompt_tokens(chat, prompt_text)
-        (target_ids,) = _encode(chat.tokenizer, [_completion_text(chat, trajectory.messages, prompt_text)])
-        return _cut(chat, trajectory, prompt_tokens, target_ids, max_length)
+        prompt_tokens, completion_text = _parts(chat, trajectory, max_length, {})
     except RenderRefusal as refusal:
-        raise refusal.named(_where(trajectory)) from None
+        raise refusal.named(f"{trajectory.location}: record {trajectory.name}") from None
+    (target_ids,) = _completion_ids(chat, [completion_text])
+    return _cut(trajectory, prompt_tokens, target_ids, max_length)
 
 
 def render_trajectories(
@@ -165,34 +135,43 @@ def render_trajectories(
     prompts: _Prompts = {}
     remaining = iter(trajectories)
     while group := list(islice(remaining, _ENCODED_TOGETHER)):
-        texts = [_try_texts(chat, trajectory, prompts) for trajectory in group]
-        targets = iter(_encode(chat.tokenizer, [text[1] for text in texts if not isinstance(text, RenderRefusal)]))
-        for trajectory, text in zip(group, texts, strict=True):
-            try:
-                if isinstance(text, RenderRefusal):
-                    raise text
-                yield _cut(chat, trajectory, text[0], next(targets), max_length)
-            except RenderRefusal as refusal:
-                reason = f"{refusal.reason}: {refusal}"
+        parts = [_try_parts(chat, trajectory, max_length, prompts) for trajectory in group]
+        texts = [part[1] for part in parts if not isinstance(part, RenderRefusal)]
+        targets = iter(_completion_ids(chat, texts))
+        for trajectory, part in zip(group, parts, strict=True):
+            if isinstance(part, RenderRefusal):
+                reason = f"{part.reason}: {part}"
                 yield SkippedRecord(trajectory.problem_id, trajectory.candidate_id, trajectory.location, reason)
+            else:
+                yield _cut(trajectory, part[0], next(targets), max_length)
 
 
-def _try_texts(chat: ChatFormat, trajectory: Trajectory, prompts: _Prompts) -> tuple[np.ndarray, str] | RenderRefusal:
-    """Prompt tokens and completion text; adds to `prompts`."""
+def _try_parts(
+    chat: ChatFormat, trajectory: Trajectory, max_length: int, prompts: _Prompts
+) -> tuple[np.ndarray, str] | RenderRefusal:
     try:
-        if trajectory.prompt not in prompts:
-            prompt_text = _prompt_text(chat, trajectory.prompt)
-            prompts[trajectory.prompt] = (prompt_text, _prompt_tokens(chat, prompt_text))
-        prompt_text, prompt_tokens = prompts[trajectory.prompt]
-        return prompt_tokens, _completion_text(chat, trajectory.messages, prompt_text)
+        return _parts(chat, trajectory, max_length, prompts)
     except RenderRefusal as refusal:
         return refusal
+
+
+def _parts(chat: ChatFormat, trajectory: Trajectory, max_length: int, prompts: _Prompts) -> tuple[np.ndarray, str]:
+    """Prompt tokens and completion text; looks the prompt up in `prompts` and adds it there."""
+    if trajectory.prompt not in prompts:
+        prompt_text = _prompt_text(chat, trajectory.prompt)
+        prompts[trajectory.prompt] = (prompt_text, _prompt_tokens(chat, prompt_text))
+    prompt_text, prompt_tokens = prompts[trajectory.prompt]
+    completion_text = _completion_text(chat, trajectory.messages, prompt_text)
+    if len(prompt_tokens) >= max_length:
+        detail = f"the prompt has {len(prompt_tokens)} tokens and leaves none of student.max_length={max_length}"
+        raise RenderRefusal(Reason.PROMPT_FILLS_MAX_LENGTH, detail)
+    return prompt_tokens, completion_text
 
 
 def _prompt_text(chat: ChatFormat, messages: Sequence[Message]) -> str:
     for index, message in enumerate(messages):
         _refuse_control_tokens(chat, index, message)
-    text = _render(chat.tokenizer, chat.template, messages, add_generation_prompt=True)
+    text = render_text(chat.tokenizer, chat.template, messages, add_generation_prompt=True)
     for index, message in enumerate(messages):
         # Earlier assistant turns are exempt: reasoning models drop old thoughts, at inference as here.
         if message.role != "assistant" and message.content.strip() not in text:
@@ -217,23 +196,17 @@ def _completion_text(chat: ChatFormat, messages: Sequence[Message], prompt_text:
     if not response.strip():
         raise RenderRefusal(Reason.EMPTY_ANSWER, "the assistant's answer is empty; remove the record")
     _refuse_control_tokens(chat, len(messages) - 1, messages[-1])
-    completion = _completion(chat.tokenizer, chat.template, messages, prompt_text)
+    completion = render_completion(chat.tokenizer, chat.template, messages, prompt_text)
     target = chat.lead + response + chat.end_of_turn
     if completion != target + chat.tail:
-        raise _unfaithful(completion, response, chat.end_of_turn)
+        raise unfaithful(completion, response, chat.end_of_turn)
     return target
 
 
 def _cut(
-    chat: ChatFormat, trajectory: Trajectory, prompt_tokens: np.ndarray, target_ids: list[int], max_length: int
+    trajectory: Trajectory, prompt_tokens: np.ndarray, target_ids: list[int], max_length: int
 ) -> RenderedTrajectory:
-    if target_ids[-1] != chat.end_of_turn_id:
-        detail = f"the tokenizer merges {chat.end_of_turn!r} into the answer; use another tokenizer"
-        raise RenderRefusal(Reason.NO_END_OF_TURN, detail)
     room = max_length - len(prompt_tokens)
-    if room < 1:
-        detail = f"the prompt has {len(prompt_tokens)} tokens and leaves none of student.max_length={max_length}"
-        raise RenderRefusal(Reason.PROMPT_FILLS_MAX_LENGTH, detail)
     return RenderedTrajectory(
         problem_id=trajectory.problem_id,
         candidate_id=trajectory.candidate_id,
@@ -250,97 +223,36 @@ def _refuse_control_tokens(chat: ChatFormat, index: int, message: Message) -> No
         raise RenderRefusal(Reason.CONTROL_TOKEN, detail)
 
 
-def _where(trajectory: Trajectory) -> str:
-    return f"{trajectory.location}: record {trajectory.name}"
-
-
-# --- the template ------------------------------------------------------------------------------------------------
-
-
-def _probe(tokenizer: PreTrainedTokenizerFast, template: str, special_tokens: dict[str, int]) -> tuple[str, str, str]:
-    """Lead, end-of-turn token and tail of the template, seen on a conversation whose answer is known."""
-    try:
-        return _probe_with(_PLAIN_PROBE, tokenizer, template, special_tokens)
-    except RenderRefusal as refusal:
-        if refusal.reason is not Reason.THINK_BLOCK_ADDED:
-            raise
-    # A template for reasoning models: it is faithful to answers that bring their own think block.
-    return _probe_with(_REASONING_PROBE, tokenizer, template, special_tokens)
-
-
-def _probe_with(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, template: str, special_tokens: dict[str, int]
-) -> tuple[str, str, str]:
-    prompt_text = _render(tokenizer, template, messages[:-1], add_generation_prompt=True)
-    completion = _completion(tokenizer, template, messages, prompt_text)
-    response = messages[-1].content
-    lead, found, rest = completion.partition(response)
-    end_of_turn = max((token for token in special_tokens if rest.startswith(token)), key=len, default="")
-    if not found or lead.strip():
-        raise _unfaithful(completion, response, end_of_turn)
-    if not end_of_turn:
-        detail = f"the answer is followed by {rest[:40]!r}, not by a special token; set student.chat_template"
-        raise RenderRefusal(Reason.NO_END_OF_TURN, detail)
-    tail = rest.removeprefix(end_of_turn)
-    if tail.strip():
-        raise _unfaithful(completion, response, end_of_turn)
-    return lead, end_of_turn, tail
-
-
-def _completion(
-    tokenizer: PreTrainedTokenizerFast, template: str, messages: Sequence[Message], prompt_text: str
-) -> str:
-    whole = _render(tokenizer, template, messages, add_generation_prompt=False)
-    if not whole.startswith(prompt_text):
-        common = next((i for i, (a, b) in enumerate(zip(whole, prompt_text, strict=False)) if a != b), len(whole))
-        detail = (
-            f"the prompt is not a prefix of the whole conversation: {prompt_text[common : common + 30]!r} became "
-            f"{whole[common : common + 30]!r} at character {common}; set student.chat_template"
-        )
-        raise RenderRefusal(Reason.PROMPT_NOT_PREFIX, detail)
-    return whole[len(prompt_text) :]
-
-
-def _unfaithful(completion: str, response: str, end_of_turn: str) -> RenderRefusal:
-    """Names what a template did to an answer that it did not render as is."""
-    before, found, after = completion.partition(response)
-    if not found:
-        thought, closing, _ = response.partition("</think>")
-        if closing and thought.replace("<think>", "").strip() not in completion:
-            detail = (
-                "the template deletes the reasoning before </think>; set student.chat_template to one that keeps it"
-            )
-            return RenderRefusal(Reason.REASONING_DELETED, detail)
-        detail = "the template changes the assistant's text (white space at its ends?); set student.chat_template"
-        return RenderRefusal(Reason.TEXT_ALTERED, detail)
-    if "<think>" in before:
-        detail = f"the template adds a think block {before[:40]!r} to the answer; set student.chat_template"
-        return RenderRefusal(Reason.THINK_BLOCK_ADDED, detail)
-    extra = before.strip() or after.removeprefix(end_of_turn).strip() or completion.replace(response, "")
-    detail = f"the template inserts {extra[:40]!r} around the answer; set student.chat_template"
-    return RenderRefusal(Reason.TEXT_INSERTED, detail)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerFast, template: str, messages: Sequence[Message], *, add_generation_prompt: bool
-) -> str:
-    conversation = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(
-            conversation,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            strftime_now=FROZEN_DATE.strftime,
-        )
-    except Exception as error:  # a template is a program of the user's: it can fail in any way
-        roles = ", ".join(message.role for message in messages)
-        detail = f"the template fails on roles ({roles}): {_one_line(error)}"
-        raise RenderRefusal(Reason.TEMPLATE_FAILED, detail) from error
-    return str(text)
-
-
 # --- the tokenizer -----------------------------------------------------------------------------------------------
+
+
+def _probed(tokenizer: PreTrainedTokenizerFast, template: str, tokenizer_file_hash: str) -> ChatFormat:
+    special_tokens = _special_tokens(tokenizer)
+    lead, end_of_turn, tail = probe_template(tokenizer, template, special_tokens)
+    end_of_turn_id = special_tokens[end_of_turn]
+    return ChatFormat(
+        tokenizer=tokenizer,
+        template=template,
+        template_hash=sha256_of_bytes(template.encode()),
+        tokenizer_hash=sha256_of_json([tokenizer_file_hash, tokenizer.special_tokens_map]),
+        end_of_turn=end_of_turn,
+        end_of_turn_id=end_of_turn_id,
+        pad_id=end_of_turn_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        lead=lead,
+        tail=tail,
+        frozen_date=FROZEN_DATE.date().isoformat() if "strftime_now" in template else None,
+        control_tokens=re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True)))),
+    )
+
+
+def _check_probe_tokens(chat: ChatFormat) -> None:
+    """Refuses at once what would refuse every record."""
+    render_prompt(chat, PROBE[:-1])
+    (target_ids,) = _completion_ids(chat, [chat.lead + PROBE[-1].content + chat.end_of_turn])
+    if target_ids[-1] != chat.end_of_turn_id:
+        detail = f"the tokenizer does not keep {chat.end_of_turn!r} after an answer as one token; use another tokenizer"
+        raise RenderRefusal(Reason.NO_END_OF_TURN, detail)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -350,7 +262,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         # Not AutoTokenizer: this class runs the pipeline of tokenizer.json as it is written.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # `tokenizers` raises bare Exception
-        raise TemplateError(f"{folder}: cannot read the tokenizer: {_one_line(error)}") from error
+        raise TemplateError(f"{folder}: cannot read the tokenizer: {one_line(error)}") from error
     # A tokenizer.json may have been saved with these switched on; rows are cut and padded by us alone.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -362,7 +274,7 @@ def _load_template(tokenizer: PreTrainedTokenizerFast, folder: Path, template_fi
         try:
             return Path(template_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise TemplateError(f"student.chat_template: cannot read {template_file}: {_one_line(error)}") from error
+            raise TemplateError(f"student.chat_template: cannot read {template_file}: {one_line(error)}") from error
     if not tokenizer.chat_template:
         raise TemplateError(f"{folder}: the tokenizer has no chat template; set student.chat_template to a Jinja file")
     try:
@@ -377,9 +289,11 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {token.content: token_id for token_id, token in added.items() if token.special}
 
 
+def _completion_ids(chat: ChatFormat, texts: list[str]) -> list[list[int]]:
+    # Some tokenizers put a space before the start of a text. A completion starts in the middle of one, so it is
+    # encoded behind a control token, which is taken off again.
+    return [ids[1:] for ids in _encode(chat.tokenizer, [chat.end_of_turn + text for text in texts])]
+
+
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
