@@ -140,9 +140,9 @@ class EvaluateConfig:
         distinct_seeds = len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds)
         _require(distinct_seeds, "evaluate.seeds", self.seeds, "one or more distinct integers")
         _require(min(self.seeds) >= 0, "evaluate.seeds", self.seeds, "integers >= 0")
-        _require(self.temperature >= 0, "evaluate.temperature", self.temperature, "a number >= 0")
+        _require(0 <= self.temperature < math.inf, "evaluate.temperature", self.temperature, "a number >= 0")
         _require(0 < self.top_p <= 1, "evaluate.top_p", self.top_p, "a number in (0, 1]")
-        positive_penalty = self.repetition_penalty > 0
+        positive_penalty = 0 < self.repetition_penalty < math.inf
         _require(positive_penalty, "evaluate.repetition_penalty", self.repetition_penalty, "a number > 0")
 
 
@@ -175,7 +175,7 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            _require(value > 0, f"synthetic.{field.name}", value, "a positive number")
+            _require(0 < value < math.inf, f"synthetic.{field.name}", value, "a positive number")
         divides = self.hidden_size % self.num_heads == 0 and self.num_heads % self.num_kv_heads == 0
         _require(
             divides,

@@ -1,0 +1,202 @@
+"""Every malformed configuration ends in one line that names the field; every valid one becomes an `Experiment`."""
+
+import copy
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from lark_jax.config import Experiment, experiment_from_mapping
+from lark_jax.errors import ConfigError
+
+CONFIG_FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+VALID: dict[str, Any] = {
+    "workdir": "runs/x",
+    "student": {"path": "checkpoint"},
+    "pool": {"path": "pool.jsonl"},
+    "stages": ("score", "select"),
+}
+
+
+def with_field(field: str, value: object) -> dict[str, Any]:
+    values = copy.deepcopy(VALID)
+    *sections, name = field.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+    target[name] = value
+    return values
+
+
+def error_line(values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        experiment_from_mapping(values)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("config.")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("field", "suggestion"),
+    [
+        ("workdri", "did you mean workdir?"),
+        ("finetune.learning_rat", "did you mean finetune.learning_rate?"),
+        ("select.budget", "did you mean select.budgets?"),
+        ("evaluate.top_k", "did you mean evaluate.top_p?"),
+        ("pool.zzz", "known fields: path, on_bad_record"),
+    ],
+)
+def test_unknown_field_is_refused_with_the_nearest_name(field: str, suggestion: str) -> None:
+    message = error_line(with_field(field, 1))
+    assert f"{field}: unknown field" in message
+    assert suggestion in message
+
+
+@pytest.mark.parametrize("field", ["workdir", "student", "student.path", "pool.path"])
+def test_missing_required_field_is_named(field: str) -> None:
+    values = copy.deepcopy(VALID)
+    *sections, name = field.split(".")
+    target = values
+    for section in sections:
+        target = target[section]
+    del target[name]
+    assert error_line(values).startswith(f"config.{field}: missing")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("finetune.learning_rate", "1e-5", "float"),
+        ("finetune.batch_size", 64.0, "int"),
+        ("finetune.batch_size", True, "int"),
+        ("finetune.packing", 1, "bool"),
+        ("student.path", 7, "str"),
+        ("student.chat_template", 7, "str"),
+        ("student", "checkpoint", "a section"),
+        ("select.budgets", 3, "a tuple"),
+        ("select.methods", "lark", "a tuple"),
+        ("select.budgets", (1, "3"), "int"),
+        ("seed", None, "int"),
+        ("evaluate.seeds", (0, 1.5), "int"),
+    ],
+)
+def test_wrong_type_is_refused_with_the_value_found(field: str, value: object, expected: str) -> None:
+    message = error_line(with_field(field, value))
+    assert message.startswith(f"config.{field}: expected {expected}")
+    found = value[-1] if isinstance(value, tuple) else value
+    assert repr(found) in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("workdir", ""),
+        ("seed", -1),
+        ("stages", ()),
+        ("stages", ("score", "train")),
+        ("stages", ("score", "score")),
+        ("student.path", ""),
+        ("student.max_length", 1),
+        ("pool.on_bad_record", "ignore"),
+        ("score.tokens_per_batch", 0),
+        ("score.dtype", "float16"),
+        ("score.vocab_chunk", -1),
+        ("select.methods", ()),
+        ("select.methods", ("lark", "lark")),
+        ("select.budgets", ()),
+        ("select.budgets", (0,)),
+        ("select.budgets", (3, 3)),
+        ("finetune.learning_rate", 0.0),
+        ("finetune.learning_rate", math.nan),
+        ("finetune.learning_rate", math.inf),
+        ("finetune.warmup_fraction", 1.0),
+        ("finetune.b2", 1.0),
+        ("finetune.weight_decay", -0.1),
+        ("finetune.checkpoint_every", 0),
+        ("finetune.remat", "full"),
+        ("evaluate.engine", "sglang"),
+        ("evaluate.grader", "exact"),
+        ("evaluate.samples", 0),
+        ("evaluate.seeds", ()),
+        ("evaluate.seeds", (1, 1)),
+        ("evaluate.seeds", (-1,)),
+        ("evaluate.temperature", -0.1),
+        ("evaluate.temperature", math.inf),
+        ("evaluate.temperature", math.nan),
+        ("evaluate.top_p", 0.0),
+        ("evaluate.top_p", 1.01),
+        ("evaluate.repetition_penalty", 0.0),
+        ("evaluate.repetition_penalty", math.inf),
+        ("mesh.data", 0),
+        ("synthetic.num_problems", 0),
+        ("synthetic.pretrain_learning_rate", math.inf),
+    ],
+)
+def test_value_out_of_range_is_refused_with_what_is_allowed(field: str, value: object) -> None:
+    message = error_line(with_field(field, value))
+    assert message.startswith(f"config.{field}: expected ")
+    assert ", got " in message
+
+
+def test_fields_that_need_each_other() -> None:
+    assert "config.select.weighting" in error_line(with_field("select.score", "g_hat"))
+    assert "config.evaluate.benchmarks" in error_line({**VALID, "stages": ("evaluate",)})
+    assert "config.synthetic" in error_line({**VALID, "stages": ("prepare", "score")})
+    assert "config.synthetic.num_heads" in error_line(with_field("synthetic.hidden_size", 130))
+
+
+def test_minimal_configuration_takes_the_documented_defaults() -> None:
+    experiment = experiment_from_mapping(VALID)
+    assert (experiment.seed, experiment.student.max_length) == (42, 32_768)
+    assert (experiment.evaluate.samples, experiment.evaluate.seeds) == (5, (0, 1, 2))
+    assert (experiment.finetune.learning_rate, experiment.finetune.batch_size) == (1e-5, 64)
+    assert experiment.synthetic is None
+
+
+def test_lossless_conversions_are_made() -> None:
+    experiment = experiment_from_mapping(
+        {**VALID, "stages": ["score"], "evaluate": {"temperature": 1}, "select": {"budgets": [1, 5]}}
+    )
+    assert experiment.stages == ("score",)
+    assert experiment.select.budgets == (1, 5)
+    assert isinstance(experiment.evaluate.temperature, float)
+
+
+def test_stages_may_be_one_string_with_commas_as_on_the_command_line() -> None:
+    assert experiment_from_mapping({**VALID, "stages": ("score,select",)}).stages == ("score", "select")
+
+
+def test_config_dict_with_placeholders_and_references_is_accepted() -> None:
+    config = ConfigDict(VALID)
+    config.student.chat_template = None
+    config.evaluate = ConfigDict()
+    config.evaluate.benchmarks = (config.get_oneway_ref("workdir") + "/benchmark.jsonl",)
+    config.workdir = "elsewhere"
+    experiment = experiment_from_mapping(config.to_dict())
+    assert experiment.evaluate.benchmarks == ("elsewhere/benchmark.jsonl",)
+    assert experiment.student.chat_template is None
+
+
+def test_experiment_is_frozen_and_hashable() -> None:
+    experiment = experiment_from_mapping(VALID)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        experiment.seed = 1  # type: ignore[misc]
+    assert hash(experiment) == hash(experiment_from_mapping(VALID))
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    experiment = experiment_from_mapping(module.get_config().to_dict())
+    assert isinstance(experiment, Experiment)
+    assert module.__doc__
+    assert f"--config=configs/{path.name}" in module.__doc__, "the header shows the exact command"
