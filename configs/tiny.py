@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
 
     prepared = config.get_oneway_ref("workdir") + "/prepare"
     config.student = ConfigDict()
-    config.student.path = prepared + "/student"
+    config.student.path = prepared + "/pretrain/student"
     config.student.chat_template = config_dict.placeholder(str)
     config.student.max_length = 512  # tokens
 

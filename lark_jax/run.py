@@ -11,7 +11,8 @@ from lark_jax import runtime
 from lark_jax.config import experiment_from_mapping
 from lark_jax.errors import LarkError
 from lark_jax.pipeline import run_tasks
-from lark_jax.stages import plan_tasks
+from lark_jax.stages import Layout, plan_tasks
+from lark_jax.stages.report import TABLE
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see configs/.", lock_config=True)
 
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(2)
     if ran == 0:
         runtime.say("nothing to do: every stage is up to date")
+    if "report" in experiment.stages:
+        print((Layout.of(experiment).report / TABLE).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

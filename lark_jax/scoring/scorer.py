@@ -12,8 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lark_jax import runtime
 from lark_jax.pool.batching import BatchPlan, TokenRows, assemble, plan_batches
-from lark_jax.pool.chat import ChatFormat, Refusal, RenderedTrajectory, render_pool
-from lark_jax.pool.records import Pool, Trajectory
+from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
+from lark_jax.pool.records import Pool, SkippedRecord, Trajectory
 from lark_jax.scoring.reductions import TrajectoryMeans, trajectory_means
 from lark_jax.scoring.table import CandidateScore, read_scores, write_scores
 from lark_jax.scoring.token_statistics import token_statistics
@@ -55,7 +55,7 @@ def score_pool(
     step = make_score_step(student, mesh, options.vocab_chunk)
 
     scores: list[CandidateScore | None] = [
-        _refused(trajectory, item) if isinstance(item, Refusal) else None
+        _refused(trajectory, item) if isinstance(item, SkippedRecord) else None
         for trajectory, item in zip(pool.trajectories, rendered, strict=True)
     ]
     bar = runtime.progress_bar(what="score", total=len(trajectories), unit="trajectory")
@@ -76,9 +76,9 @@ def score_pool(
 
 def render_all(
     chat: ChatFormat, trajectories: Sequence[Trajectory], max_length: int
-) -> list[RenderedTrajectory | Refusal]:
-    """Tokenizes every trajectory; a refusal stands where one cannot be rendered faithfully."""
-    stream = render_pool(chat, trajectories, max_length)
+) -> list[RenderedTrajectory | SkippedRecord]:
+    """Tokenizes every trajectory; a skipped record stands where one cannot be rendered faithfully."""
+    stream = render_trajectories(chat, trajectories, max_length)
     return list(runtime.progress(stream, what="tokenize", total=len(trajectories), unit="trajectory"))
 
 
@@ -175,7 +175,7 @@ def _scored(trajectory: Trajectory, rendered: RenderedTrajectory, values: dict[s
     )
 
 
-def _refused(trajectory: Trajectory, refusal: Refusal) -> CandidateScore:
+def _refused(trajectory: Trajectory, refusal: SkippedRecord) -> CandidateScore:
     return CandidateScore(
         problem_id=trajectory.problem_id,
         candidate_id=trajectory.candidate_id,

@@ -2,13 +2,14 @@
 
 from lark_jax.selection.learnability import lark_scores, learnability_rate
 from lark_jax.selection.methods import METHODS, SCORES, WEIGHTINGS, Method, resolve_methods
-from lark_jax.selection.output import WeightedTrajectory, read_training_set, write_selection
+from lark_jax.selection.output import TRAIN_JSONL, WeightedTrajectory, read_training_set, write_selection
 from lark_jax.selection.selector import Choice, Selection, SelectionCounts, method_scores, select_trajectories
 from lark_jax.selection.weighting import chi2_top_b, uniform_top_b
 
 __all__ = [
     "METHODS",
     "SCORES",
+    "TRAIN_JSONL",
     "WEIGHTINGS",
     "Choice",
     "Method",

@@ -7,7 +7,8 @@ from lark_jax.config import Experiment
 from lark_jax.files import ContentHashes
 from lark_jax.selection import Method, resolve_methods
 
-BASE = "base"
+BASE = "base"  # the student before fine-tuning, among the evaluated
+STUDENT = "student"  # folder of a checkpoint below its task's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Layout:
         return self.root / "prepare" / "data"
 
     @property
-    def prepared_student(self) -> Path:
-        return self.root / "prepare" / "student"
+    def pretraining(self) -> Path:
+        return self.root / "prepare" / "pretrain"
 
     @property
     def score(self) -> Path:
@@ -59,6 +60,10 @@ class Layout:
 
     def export(self, run: Run) -> Path:
         return self.root / "export" / run.name
+
+    def exported_student(self, run: Run) -> Path:
+        """The folder that transformers and vLLM load."""
+        return self.export(run) / STUDENT
 
     def evaluation(self, name: str) -> Path:
         return self.root / "evaluate" / name

@@ -8,7 +8,7 @@ from lark_jax.config import Experiment
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool import read_pool
 from lark_jax.scoring import read_scores
-from lark_jax.selection import select_trajectories, write_selection
+from lark_jax.selection import Selection, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.score import SCORES
 
@@ -33,6 +33,17 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
         selection = select_trajectories(read_scores(layout.score / SCORES), run.method, run.budget, experiment.seed)
         write_selection(selection, pool, directory)
-        return Outcome(counts=dataclasses.asdict(selection.counts))
+        return outcome_of(selection)
 
     return Task(f"select/{run.name}", layout.selection(run), inputs, select)
+
+
+def outcome_of(selection: Selection) -> Outcome:
+    counts = selection.counts
+    empty = counts.problems_without_valid_candidate
+    numbers = {name.replace("_", " "): value for name, value in dataclasses.asdict(counts).items() if value != empty}
+    reason = "no candidate of this problem could be scored"
+    skipped = [
+        {"problem_id": problem_id, "candidate_id": "", "location": SCORES, "reason": reason} for problem_id in empty
+    ]
+    return Outcome(counts={**numbers, "problems without candidate": len(empty)}, skipped=skipped)

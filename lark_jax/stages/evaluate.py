@@ -1,0 +1,108 @@
+"""Stage "evaluate": Acc@k of the student before and after each fine-tuning, `evaluate/<student>/`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lark_jax import files
+from lark_jax.config import Experiment
+from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
+from lark_jax.evaluation.engines import EngineChoice, build_request, choose_engine
+from lark_jax.evaluation.runner import evaluate_student, render_prompts
+from lark_jax.pipeline import Outcome, Task, require_manifest
+from lark_jax.pool.chat import load_chat_format
+from lark_jax.stages.layout import BASE, Layout, Run
+from lark_jax.students import local_folder
+
+ENGINE = "engine.json"
+DECODING_FIELDS = ("samples", "seeds", "temperature", "top_p", "repetition_penalty", "max_tokens")
+
+
+def evaluate_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
+    """First which engine works here, once for all students; then one task per student."""
+    tasks = [_engine_task(experiment, layout)]
+    if experiment.evaluate.include_base:
+        tasks.append(_student_task(experiment, layout, BASE, lambda: local_folder(experiment.student.path)))
+    return tasks + [
+        _student_task(experiment, layout, run.name, functools.partial(_exported, layout, run)) for run in layout.runs
+    ]
+
+
+def _exported(layout: Layout, run: Run) -> Path:
+    require_manifest(layout.export(run), "export")
+    return layout.exported_student(run)
+
+
+def _engine_task(experiment: Experiment, layout: Layout) -> Task:
+    config = experiment.evaluate
+
+    def inputs() -> dict[str, Any]:
+        student = layout.hashes.of(local_folder(experiment.student.path))
+        return {"student": student, "engine": config.engine, "python": config.python}
+
+    def choose(directory: Path) -> Outcome:
+        folder = local_folder(experiment.student.path)
+        chat = load_chat_format(folder, experiment.student.chat_template)
+        prompts = render_prompts(benchmarks_of(experiment), chat, config.system_prompts)
+        request = build_request(
+            folder, "", prompts, chat.end_of_turn_id, chat.pad_id, config, "vllm", directory / "health_check.jsonl"
+        )
+        choice = choose_engine(config, request, directory)
+        files.write_json(directory / ENGINE, dataclasses.asdict(choice))
+        return Outcome(counts={}, notes=dataclasses.asdict(choice))
+
+    return Task("evaluate/engine", layout.evaluation("engine"), inputs, choose)
+
+
+def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Callable[[], Path]) -> Task:
+    config = experiment.evaluate
+
+    def inputs() -> dict[str, Any]:
+        template = experiment.student.chat_template
+        prompts = config.system_prompts
+        return {
+            "student": layout.hashes.of(folder()),
+            "chat_template": None if template is None else layout.hashes.of(template),
+            "benchmarks": [[path, layout.hashes.of(path, EvaluationError)] for path in config.benchmarks],
+            "system_prompts": layout.hashes.of(prompts) if Path(prompts).is_file() else prompts,
+            "engine": engine_of(layout).engine,
+            "decoding": {field: getattr(config, field) for field in DECODING_FIELDS},
+            "grader": config.grader,
+        }
+
+    def evaluate(directory: Path) -> Outcome:
+        student = folder()
+        result = evaluate_student(
+            name,
+            student,
+            benchmarks_of(experiment),
+            load_chat_format(student, experiment.student.chat_template),
+            config,
+            directory,
+            engine=engine_of(layout),
+            model_fingerprint=layout.hashes.of(student),
+        )
+        counts = {
+            "problems": sum(benchmark.num_problems for benchmark in result.benchmarks),
+            "samples without a box": sum(benchmark.num_unboxed for benchmark in result.benchmarks),
+            "samples cut at max_tokens": sum(benchmark.num_cut for benchmark in result.benchmarks),
+        }
+        ungraded = [
+            {"problem_id": text.split(" ")[0], "candidate_id": "", "location": benchmark.benchmark, "reason": text}
+            for benchmark in result.benchmarks
+            for text in benchmark.ungraded
+        ]
+        return Outcome(counts=counts, skipped=ungraded)
+
+    return Task(f"evaluate/{name}", layout.evaluation(name), inputs, evaluate)
+
+
+def engine_of(layout: Layout) -> EngineChoice:
+    return EngineChoice(**files.read_json(layout.evaluation("engine") / ENGINE))
+
+
+def benchmarks_of(experiment: Experiment) -> tuple[Benchmark, ...]:
+    return tuple(read_benchmark(path) for path in experiment.evaluate.benchmarks)

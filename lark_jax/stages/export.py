@@ -1,0 +1,30 @@
+"""Stage "export": each fine-tuned student as an ordinary HF folder, `export/<method>_B<budget>/student/`."""
+
+from pathlib import Path
+from typing import Any
+
+from lark_jax.config import Experiment
+from lark_jax.pipeline import Outcome, Task, require_manifest
+from lark_jax.pool.chat import load_chat_format
+from lark_jax.stages.finetune import finetuned, training_examples
+from lark_jax.stages.layout import STUDENT, Layout, Run
+from lark_jax.students import export_student, local_folder
+
+
+def export_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
+    return [_export_task(experiment, layout, run) for run in layout.runs]
+
+
+def _export_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
+    def inputs() -> dict[str, Any]:
+        return {"finetune": require_manifest(layout.finetune(run), "finetune").fingerprint}
+
+    def export(directory: Path) -> Outcome:
+        source = local_folder(experiment.student.path)
+        chat = load_chat_format(source, experiment.student.chat_template)
+        examples = training_examples(experiment, chat, layout.selection(run))
+        result = finetuned(experiment, chat, examples, layout.finetune(run), what=run.name)
+        export_student(result.student, source, directory / STUDENT, end_of_turn_id=chat.end_of_turn_id)
+        return Outcome(counts={"files": sum(1 for _ in (directory / STUDENT).iterdir())})
+
+    return Task(f"export/{run.name}", layout.export(run), inputs, export)

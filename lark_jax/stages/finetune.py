@@ -1,0 +1,79 @@
+"""Stage "finetune": weighted SFT of the student on each selection, `finetune/<method>_B<budget>/`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lark_jax.config import Experiment
+from lark_jax.errors import TrainingError
+from lark_jax.finetuning import Example, FinetuneResult, finetune, weighted_examples
+from lark_jax.pipeline import Outcome, Task, require_manifest
+from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.pool.records import SkippedRecord
+from lark_jax.selection import TRAIN_JSONL, read_training_set
+from lark_jax.sharding import make_mesh
+from lark_jax.stages.layout import Layout, Run
+from lark_jax.stages.score import student_inputs
+from lark_jax.students import load_student, local_folder
+
+
+def finetune_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
+    return [_finetune_task(experiment, layout, run) for run in layout.runs]
+
+
+def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
+    def inputs() -> dict[str, Any]:
+        require_manifest(layout.selection(run), "select")
+        return {
+            "training_set": layout.hashes.of(layout.selection(run) / TRAIN_JSONL),
+            **student_inputs(experiment, layout),
+            "finetune": dataclasses.asdict(experiment.finetune),
+            "seed": experiment.seed,
+        }
+
+    def train(directory: Path) -> Outcome:
+        chat = load_chat_format(local_folder(experiment.student.path), experiment.student.chat_template)
+        examples = training_examples(experiment, chat, layout.selection(run))
+        result = finetuned(experiment, chat, examples, directory, what=run.name)
+        counts = {
+            "trajectories": len(examples),
+            "truncated": sum(example.rendered.truncated for example in examples),
+            "steps": result.steps,
+        }
+        return Outcome(counts=counts)
+
+    return Task(f"finetune/{run.name}", layout.finetune(run), inputs, train)
+
+
+def training_examples(experiment: Experiment, chat: ChatFormat, selection: Path) -> tuple[Example, ...]:
+    """The selected trajectories as tokens, with their weights scaled for Eq. 1.
+
+    Raises:
+      TrainingError: a selected trajectory cannot be rendered (the template changed since scoring).
+    """
+    training_set = read_training_set(selection)
+    trajectories = [item.trajectory for item in training_set]
+    rendered: list[RenderedTrajectory] = []
+    for item in render_trajectories(chat, trajectories, experiment.student.max_length):
+        if isinstance(item, SkippedRecord):
+            raise TrainingError(f"{item.location}: {item.problem_id}/{item.candidate_id}: {item.reason}")
+        rendered.append(item)
+    return weighted_examples(rendered, [item.weight for item in training_set])
+
+
+def finetuned(
+    experiment: Experiment, chat: ChatFormat, examples: tuple[Example, ...], directory: Path, what: str
+) -> FinetuneResult:
+    """Trains in `directory`, or continues there; returns at once what a finished run left there."""
+    mesh = make_mesh(experiment.mesh)
+    student, _ = load_student(local_folder(experiment.student.path), mesh=mesh, dtype="float32")
+    return finetune(
+        student,
+        examples,
+        experiment.finetune,
+        seed=experiment.seed,
+        mesh=mesh,
+        pad_id=chat.pad_id,
+        directory=directory,
+        what=what,
+    )

@@ -1,0 +1,166 @@
+"""Stage "report": reads what the other stages left and writes `report/index.html` and `report/table.txt`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lark_jax import files, runtime
+from lark_jax.config import Experiment
+from lark_jax.evaluation.accuracy import CONFIDENCE, RESAMPLES
+from lark_jax.evaluation.runner import StudentResult, read_student_result
+from lark_jax.finetuning import read_metrics
+from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
+from lark_jax.pool import read_pool
+from lark_jax.pool.records import SkippedRecord, Trajectory
+from lark_jax.report import ReportContent, terminal_report, write_report
+from lark_jax.report.content import (
+    AccuracyResult,
+    Count,
+    Landscape,
+    LandscapeCandidate,
+    LossCurve,
+    Setting,
+    StageSummary,
+    settings_from,
+)
+from lark_jax.scoring import CandidateScore, read_scores
+from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
+from lark_jax.stages.evaluate import engine_of
+from lark_jax.stages.layout import BASE, Layout, Run
+from lark_jax.stages.score import SCORES
+
+TABLE = "table.txt"
+METRICS = "metrics.jsonl"
+
+
+def report_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
+    def inputs() -> dict[str, Any]:
+        manifests = sorted(layout.root.glob(f"*/{MANIFEST}")) + sorted(layout.root.glob(f"*/*/{MANIFEST}"))
+        found = {
+            path.parent.relative_to(layout.root).as_posix(): files.sha256_of_path(path)
+            for path in manifests
+            if path.parent != layout.report
+        }
+        return {"settings": [[s.name, s.value] for s in settings_from(experiment)], "manifests": found}
+
+    def write(directory: Path) -> Outcome:
+        content = gather(experiment, layout)
+        page = write_report(content, directory)
+        files.write_text(directory / TABLE, f"{terminal_report(content)}\n\nReport: {page}\n")
+        return Outcome(counts={})
+
+    return [Task("report", layout.report, inputs, write)]
+
+
+def gather(experiment: Experiment, layout: Layout) -> ReportContent:
+    """Everything that the report shows, from the files of finished tasks; what did not run stays empty."""
+    return ReportContent(
+        title=f"LARK: {Path(experiment.workdir).name}",
+        settings=settings_from(experiment),
+        versions=tuple(Setting(name, version) for name, version in _environment(experiment, layout)),
+        results=tuple(_results(experiment, layout)),
+        interval_note=f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples",
+        curves=tuple(_curves(layout)),
+        landscape=_landscape(experiment, layout),
+        stages=tuple(_summaries(layout)),
+    )
+
+
+def _environment(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, str]]:
+    yield from runtime.package_versions().items()
+    yield "hardware", runtime.hardware()
+    if "evaluate" in experiment.stages and read_manifest(layout.evaluation("engine")) is not None:
+        engine = engine_of(layout)
+        yield "evaluation engine", f"{engine.engine} ({engine.reason})"
+
+
+def _results(experiment: Experiment, layout: Layout) -> Iterator[AccuracyResult]:
+    if experiment.evaluate.include_base and read_manifest(layout.evaluation(BASE)) is not None:
+        yield from _accuracies(BASE, None, read_student_result(layout.evaluation(BASE)))
+    for run in layout.runs:
+        if read_manifest(layout.evaluation(run.name)) is not None:
+            yield from _accuracies(run.method.name, run.budget, read_student_result(layout.evaluation(run.name)))
+
+
+def _accuracies(method: str, budget: int | None, result: StudentResult) -> Iterator[AccuracyResult]:
+    for benchmark in result.benchmarks:
+        yield AccuracyResult(
+            method=method,
+            budget=budget,
+            benchmark=benchmark.benchmark,
+            samples=benchmark.samples,
+            num_problems=benchmark.num_problems,
+            num_seeds=len(benchmark.seeds),
+            mean=benchmark.accuracy.mean,
+            std=benchmark.accuracy.std,
+            interval=(benchmark.accuracy.low, benchmark.accuracy.high),
+        )
+
+
+def _curves(layout: Layout) -> Iterator[LossCurve]:
+    for run in layout.runs:
+        if read_manifest(layout.finetune(run)) is not None:
+            metrics = read_metrics(layout.finetune(run) / METRICS)
+            steps, losses = tuple(m.step for m in metrics), tuple(m.loss for m in metrics)
+            yield LossCurve(run.method.name, run.budget, steps, losses)
+
+
+def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:
+    """LARK's scores of one problem: the first, in table order, whose weights come out of positive margins.
+
+    The budget is the largest of the experiment that leaves a threshold candidate; None without a score table.
+    """
+    if read_manifest(layout.score) is None:
+        return None
+    scores, lark = read_scores(layout.score / SCORES), METHODS["lark"]
+    fitting = [budget for budget in experiment.select.budgets if budget < _most_candidates(scores)]
+    budget = max(fitting, default=1)
+    choices = select_trajectories(scores, lark, budget, experiment.seed).choices
+    problem_id = next((c.problem_id for c in choices if not np.isclose(c.weight, 1 / budget)), choices[0].problem_id)
+    values = dict(zip(((s.problem_id, s.candidate_id) for s in scores), method_scores(scores, lark, 0), strict=True))
+    pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record).by_problem()[problem_id]
+    chosen = {choice.candidate_id: choice for choice in choices if choice.problem_id == problem_id}
+    return Landscape(
+        problem_id=problem_id,
+        problem="\n\n".join(message.content for message in pool[0].prompt),
+        method="lark",
+        budget=budget,
+        candidates=tuple(
+            _candidate(trajectory, values[problem_id, trajectory.candidate_id], chosen.get(trajectory.candidate_id))
+            for trajectory in pool
+        ),
+    )
+
+
+def _most_candidates(scores: Sequence[CandidateScore]) -> int:
+    _, counts = np.unique([score.problem_id for score in scores], return_counts=True)
+    return int(counts.max())
+
+
+def _candidate(trajectory: Trajectory, g_hat: float, choice: Choice | None) -> LandscapeCandidate:
+    return LandscapeCandidate(
+        candidate_id=trajectory.candidate_id,
+        teacher=trajectory.teacher,
+        score=g_hat,
+        weight=0.0 if choice is None else choice.weight,
+        selected=choice is not None,
+        text=trajectory.response,
+    )
+
+
+def _summaries(layout: Layout) -> Iterator[StageSummary]:
+    directories = [layout.prepared_data, layout.pretraining, layout.score]
+    directories += [folder(run) for folder in (layout.selection, layout.finetune, layout.export) for run in layout.runs]
+    directories += [layout.evaluation(name) for name in (BASE, *(run.name for run in layout.runs))]
+    for directory in directories:
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            yield _summary(manifest)
+
+
+def _summary(manifest: Manifest) -> StageSummary:
+    outcome = manifest.outcome
+    counts = tuple(Count(name, value) for name, value in outcome.counts.items())
+    return StageSummary(manifest.name, counts, tuple(SkippedRecord(**record) for record in outcome.skipped))
