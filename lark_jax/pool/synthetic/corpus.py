@@ -12,11 +12,10 @@ from lark_jax.pool.synthetic.problems import Problem, generate_problems
 
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 # The base student knows the task in one plain style, has seen two of the teachers now and then, three never.
-PRETRAINING_STYLES = (
-    ("plain", teachers.plain, 0.8),
-    ("terse", teachers.terse, 0.15),
-    ("verbose", teachers.verbose, 0.05),
+PRETRAINING_STYLES: Mapping[str, teachers.Style] = MappingProxyType(
+    {"plain": teachers.plain, "terse": teachers.terse, "verbose": teachers.verbose}
 )
+_STYLE_SHARES = (0.8, 0.15, 0.05)
 
 
 def prompt_text(problem: Problem) -> str:
