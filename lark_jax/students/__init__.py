@@ -4,7 +4,7 @@ from lark_jax.students.architecture import Architecture, read_architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.exporting import export_student, save_new_student
 from lark_jax.students.hub import local_folder
-from lark_jax.students.initialization import random_student, write_student_config
+from lark_jax.students.initialization import random_student
 from lark_jax.students.loading import load_student
 
 __all__ = [
@@ -16,5 +16,4 @@ __all__ = [
     "random_student",
     "read_architecture",
     "save_new_student",
-    "write_student_config",
 ]

@@ -148,41 +148,6 @@ def architecture_from_config(values: Mapping[str, Any]) -> Architecture:
     )
 
 
-def config_from_architecture(architecture: Architecture) -> dict[str, Any]:
-    """A `config.json` (transformers 5 style) for a student that has none; `architecture_from_config` inverts it."""
-    class_name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}[architecture.model_type]
-    config: dict[str, Any] = {
-        "architectures": [f"{class_name}ForCausalLM"],
-        "model_type": architecture.model_type,
-        "vocab_size": architecture.vocab_size,
-        "hidden_size": architecture.hidden_size,
-        "intermediate_size": architecture.intermediate_size,
-        "num_hidden_layers": architecture.num_layers,
-        "num_attention_heads": architecture.num_heads,
-        "num_key_value_heads": architecture.num_kv_heads,
-        "head_dim": architecture.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": architecture.rms_norm_eps,
-        "max_position_embeddings": architecture.max_position_embeddings,
-        "tie_word_embeddings": architecture.tie_word_embeddings,
-        "rope_parameters": _rope_parameters(architecture),
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
-    }
-    if FAMILIES[architecture.model_type].sliding_window_switch:
-        config["use_sliding_window"] = False
-    if FAMILIES[architecture.model_type].default_sliding_window is not None:
-        config["sliding_window"] = None
-    return config
-
-
-def _rope_parameters(architecture: Architecture) -> dict[str, Any]:
-    scaling = architecture.rope_scaling
-    used = {name: getattr(scaling, name) for name in _REQUIRED_ROPE_FIELDS[scaling.rope_type]}
-    return {"rope_type": scaling.rope_type, "rope_theta": architecture.rope_theta, **used}
-
-
 def _refuse_unsupported_values(values: Mapping[str, Any], family: Family) -> None:
     for name, supported in _ONLY_SUPPORTED.items():
         _refuse_unless(name, values.get(name, supported[0]), supported)

@@ -7,7 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from lark_jax.students.blockwise_attention import blockwise_attention
 from lark_jax.students.dense_attention import dense_attention
+
+# Measured on a CPU (4 heads of 32, forward and backward): about equal here, dense 2x slower at 512, 6x at 2,048.
+LONGEST_DENSE_ROW = 256
 
 
 class Backend(Protocol):
@@ -21,7 +25,7 @@ class Backend(Protocol):
     ) -> jax.Array: ...
 
 
-BACKENDS: Mapping[str, Backend] = {"dense": dense_attention}
+BACKENDS: Mapping[str, Backend] = {"dense": dense_attention, "blockwise": blockwise_attention}
 
 
 def attend(
@@ -55,8 +59,8 @@ def attend(
 
 
 def default_backend(length: int) -> str:
-    del length
-    return "dense"
+    """For rows of `length` tokens."""
+    return "dense" if length <= LONGEST_DENSE_ROW else "blockwise"
 
 
 def matmul_precision(dtype: jnp.dtype) -> Precision:

@@ -1,6 +1,5 @@
 """Decoder -> HF checkpoint folder that transformers and vLLM load unchanged, written shard by shard."""
 
-import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,12 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
 from lark_jax.errors import CheckpointError
 from lark_jax.files import atomic_directory
-from lark_jax.sharding import replicated
 from lark_jax.students.architecture import read_architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.hf_names import EMBEDDING_KEY, check_keys, hf_slots, is_ignored, is_repeated_head
@@ -99,13 +96,10 @@ def _tensors_of(file: Path, checkpoint: CheckpointFiles, model: Decoder) -> Iter
 
 def _to_host(parameter: jax.Array, layer: int | None) -> np.ndarray:
     """The parameter, or one of its layers, gathered from all devices."""
-    value = parameter if layer is None else _take_layer(parameter, layer)
-    if isinstance(value.sharding, NamedSharding):
-        value = jax.device_put(value, replicated(value.sharding.mesh))
-    return np.ascontiguousarray(value)
+    return np.ascontiguousarray(parameter if layer is None else _take_layer(parameter, layer))
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _take_layer(parameter: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(parameter, layer, axis=0, keepdims=False)
 
@@ -118,15 +112,17 @@ def _copy_companions(source: Path, directory: Path) -> None:
 
 
 def _write_generation_config(directory: Path, end_of_turn_id: int | None) -> None:
-    """Adds the end-of-turn token to the copied file; without one, that of config.json stays an end too."""
+    """Adds the end-of-turn token to those at which generation stops, and changes nothing else."""
     if end_of_turn_id is None:
         return
     file = directory / GENERATION_CONFIG
-    holder = _read_object(file) if file.is_file() else {}
-    known = holder.get("eos_token_id", _read_object(directory / "config.json").get("eos_token_id"))
+    values = _read_object(file) if file.is_file() else {}
+    known = values.get("eos_token_id", _read_object(directory / "config.json").get("eos_token_id"))
     known_ids = [] if known is None else known if isinstance(known, list) else [known]
-    holder["eos_token_id"] = [*known_ids, *([] if end_of_turn_id in known_ids else [end_of_turn_id])]
-    file.write_text(json.dumps(holder, indent=2) + "\n", encoding="utf-8")
+    values["eos_token_id"] = [*known_ids, *([] if end_of_turn_id in known_ids else [end_of_turn_id])]
+    # It says that the file repeats config.json, which transformers 4 takes as leave to rebuild it from there.
+    values.pop("_from_model_config", None)
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_object(file: Path) -> dict[str, Any]:

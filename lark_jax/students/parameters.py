@@ -41,4 +41,4 @@ def abstract_decoder(
 def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Dotted name -> shape of every parameter, layers stacked on the leading axis."""
     flat = nnx.to_flat_state(nnx.state(abstract_decoder(architecture), nnx.Param))
-    return {name: shape for name, shape in sorted((".".join(map(str, path)), value.shape) for path, value in flat)}
+    return dict(sorted((".".join(map(str, path)), value.shape) for path, value in flat))
