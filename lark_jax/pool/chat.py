@@ -182,8 +182,6 @@ def _prompt_text(chat: ChatFormat, messages: Sequence[Message]) -> str:
 
 def _prompt_tokens(chat: ChatFormat, prompt_text: str) -> np.ndarray:
     (ids,) = _encode(chat.tokenizer, [prompt_text])
-    if not ids:
-        raise RenderRefusal(Reason.EMPTY_PROMPT, "the template renders an empty prompt; set student.chat_template")
     if ids[:2] == [chat.tokenizer.bos_token_id] * 2:
         detail = f"the prompt starts with {chat.tokenizer.bos_token!r} twice; remove one from the template"
         raise RenderRefusal(Reason.DOUBLE_BOS, detail)

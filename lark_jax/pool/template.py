@@ -22,7 +22,6 @@ class Reason(enum.StrEnum):
     TEMPLATE_FAILED = "template_failed"
     PROMPT_NOT_PREFIX = "prompt_not_prefix"
     PROMPT_TEXT_LOST = "prompt_text_lost"
-    EMPTY_PROMPT = "empty_prompt"
     DOUBLE_BOS = "double_bos"
     REASONING_DELETED = "reasoning_deleted"
     THINK_BLOCK_ADDED = "think_block_added"
