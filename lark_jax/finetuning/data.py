@@ -1,0 +1,167 @@
+"""Which trajectories an optimizer step sees, in which order, with which weight, cut into which micro-batches.
+
+The order is a function of (seed, epoch) alone and a step's place in it of the step number, so a restarted run
+goes on with exactly the batches that it would have seen.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lark_jax.errors import TrainingError
+from lark_jax.pool.batching import BatchPlan, TokenRows, assemble, bucket_lengths
+from lark_jax.pool.chat import RenderedTrajectory
+
+
+@dataclass(frozen=True)
+class Example:
+    """One trajectory and its weight w_i in Eq. 1 of the paper, scaled so that 1 is ordinary SFT."""
+
+    rendered: RenderedTrajectory
+    weight: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.rendered.problem_id}/{self.rendered.candidate_id}"
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The trajectories of one optimizer step, as indices of the training set."""
+
+    step: int  # from 0
+    epoch: int  # from 0
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through the student at once, with the share of each row in the loss of its step."""
+
+    rows: TokenRows  # row_ids_b are indices of the training set
+    row_weights_b: np.ndarray  # float32 [rows]: w_i / (trajectories of the step); 0 for a padding row
+
+
+def weighted_examples(
+    rendered: Sequence[RenderedTrajectory], selection_weights: Sequence[float]
+) -> tuple[Example, ...]:
+    """Training examples from selected trajectories and their selection weights q.
+
+    w_i = q_i * B_p, where B_p is the number of trajectories given for the problem of i. The q of a problem sum to 1,
+    so the w of a problem have mean 1, and uniform q (1 / B_p) is ordinary SFT: every w_i is 1.
+
+    Raises:
+      TrainingError: there is nothing to train on, a weight is negative or not finite, or a trajectory has no target.
+    """
+    selected_per_problem = Counter(trajectory.problem_id for trajectory in rendered)
+    examples = tuple(
+        Example(trajectory, float(weight) * selected_per_problem[trajectory.problem_id])
+        for trajectory, weight in zip(rendered, selection_weights, strict=True)
+    )
+    check_examples(examples)
+    return examples
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Raises TrainingError, naming the record, for a training set that cannot be trained on."""
+    if not examples:
+        raise TrainingError("the training set is empty: no selected trajectory is left; see the selection's manifest")
+    for example in examples:
+        if not (np.isfinite(example.weight) and example.weight >= 0):
+            raise TrainingError(
+                f"{example.name}: weight {example.weight} is not a finite number >= 0; run the select stage again"
+            )
+        if len(example.rendered.target_tokens) == 0:
+            raise TrainingError(f"{example.name}: no target tokens; leave it out of the selection")
+    if all(example.weight == 0 for example in examples):
+        raise TrainingError("every training weight is 0, so there is nothing to learn; run the select stage again")
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Examples in the caller's order, and the rule that turns a step number into a batch of them."""
+
+    examples: tuple[Example, ...]
+    batch_size: int  # trajectories of an optimizer step
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last batch of an epoch may be short; it is used, and divided by its own number of trajectories."""
+        return -(-len(self.examples) // self.batch_size)
+
+    def batch(self, step: int) -> StepBatch:
+        """Slice of the epoch's permutation; (seed, epoch) decide the permutation, the step its place in it."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.examples))
+        members = order[position * self.batch_size : (position + 1) * self.batch_size]
+        return StepBatch(step, epoch, tuple(members.tolist()))
+
+    def micro_batches(
+        self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int, pad_id: int
+    ) -> Iterator[MicroBatch]:
+        """Cuts one optimizer step into micro-batches, longest rows first.
+
+        Each row's weight is divided by the number of trajectories of the *step*, a constant that does not depend on
+        the micro-batch. The sum of the micro-batches' gradients is therefore the same for every way of cutting.
+
+        Args:
+          tokens_per_batch: most tokens per device, padding included; a single row may exceed it.
+          row_multiple: devices that the rows are split over.
+        """
+        lengths = {member: self._rendered[member].num_inputs for member in batch.members}
+        for plan in plan_micro_batches(lengths, self._buckets, tokens_per_batch, row_multiple):
+            rows = assemble(self._rendered, plan, pad_id)
+            row_weights_b = np.zeros(plan.rows, np.float32)
+            weights = [self.examples[member].weight / len(batch.members) for member in plan.members]
+            row_weights_b[: len(plan.members)] = weights
+            yield MicroBatch(rows, row_weights_b)
+
+    @cached_property
+    def _rendered(self) -> tuple[RenderedTrajectory, ...]:
+        return tuple(example.rendered for example in self.examples)
+
+    @cached_property
+    def _buckets(self) -> tuple[int, ...]:
+        return bucket_lengths(max(trajectory.num_inputs for trajectory in self._rendered))
+
+
+def plan_micro_batches(
+    lengths: Mapping[int, int], buckets: Sequence[int], tokens_per_batch: int, row_multiple: int
+) -> tuple[BatchPlan, ...]:
+    """Groups the members of one step by length into few shapes.
+
+    Unlike `pool.batching.plan_batches`, whose batches are cut from a whole pool, a step has few trajectories, and rows
+    that fill the budget would mostly be empty. Rows are `row_multiple` times a power of two: the largest within
+    the budget, or the smallest that holds what is left. A batch is filled up with shorter trajectories before rows
+    stay empty, so only the last one has empty rows.
+
+    Args:
+      lengths: member -> inputs.
+      buckets: ascending row lengths; the last holds the longest member.
+    """
+    remaining = sorted(lengths, key=lambda member: (-lengths[member], member))
+    plans = []
+    while remaining:
+        length = next(bucket for bucket in buckets if bucket >= lengths[remaining[0]])
+        rows_per_device = 1
+        while rows_per_device * row_multiple < len(remaining) and 2 * rows_per_device * length <= tokens_per_batch:
+            rows_per_device *= 2
+        rows = rows_per_device * row_multiple
+        plans.append(BatchPlan(length, rows, tuple(remaining[:rows])))
+        remaining = remaining[rows:]
+    return tuple(plans)
+
+
+def hash_of_examples(examples: Sequence[Example]) -> str:
+    """SHA-256 of ids, tokens and weights, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.name, example.weight)).encode())
+        for tokens in (example.rendered.prompt_tokens, example.rendered.target_tokens):
+            digest.update(len(tokens).to_bytes(8, "little") + np.asarray(tokens, "<i4").tobytes())
+    return digest.hexdigest()

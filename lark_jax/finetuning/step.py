@@ -1,0 +1,172 @@
+"""The two compiled functions of training: add one micro-batch's gradient, and apply an optimizer step.
+
+Parameters, Adam's moments and gradient sums are float32 and lie on the devices as `sharding.PARAMETER_SPECS` says,
+cut over `data` (FSDP). Rows are cut over `data` too. GSPMD gathers each layer where it is used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from lark_jax.finetuning.data import MicroBatch
+from lark_jax.finetuning.objective import weighted_cross_entropy
+from lark_jax.finetuning.optimizer import Parameters
+from lark_jax.sharding import parameter_sharding, replicated, rows
+from lark_jax.students.decoder import Decoder
+from lark_jax.students.parameters import flatten_parameters, parameter_shapes, replace_parameters
+
+
+class TrainState(NamedTuple):
+    """All that a restarted run needs, next to the number of completed steps."""
+
+    parameters: Parameters  # float32, dotted name -> array
+    optimizer_state: optax.OptState
+
+
+class StepSums(NamedTuple):
+    """Sums over the micro-batches of the current optimizer step."""
+
+    gradients: Parameters  # float32
+    loss: jax.Array  # float32 scalar
+
+
+class Rows(NamedTuple):
+    """A `MicroBatch` on the devices."""
+
+    tokens_bt: jax.Array
+    targets_bt: jax.Array
+    mask_bt: jax.Array
+    row_weights_b: jax.Array
+
+
+class Applied(NamedTuple):
+    """What one optimizer step leaves behind. Where `finite` is false, `state` is the old one."""
+
+    state: TrainState
+    sums: StepSums  # zeros, for the next step
+    grad_norm: jax.Array  # float32 scalar, before clipping
+    finite: jax.Array  # bool scalar: loss and gradient norm are finite
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Compiled functions for one student, optimizer and mesh. Both consume (donate) the buffers that they replace."""
+
+    accumulate: Callable[[Parameters, StepSums, Rows], tuple[StepSums, jax.Array]]  # second: mean loss of each row, [b]
+    apply: Callable[[TrainState, StepSums], Applied]
+
+
+def make_train_step(
+    student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, *, vocab_chunk: int
+) -> TrainStep:
+    """Compiles (lazily, once per shape of micro-batch) the training functions for `student` on `mesh`."""
+    graph, template = _split_abstract(student)
+    shardings = state_shardings(student, optimizer, mesh)
+    sums_shardings = StepSums(shardings.parameters, replicated(mesh))
+
+    def loss_of_rows(parameters: Parameters, token_weights_bt: jax.Array, batch: Rows) -> jax.Array:
+        model = nnx.merge(graph, replace_parameters(template, parameters))
+        hidden_btd = jax.lax.with_sharding_constraint(model(batch.tokens_bt), rows(mesh))
+        # Gathered once here, in the compute dtype; else once in every pass over a chunk of the vocabulary.
+        head_vd = jax.lax.with_sharding_constraint(model.head_weight().astype(hidden_btd.dtype), replicated(mesh))
+        return weighted_cross_entropy(
+            hidden_btd, head_vd, batch.targets_bt, token_weights_bt, vocab_chunk=vocab_chunk, mesh=mesh
+        )
+
+    def accumulate(parameters: Parameters, sums: StepSums, batch: Rows) -> tuple[StepSums, jax.Array]:
+        num_targets_b = jnp.maximum(batch.mask_bt.sum(axis=1), 1.0)
+        token_weights_bt = batch.mask_bt * (batch.row_weights_b / num_targets_b)[:, None]
+        # The loss is linear in the token weights: its derivative by them is the cross-entropy of every token.
+        loss, (gradients, cross_entropy_bt) = jax.value_and_grad(loss_of_rows, argnums=(0, 1))(
+            parameters, token_weights_bt, batch
+        )
+        sums = StepSums(jax.tree.map(jnp.add, sums.gradients, gradients), sums.loss + loss)
+        mean_loss_b = jnp.where(batch.mask_bt > 0, cross_entropy_bt, 0.0).sum(axis=1) / num_targets_b
+        return sums, mean_loss_b
+
+    def apply(state: TrainState, sums: StepSums) -> Applied:
+        grad_norm = optax.global_norm(sums.gradients)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss)
+        updates, optimizer_state = optimizer.update(sums.gradients, state.optimizer_state, state.parameters)
+        updated = TrainState(optax.apply_updates(state.parameters, updates), optimizer_state)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return Applied(state, jax.tree.map(jnp.zeros_like, sums), grad_norm, finite)
+
+    whole = replicated(mesh)
+    return TrainStep(
+        accumulate=jax.jit(accumulate, out_shardings=(sums_shardings, whole), donate_argnums=1),
+        apply=jax.jit(apply, out_shardings=Applied(shardings, sums_shardings, whole, whole), donate_argnums=(0, 1)),
+    )
+
+
+def state_shardings(student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The sharding of every array of the training state: moments lie as their parameters do, counters everywhere."""
+    shapes = abstract_parameters(student)
+    parameters = {name: parameter_sharding(name, value.shape, mesh) for name, value in shapes.items()}
+
+    def as_parameter(_: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+        return sharding
+
+    optimizer_state = optax.tree_map_params(
+        optimizer,
+        as_parameter,
+        jax.eval_shape(optimizer.init, shapes),
+        parameters,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return TrainState(parameters, optimizer_state)
+
+
+def abstract_state(student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the training state, without allocating it."""
+    parameters = abstract_parameters(student)
+    shapes = TrainState(parameters, jax.eval_shape(optimizer.init, parameters))
+    shardings = state_shardings(student, optimizer, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+
+def initial_state(student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """float32 copies of the student's parameters, and fresh moments. The student keeps its own buffers."""
+    shardings = state_shardings(student, optimizer, mesh)
+    parameters = {
+        name: jnp.array(jax.device_put(value, shardings.parameters[name]), jnp.float32, copy=True)
+        for name, value in flatten_parameters(nnx.state(student, nnx.Param)).items()
+    }
+    optimizer_state = jax.jit(optimizer.init, out_shardings=shardings.optimizer_state)(parameters)
+    return TrainState(parameters, optimizer_state)
+
+
+def zero_sums(parameters: Parameters, mesh: Mesh) -> StepSums:
+    shardings = {name: value.sharding for name, value in parameters.items()}
+    zeros = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=shardings)
+    return StepSums(zeros(parameters), jax.device_put(jnp.zeros((), jnp.float32), replicated(mesh)))
+
+
+def put_rows(micro_batch: MicroBatch, mesh: Mesh) -> Rows:
+    batch = micro_batch.rows
+    arrays = Rows(batch.tokens_bt, batch.targets_bt, batch.mask_bt, micro_batch.row_weights_b)
+    return jax.device_put(arrays, rows(mesh))
+
+
+def trained_student(student: Decoder, parameters: Parameters) -> Decoder:
+    """A decoder like `student` that holds `parameters`."""
+    graph, template = _split_abstract(student)
+    return nnx.merge(graph, replace_parameters(template, parameters))
+
+
+def abstract_parameters(student: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dotted name -> shape of every float32 master parameter."""
+    shapes = parameter_shapes(student.architecture)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def _split_abstract(student: Decoder) -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and parameter shapes; holds no buffer of `student` alive."""
+    graph, state = nnx.split(student)
+    return graph, jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), state)

@@ -1,0 +1,129 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import PAD_ID, random_examples, random_trajectory
+
+from lark_jax.errors import TrainingError
+from lark_jax.finetuning.data import TrainingSet, hash_of_examples, plan_micro_batches, weighted_examples
+from lark_jax.pool.batching import bucket_lengths
+
+
+@given(num_examples=st.integers(1, 60), batch_size=st.integers(1, 20), seed=st.integers(0, 2**40))
+def test_every_epoch_uses_every_example_once_and_ends_with_a_short_batch(
+    num_examples: int, batch_size: int, seed: int
+) -> None:
+    examples = random_examples(0, num_examples, 1)
+    data = TrainingSet(examples, batch_size, seed)
+    epochs = []
+    for epoch in range(2):
+        first = epoch * data.steps_per_epoch
+        batches = [data.batch(step) for step in range(first, first + data.steps_per_epoch)]
+        assert {batch.epoch for batch in batches} == {epoch}
+        assert all(len(batch.members) == batch_size for batch in batches[:-1])
+        assert len(batches[-1].members) == num_examples - batch_size * (data.steps_per_epoch - 1)
+        epochs.append([member for batch in batches for member in batch.members])
+        assert sorted(epochs[-1]) == list(range(num_examples))
+    assert num_examples < 10 or epochs[0] != epochs[1]
+
+
+def test_order_depends_on_seed_epoch_and_step_alone() -> None:
+    examples = random_examples(1, 20, 2)
+    data, same, other = TrainingSet(examples, 8, 5), TrainingSet(examples, 8, 5), TrainingSet(examples, 8, 6)
+    late_first = [same.batch(step) for step in (9, 3, 0)]
+    assert late_first == [data.batch(step) for step in (9, 3, 0)]
+    assert data.batch(0).members != other.batch(0).members
+
+
+def test_uniform_selection_weights_are_ordinary_sft() -> None:
+    rng = np.random.default_rng()
+    rendered = [random_trajectory(rng, problem, str(c)) for problem, n in (("a", 3), ("b", 1)) for c in range(n)]
+    examples = weighted_examples(rendered, [1 / 3, 1 / 3, 1 / 3, 1.0])
+    assert [example.weight for example in examples] == pytest.approx([1.0] * 4)
+
+
+def test_weights_are_scaled_by_the_number_selected_for_the_problem() -> None:
+    rng = np.random.default_rng()
+    rendered = [random_trajectory(rng, problem, candidate) for problem, candidate in ("a0", "b0", "a1")]
+    examples = weighted_examples(rendered, [0.9, 1.0, 0.1])
+    assert [example.weight for example in examples] == pytest.approx([1.8, 1.0, 0.2])
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=70),
+    tokens_per_batch=st.integers(1, 2000),
+    row_multiple=st.sampled_from([1, 2, 8]),
+)
+def test_plan_holds_every_member_once_within_the_budget(
+    lengths: list[int], tokens_per_batch: int, row_multiple: int
+) -> None:
+    by_member = {100 + index: length for index, length in enumerate(lengths)}
+    buckets = bucket_lengths(max(lengths))
+    plans = plan_micro_batches(by_member, buckets, tokens_per_batch, row_multiple)
+    assert sorted(member for plan in plans for member in plan.members) == sorted(by_member)
+    assert [plan.length for plan in plans] == sorted((plan.length for plan in plans), reverse=True)
+    for plan in plans:
+        rows_per_device = plan.rows // row_multiple
+        assert plan.rows == rows_per_device * row_multiple
+        assert rows_per_device & (rows_per_device - 1) == 0
+        assert rows_per_device == 1 or rows_per_device * plan.length <= tokens_per_batch
+        assert all(by_member[member] <= plan.length for member in plan.members)
+        assert plan.length in buckets
+    assert all(len(plan.members) == plan.rows for plan in plans[:-1])
+    assert plans[-1].rows < 2 * max(len(plans[-1].members), row_multiple)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 100, 10_000])
+def test_row_weights_are_divided_by_the_trajectories_of_the_step(tokens_per_batch: int) -> None:
+    examples = random_examples(3, 5, 2)
+    data = TrainingSet(examples, 4, 0)
+    last = data.batch(data.steps_per_epoch - 1)
+    assert len(last.members) == 2
+    found = {}
+    for micro in data.micro_batches(last, tokens_per_batch=tokens_per_batch, row_multiple=2, pad_id=PAD_ID):
+        for member, weight in zip(micro.rows.row_ids_b.tolist(), micro.row_weights_b.tolist(), strict=True):
+            if member == -1:
+                assert weight == 0.0
+            else:
+                found[member] = weight
+    assert found == {member: np.float32(examples[member].weight / 2) for member in last.members}
+
+
+def test_hash_sees_tokens_weights_names_and_order() -> None:
+    examples = random_examples(4, 3, 1)
+    first = examples[0]
+    reweighted = dataclasses.replace(first, weight=first.weight + 1e-12)
+    tokens = first.rendered.target_tokens.copy()
+    tokens[-1] += 1
+    retokenized = dataclasses.replace(first, rendered=dataclasses.replace(first.rendered, target_tokens=tokens))
+    renamed = dataclasses.replace(first, rendered=dataclasses.replace(first.rendered, candidate_id="other"))
+    variants = [examples[::-1], *((changed, *examples[1:]) for changed in (reweighted, retokenized, renamed))]
+    assert len({hash_of_examples(variant) for variant in [examples, *variants]}) == 5
+    assert hash_of_examples(random_examples(4, 3, 1)) == hash_of_examples(examples)
+
+
+def test_empty_training_set_is_refused() -> None:
+    with pytest.raises(TrainingError, match="training set is empty"):
+        weighted_examples([], [])
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.5])
+def test_bad_weight_is_refused_by_name(weight: float) -> None:
+    rendered = [random_trajectory(np.random.default_rng(), "p7", candidate) for candidate in ("good", "bad")]
+    with pytest.raises(TrainingError, match=r"p7/bad: weight"):
+        weighted_examples(rendered, [1.0, weight])
+
+
+def test_weights_that_are_all_zero_are_refused() -> None:
+    rendered = [random_trajectory(np.random.default_rng(), "p7", "a")]
+    with pytest.raises(TrainingError, match="every training weight is 0"):
+        weighted_examples(rendered, [0.0])
+
+
+def test_trajectory_without_target_is_refused_by_name() -> None:
+    trajectory = random_trajectory(np.random.default_rng(), "p1", "c1")
+    empty = dataclasses.replace(trajectory, target_tokens=trajectory.target_tokens[:0])
+    with pytest.raises(TrainingError, match="p1/c1: no target tokens"):
+        weighted_examples([empty], [1.0])
