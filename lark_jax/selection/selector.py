@@ -1,6 +1,7 @@
 """From the score table to weighted choices."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
@@ -55,17 +56,18 @@ class Selection:
 def select_trajectories(scores: Sequence[CandidateScore], method: Method, budget: int, seed: int) -> Selection:
     """Chooses and weights the top `budget` candidates of each problem.
 
-    Computed in float64: margins between close scores keep their digits, and the float32 statistics of the score table
-    decide alone. Candidates that are not valid (see `candidates.is_valid`), or to which the method gives no finite
-    score, never enter a sum nor win. A problem left without candidates gets no choice and is listed in the counts.
+    Computed in float64 on the host: margins between close scores keep their digits, and the same table gives the same
+    selection beside any accelerator. Candidates that are not valid (see `candidates.is_valid`), or to which the method
+    gives no finite score, never enter a sum nor win. A problem left without candidates gets no choice and is listed in
+    the counts.
 
     Raises:
-      SelectionError: no candidate of the table can be selected.
+      SelectionError: no candidate of the table can be selected, or JAX may not use the CPU.
     """
     candidates = group_by_problem(scores)
     if not candidates.valid.any():
         raise SelectionError(_nothing_to_select(scores))
-    with jax.enable_x64(True):
+    with _float64_on_host():
         values = method.score(candidates, seed)
         valid = jnp.asarray(candidates.valid) & jnp.isfinite(values)
         weights, tau = method.weighting(values, valid, budget)
@@ -84,7 +86,7 @@ def select_trajectories(scores: Sequence[CandidateScore], method: Method, budget
 def method_scores(scores: Sequence[CandidateScore], method: Method, seed: int) -> tuple[float, ...]:
     """The method's score of every row of the table, in table order, NaN where a candidate is not valid (Figure 9)."""
     candidates = group_by_problem(scores)
-    with jax.enable_x64(True):
+    with _float64_on_host():
         values = np.asarray(method.score(candidates, seed))
     by_candidate = {
         (score.problem_id, score.candidate_id): float(value)
@@ -94,6 +96,18 @@ def method_scores(scores: Sequence[CandidateScore], method: Method, seed: int) -
     return tuple(
         by_candidate[score.problem_id, score.candidate_id] if is_valid(score) else float("nan") for score in scores
     )
+
+
+@contextmanager
+def _float64_on_host() -> Iterator[None]:
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise SelectionError(
+            "selection runs on the CPU, which JAX_PLATFORMS leaves out; append ',cpu' to it"
+        ) from error
+    with jax.enable_x64(True), jax.default_device(host):
+        yield
 
 
 def _by_rank(chosen_nk: np.ndarray, ranks_nk: np.ndarray) -> list[tuple[int, int, int]]:

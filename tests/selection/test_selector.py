@@ -1,6 +1,8 @@
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -179,3 +181,17 @@ def test_a_method_without_a_finite_score_is_refused_by_name():
     lost = Method("lost", lambda candidates, seed: random_order(candidates, seed) * math.nan, uniform_top_b)
     with pytest.raises(SelectionError, match="method 'lost' gives a finite score to none of the 1 candidates"):
         select_trajectories([_score("p", "c", 1.0, 0.5)], lost, 1, seed=0)
+
+
+def test_a_process_that_may_not_use_the_cpu_is_told_how_to_allow_it(monkeypatch):
+    def unknown_backend(**_):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", unknown_backend)
+    with pytest.raises(SelectionError, match="which JAX_PLATFORMS leaves out; append ',cpu'"):
+        select_trajectories([_score("p", "c", 1.0, 0.5)], METHODS["lark"], 1, seed=0)
+
+
+def test_selection_leaves_the_default_precision_of_the_process_as_it_was():
+    select_trajectories([_score("p", "c", 1.0, 0.5)], METHODS["lark"], 1, seed=0)
+    assert jnp.asarray(1.0).dtype == jnp.float32
