@@ -1,0 +1,235 @@
+"""The chunked loss and its hand-written gradient against autodiff of the dense loss."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lark_jax.finetuning import objective
+from lark_jax.finetuning.objective import chunked_cross_entropy, weighted_cross_entropy
+
+MEBIBYTE = 2**20
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Loss = Callable[..., jax.Array]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = np.random.SeedSequence().entropy
+    print(f"seed: {seed}")  # shown when the test fails
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of tokens at test size, of which the last mostly reaches back into the one before."""
+    monkeypatch.setattr(objective, "MAX_BLOCK_LOGITS", 60)
+
+
+def operands(
+    rng: np.random.Generator, *, tokens: tuple[int, ...] = (3, 5), vocab_size: int = 37, dim: int = 16
+) -> Operands:
+    """Hidden states, head, targets and non-unit token weights, some of them zero or negative."""
+    hidden = jnp.asarray(rng.normal(size=(*tokens, dim)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(vocab_size, dim)) * 0.7, jnp.float32)
+    weights = rng.normal(size=tokens) * rng.integers(0, 2, tokens)
+    targets = rng.integers(0, vocab_size, tokens)
+    return hidden, head, jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32)
+
+
+def dense_cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    logits = jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), head.astype(jnp.float32), precision="highest")
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+
+
+def dense_loss(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.sum(weights * dense_cross_entropy(hidden, head, targets))
+
+
+def loss_and_gradients(loss: Loss, arrays: Operands) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3)))(*arrays)
+
+
+def assert_all_close(ours: object, expected: object, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), ours, expected)
+
+
+@pytest.mark.parametrize("vocab_chunk", [1, 8, 36, 37, 4096])
+@pytest.mark.usefixtures("short_blocks")
+def test_loss_and_all_gradients_equal_autodiff_of_the_dense_loss(rng: np.random.Generator, vocab_chunk: int) -> None:
+    arrays = operands(rng)
+    ours = loss_and_gradients(functools.partial(weighted_cross_entropy, vocab_chunk=vocab_chunk), arrays)
+    assert_all_close(ours, loss_and_gradients(dense_loss, arrays))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 65_528.0])
+@pytest.mark.parametrize("tokens", [(), (7,), (2, 3), (2, 1, 3)])
+def test_per_token_losses_take_random_cotangents(
+    rng: np.random.Generator, tokens: tuple[int, ...], scale: float
+) -> None:
+    hidden, head, targets, _ = operands(rng, tokens=tokens)
+    cotangent = jnp.asarray(rng.normal(size=tokens) * scale, jnp.float32)
+    chunked = functools.partial(chunked_cross_entropy, vocab_chunk=10)
+    ours, pull_ours = jax.vjp(lambda h, w: chunked(h, w, targets), hidden, head)
+    dense, pull_dense = jax.vjp(lambda h, w: dense_cross_entropy(h, w, targets), hidden, head)
+    assert ours.shape == tokens
+    assert_all_close((ours, pull_ours(cotangent)), (dense, pull_dense(cotangent)), atol=1e-6 * max(scale, 1))
+
+
+def test_chunk_size_does_not_matter(rng: np.random.Generator) -> None:
+    arrays = operands(rng)
+    whole = loss_and_gradients(functools.partial(weighted_cross_entropy, vocab_chunk=37), arrays)
+    parts = loss_and_gradients(functools.partial(weighted_cross_entropy, vocab_chunk=12), arrays)
+    assert_all_close(parts, whole, rtol=2e-6, atol=2e-6)
+
+
+def test_loss_is_linear_in_the_weights(rng: np.random.Generator) -> None:
+    """Doubling a weight doubles that token's part of loss and gradient: nothing is divided by the weights."""
+    hidden, head, targets, weights = operands(rng, tokens=(6,))
+    loss = functools.partial(weighted_cross_entropy, vocab_chunk=10)
+    only_third = jnp.zeros(6).at[2].set(weights[2] + 1)
+    parts = [loss_and_gradients(loss, (hidden, head, targets, w))[1][:2] for w in (weights, only_third)]
+    together = loss_and_gradients(loss, (hidden, head, targets, weights + 2 * only_third))[1][:2]
+    assert_all_close(together, jax.tree.map(lambda first, second: first + 2 * second, *parts))
+
+
+def test_confident_tokens_keep_their_digits(rng: np.random.Generator) -> None:
+    """p_y about 1 - 1e-9: fp32 log_softmax returns exactly zero here, loss and gradient do not vanish."""
+    shift = float(rng.integers(-8, 8))
+    logits = shift + jnp.zeros((50,)).at[7].set(25.0)
+    hidden, head = jnp.ones((1, 1)), logits[:, None]
+    targets, weights = jnp.asarray([7]), jnp.ones(1)
+    loss, (d_hidden, d_head, _) = loss_and_gradients(
+        functools.partial(weighted_cross_entropy, vocab_chunk=16), (hidden, head, targets, weights)
+    )
+    expected = np.log1p(49 * np.exp(-25.0))
+    assert dense_loss(hidden, head, targets, weights) == 0
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(d_head[7, 0], np.expm1(-expected), rtol=1e-6)
+    np.testing.assert_allclose(d_hidden[0, 0], 25 * np.expm1(-expected), rtol=1e-5)  # 49 others at `shift`
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_bfloat16_operands_give_bfloat16_gradients_near_the_exact_ones(rng: np.random.Generator) -> None:
+    """Only dlogits and the results are rounded to bf16 (2^-8); sums over tokens and vocabulary are fp32."""
+    hidden, head, targets, weights = operands(rng, tokens=(4, 50), vocab_size=500, dim=32)
+    low = (hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), targets, weights)
+    loss, gradients = loss_and_gradients(functools.partial(weighted_cross_entropy, vocab_chunk=64), low)
+    exact = tuple(array.astype(jnp.float32) for array in low[:2])
+    expected_loss, expected = loss_and_gradients(dense_loss, (*exact, targets, weights))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    for ours, reference in zip(gradients, expected, strict=True):
+        error = np.linalg.norm(np.asarray(ours, np.float32) - reference) / np.linalg.norm(reference)
+        assert error < 2**-8
+
+
+@pytest.mark.parametrize("target", [-100, 37])
+def test_a_token_of_weight_zero_cannot_spoil_anything(rng: np.random.Generator, target: int) -> None:
+    """A target outside the vocabulary has loss NaN; with weight zero, loss and gradients are as if it were absent."""
+    hidden, head, targets, weights = operands(rng, tokens=(6,))
+    weights = jnp.where(weights == 0, 1.0, weights).at[3].set(0.0)
+    loss = functools.partial(weighted_cross_entropy, vocab_chunk=10)
+    ours, (d_hidden, d_head, _) = loss_and_gradients(loss, (hidden, head, targets.at[3].set(target), weights))
+    expected, (expected_hidden, expected_head, _) = loss_and_gradients(loss, (hidden, head, targets, weights))
+    assert_all_close((ours, d_hidden, d_head), (expected, expected_hidden, expected_head))
+    assert np.isnan(loss(hidden, head, targets.at[3].set(target), weights.at[3].set(1e-3)))
+
+
+def _mesh(data: int, tensor: int) -> Mesh:
+    return jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("over_mesh", [False, True])
+@pytest.mark.parametrize("head_spec", [PartitionSpec(), PartitionSpec(None, "data"), PartitionSpec("tensor", "data")])
+@pytest.mark.usefixtures("short_blocks")
+def test_sharded_rows_and_head_give_the_same_loss_and_gradients(
+    rng: np.random.Generator, head_spec: PartitionSpec, over_mesh: bool
+) -> None:
+    """Left to GSPMD, and with the reduction written out over the mesh."""
+    mesh = _mesh(4, 2)
+    arrays = operands(rng, tokens=(8, 5), vocab_size=42)
+    specs = (PartitionSpec("data"), head_spec, PartitionSpec("data"), PartitionSpec("data"))
+    sharded = tuple(jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True))
+    loss = functools.partial(weighted_cross_entropy, vocab_chunk=10, mesh=mesh if over_mesh else None)
+    assert_all_close(loss_and_gradients(loss, sharded), loss_and_gradients(dense_loss, arrays))
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_over_a_mesh_the_gradient_of_the_head_is_reduced_once() -> None:
+    """No collective inside a loop: as many as there are results, whatever the number of blocks and chunks."""
+    mesh = _mesh(8, 1)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
+    head = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    loss = functools.partial(weighted_cross_entropy, vocab_chunk=10, mesh=mesh)
+    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(
+        shape((8, 6, 16), jnp.float32), head, shape((8, 6), jnp.int32), shape((8, 6), jnp.float32)
+    )
+    entry = lowered.compile().as_text().split("\nENTRY")
+    assert 1 <= entry[1].count(" all-reduce(") <= 2
+    assert not any(collective in entry[0] for collective in (" all-reduce(", " all-gather(", " all-to-all("))
+
+
+def _compiled(tokens: tuple[int, ...], vocab_size: int, dim: int, dtype: jnp.dtype, chunk: int) -> jax.stages.Compiled:
+    shape = jax.ShapeDtypeStruct
+    loss = functools.partial(weighted_cross_entropy, vocab_chunk=chunk)
+    return (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        .lower(
+            shape((*tokens, dim), dtype),
+            shape((vocab_size, dim), dtype),
+            shape(tokens, jnp.int32),
+            shape(tokens, jnp.float32),
+        )
+        .compile()
+    )
+
+
+@pytest.mark.parametrize("tokens", [(32_768,), (4, 8192), (1024, 32)])
+def test_memory_of_a_7b_student_is_bounded(tokens: tuple[int, ...]) -> None:
+    """Next to the results: the fp32 sum of d_hidden (448 MiB) and less than 512 MiB. Dense logits take 18.6 GiB."""
+    compiled = _compiled(tokens, 152_064, 3584, jnp.bfloat16, 4096)
+    d_hidden_sum = 4 * 32_768 * 3584
+    assert compiled.memory_analysis().temp_size_in_bytes < d_hidden_sum + 512 * MEBIBYTE
+
+
+def test_no_buffer_holds_tokens_times_vocabulary() -> None:
+    """Checked on the jaxpr, so on every backend: no value has tokens x vocab_size elements or more."""
+    num_tokens, vocab_size, dim, chunk = 6000, 20_001, 8, 2000
+    shape = jax.ShapeDtypeStruct
+    jaxpr = jax.make_jaxpr(jax.grad(functools.partial(weighted_cross_entropy, vocab_chunk=chunk), argnums=(0, 1, 3)))(
+        shape((num_tokens, dim), jnp.bfloat16),
+        shape((vocab_size, dim), jnp.bfloat16),
+        shape((num_tokens,), jnp.int32),
+        shape((num_tokens,), jnp.float32),
+    )
+    sizes = [variable.aval.size for equation in _equations(jaxpr.jaxpr) for variable in equation.outvars]
+    assert num_tokens * chunk <= max(sizes) < num_tokens * vocab_size
+    assert "scatter" not in str(jaxpr)
+
+
+def _equations(jaxpr: jax.extend.core.Jaxpr) -> list[jax.extend.core.JaxprEqn]:
+    found = []
+    for equation in jaxpr.eqns:
+        found.append(equation)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                found.extend(_equations(inner.jaxpr))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("targets", "weights", "vocab_chunk", "message"),
+    [((4,), (3,), 8, "targets"), ((3,), (4,), 8, "token_weights"), ((3,), (3,), 0, "vocab_chunk")],
+)
+def test_operands_that_do_not_fit_are_refused(
+    targets: tuple[int, ...], weights: tuple[int, ...], vocab_chunk: int, message: str
+) -> None:
+    arrays = (jnp.zeros((3, 4)), jnp.zeros((9, 4)), jnp.zeros(targets, jnp.int32), jnp.zeros(weights))
+    with pytest.raises(ValueError, match=message):
+        weighted_cross_entropy(*arrays, vocab_chunk=vocab_chunk)
