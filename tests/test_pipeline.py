@@ -130,7 +130,7 @@ def test_inputs_are_read_after_earlier_tasks_have_run(tmp_path: Path) -> None:
 
 
 def test_a_missing_stage_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="add 'score' to config.stages"):
+    with pytest.raises(PipelineError, match=r"add 'score' to config\.stages"):
         require_manifest(tmp_path / "score", "score")
 
 

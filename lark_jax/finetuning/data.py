@@ -5,7 +5,6 @@ goes on with exactly the batches that it would have seen.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,15 +50,15 @@ def weighted_examples(
 ) -> tuple[Example, ...]:
     """Training examples from selected trajectories and their selection weights q.
 
-    w_i = q_i * B_p, where B_p is the number of trajectories given for the problem of i. The q of a problem sum to 1,
-    so the w of a problem have mean 1, and uniform q (1 / B_p) is ordinary SFT: every w_i is 1.
+    w_i = q_i * (trajectories / problems): one constant for the whole training set, so that every problem carries the
+    same total weight, as in Eq. 1, and uniform q = 1 / B is ordinary SFT, where every w_i is 1.
 
     Raises:
       TrainingError: there is nothing to train on, a weight is negative or not finite, or a trajectory has no target.
     """
-    selected_per_problem = Counter(trajectory.problem_id for trajectory in rendered)
+    trajectories_per_problem = len(rendered) / max(1, len({trajectory.problem_id for trajectory in rendered}))
     examples = tuple(
-        Example(trajectory, float(weight) * selected_per_problem[trajectory.problem_id])
+        Example(trajectory, float(weight) * trajectories_per_problem)
         for trajectory, weight in zip(rendered, selection_weights, strict=True)
     )
     check_examples(examples)

@@ -1,6 +1,7 @@
 """One forward pass per trajectory: a `jit` + `shard_map` step over length-bucketed rows, resumable part by part."""
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -133,16 +134,15 @@ def _score_part(
     pool: Pool,
     scorable: Sequence[int],
     pad_id: int,
-) -> list[CandidateScore]:
+) -> tuple[CandidateScore, ...]:
     """Scores in the order of the part's members."""
     by_member: dict[int, CandidateScore] = {}
     for batch, means in _pipelined(step, (assemble(trajectories, plan, pad_id) for plan in part)):
         for row, member in enumerate(batch.row_ids_b):
             if member >= 0:
                 trajectory = pool.trajectories[scorable[member]]
-                values = {name: float(column[row]) for name, column in means._asdict().items()}
-                by_member[int(member)] = _scored(trajectory, trajectories[member], values)
-    return [by_member[member] for plan in part for member in plan.members]
+                by_member[int(member)] = _scored(trajectory, trajectories[member], means, row)
+    return tuple(by_member[member] for plan in part for member in plan.members)
 
 
 def _pipelined(step: ScoreStep, batches: Iterator[TokenRows]) -> Iterator[tuple[TokenRows, TrajectoryMeans]]:
@@ -160,8 +160,9 @@ def _fetched(batch: TokenRows, means: TrajectoryMeans) -> tuple[TokenRows, Traje
     return batch, jax.tree.map(np.asarray, means)
 
 
-def _scored(trajectory: Trajectory, rendered: RenderedTrajectory, values: dict[str, float]) -> CandidateScore:
-    finite = np.isfinite(values["loss"]) and np.isfinite(values["brier"])
+def _scored(trajectory: Trajectory, rendered: RenderedTrajectory, means: TrajectoryMeans, row: int) -> CandidateScore:
+    loss, brier = float(means.loss[row]), float(means.brier[row])
+    finite = math.isfinite(loss) and math.isfinite(brier)
     return CandidateScore(
         problem_id=trajectory.problem_id,
         candidate_id=trajectory.candidate_id,
@@ -169,7 +170,11 @@ def _scored(trajectory: Trajectory, rendered: RenderedTrajectory, values: dict[s
         num_prompt_tokens=len(rendered.prompt_tokens),
         num_target_tokens=len(rendered.target_tokens),
         truncated=rendered.truncated,
-        **values,
+        loss=loss,
+        brier=brier,
+        mean_clipped_rank=float(means.mean_clipped_rank[row]),
+        target_prob=float(means.target_prob[row]),
+        wrong_concentration=float(means.wrong_concentration[row]),
         status="ok" if finite else "skipped",
         reason="" if finite else "non-finite loss",
     )

@@ -28,7 +28,7 @@ from lark_jax.report.content import (
 from lark_jax.scoring import CandidateScore, read_scores
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
 from lark_jax.stages.evaluate import engine_of
-from lark_jax.stages.layout import BASE, Layout, Run
+from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.score import SCORES
 
 TABLE = "table.txt"
