@@ -10,10 +10,13 @@ from lark_jax.students.architecture import Architecture, RopeScaling
 
 
 def inverse_frequencies(architecture: Architecture) -> np.ndarray:
-    """fp32 [head_dim / 2]: radians per position of each rotated pair, after scaling (HF `modeling_rope_utils`)."""
-    exponents = np.arange(0, architecture.head_dim, 2, dtype=np.float64) / architecture.head_dim
-    frequencies = architecture.rope_theta**-exponents
-    return _scaled(frequencies, architecture.rope_scaling).astype(np.float32)
+    """fp32 [head_dim / 2]: radians per position of each rotated pair, after scaling (HF `modeling_rope_utils`).
+
+    Rounded to fp32 where HF rounds: one unit in the last place of a frequency is an angle of up to 4e-3 at position 32,768.
+    """
+    exponents = np.arange(0, architecture.head_dim, 2, dtype=np.float32) / np.float32(architecture.head_dim)
+    periods = (architecture.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
+    return _scaled(np.float32(1) / periods, architecture.rope_scaling)
 
 
 def rotation_tables(architecture: Architecture, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
