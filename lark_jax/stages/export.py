@@ -5,9 +5,9 @@ from typing import Any
 
 from lark_jax.config import Experiment
 from lark_jax.pipeline import Outcome, Task, require_manifest
-from lark_jax.pool.chat import load_chat_format
 from lark_jax.stages.finetune import finetuned, training_examples
 from lark_jax.stages.layout import STUDENT, Layout, Run
+from lark_jax.stages.student import open_chat
 from lark_jax.students import export_student, local_folder
 
 
@@ -21,7 +21,7 @@ def _export_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
 
     def export(directory: Path) -> Outcome:
         source = local_folder(experiment.student.path)
-        chat = load_chat_format(source, experiment.student.chat_template)
+        chat = open_chat(experiment)
         examples = training_examples(experiment, chat, layout.selection(run))
         result = finetuned(experiment, chat, examples, layout.finetune(run), what=run.name)
         export_student(result.student, source, directory / STUDENT, end_of_turn_id=chat.end_of_turn_id)

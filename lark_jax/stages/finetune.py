@@ -8,13 +8,12 @@ from lark_jax.config import Experiment
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning import Example, FinetuneResult, finetune, weighted_examples
 from lark_jax.pipeline import Outcome, Task, require_manifest
-from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.selection import TRAIN_JSONL, read_training_set
 from lark_jax.sharding import make_mesh
 from lark_jax.stages.layout import Layout, Run
-from lark_jax.stages.score import student_inputs
-from lark_jax.students import load_student, local_folder
+from lark_jax.stages.student import open_chat, open_student, student_inputs
 
 
 def finetune_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -32,7 +31,7 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         }
 
     def train(directory: Path) -> Outcome:
-        chat = load_chat_format(local_folder(experiment.student.path), experiment.student.chat_template)
+        chat = open_chat(experiment)
         examples = training_examples(experiment, chat, layout.selection(run))
         result = finetuned(experiment, chat, examples, directory, what=run.name)
         counts = {
@@ -66,9 +65,8 @@ def finetuned(
 ) -> FinetuneResult:
     """Trains in `directory`, or continues there; returns at once what a finished run left there."""
     mesh = make_mesh(experiment.mesh)
-    student, _ = load_student(local_folder(experiment.student.path), mesh=mesh, dtype="float32")
     return finetune(
-        student,
+        open_student(experiment, mesh, "float32"),
         examples,
         experiment.finetune,
         seed=experiment.seed,

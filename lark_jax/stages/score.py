@@ -10,11 +10,10 @@ from lark_jax.config import Experiment
 from lark_jax.errors import PoolError
 from lark_jax.pipeline import Outcome, Task
 from lark_jax.pool import Pool, read_pool
-from lark_jax.pool.chat import load_chat_format
 from lark_jax.scoring import CandidateScore, ScoreOptions, score_pool, write_scores
 from lark_jax.sharding import make_mesh
 from lark_jax.stages.layout import Layout
-from lark_jax.students import load_student, local_folder
+from lark_jax.stages.student import open_chat, open_student, student_inputs
 
 SCORES = "scores.parquet"
 
@@ -30,10 +29,9 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
 
     def run(directory: Path) -> Outcome:
         pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
-        student_folder = local_folder(experiment.student.path)
-        chat = load_chat_format(student_folder, experiment.student.chat_template)
+        chat = open_chat(experiment)
         mesh = make_mesh(experiment.mesh)
-        student, _ = load_student(student_folder, mesh=mesh, dtype=experiment.score.dtype)
+        student = open_student(experiment, mesh, experiment.score.dtype)
         options = ScoreOptions(
             max_length=experiment.student.max_length,
             tokens_per_batch=experiment.score.tokens_per_batch,
@@ -49,22 +47,13 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
     return [Task("score", layout.score, inputs, run)]
 
 
-def student_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
-    """What every stage that turns messages into tokens and runs the student depends on."""
-    template = experiment.student.chat_template
-    return {
-        "student": layout.hashes.of(local_folder(experiment.student.path)),
-        "chat_template": None if template is None else layout.hashes.of(template),
-        "max_length": experiment.student.max_length,
-    }
-
-
 def refuse_if_nothing_scored(scores: tuple[CandidateScore, ...]) -> None:
     """Raises PoolError when every trajectory was skipped: going on would train on nothing."""
-    reasons = Counter(score.reason for score in scores if score.status != "ok")
-    if reasons.total() == len(scores):
-        reason, count = reasons.most_common(1)[0]
-        raise PoolError(f"none of {len(scores)} trajectories could be scored; {count} of them: {reason}")
+    skipped = [score for score in scores if score.status != "ok"]
+    if len(skipped) == len(scores):
+        kinds = Counter(score.reason.partition(":")[0] for score in skipped)
+        listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+        raise PoolError(f"none of {len(scores)} trajectories could be scored: {listed}; first: {skipped[0].reason}")
 
 
 def outcome_of(pool: Pool, scores: tuple[CandidateScore, ...]) -> Outcome:

@@ -39,16 +39,16 @@ def test_order_depends_on_seed_epoch_and_step_alone() -> None:
 
 def test_uniform_selection_weights_are_ordinary_sft() -> None:
     rng = np.random.default_rng()
-    rendered = [random_trajectory(rng, problem, str(c)) for problem, n in (("a", 3), ("b", 1)) for c in range(n)]
-    examples = weighted_examples(rendered, [1 / 3, 1 / 3, 1 / 3, 1.0])
-    assert [example.weight for example in examples] == pytest.approx([1.0] * 4)
+    rendered = [random_trajectory(rng, problem, str(candidate)) for problem in "ab" for candidate in range(3)]
+    examples = weighted_examples(rendered, [1 / 3] * 6)
+    assert [example.weight for example in examples] == pytest.approx([1.0] * 6)
 
 
-def test_weights_are_scaled_by_the_number_selected_for_the_problem() -> None:
+def test_every_problem_carries_the_same_total_weight_however_many_trajectories_it_has() -> None:
     rng = np.random.default_rng()
-    rendered = [random_trajectory(rng, problem, candidate) for problem, candidate in ("a0", "b0", "a1")]
-    examples = weighted_examples(rendered, [0.9, 1.0, 0.1])
-    assert [example.weight for example in examples] == pytest.approx([1.8, 1.0, 0.2])
+    rendered = [random_trajectory(rng, *ids) for ids in (("a", "0"), ("b", "0"), ("a", "1"), ("a", "2"))]
+    examples = weighted_examples(rendered, [0.7, 1.0, 0.2, 0.1])
+    assert [example.weight for example in examples] == pytest.approx([1.4, 2.0, 0.4, 0.2])
 
 
 @given(

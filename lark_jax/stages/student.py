@@ -1,0 +1,42 @@
+"""The student of an experiment, as every stage that runs it opens it."""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lark_jax.config import Experiment
+from lark_jax.errors import CheckpointError
+from lark_jax.pool.chat import ChatFormat, load_chat_format
+from lark_jax.stages.layout import Layout
+from lark_jax.students import Decoder, load_student, local_folder, read_architecture
+
+
+def student_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
+    """What every stage that turns messages into tokens and runs the student depends on."""
+    template = experiment.student.chat_template
+    return {
+        "student": layout.hashes.of(local_folder(experiment.student.path)),
+        "chat_template": None if template is None else layout.hashes.of(template),
+        "max_length": experiment.student.max_length,
+    }
+
+
+def open_chat(experiment: Experiment) -> ChatFormat:
+    """The chat format of the student.
+
+    Raises:
+      CheckpointError: the tokenizer has ids for which the student has no embedding.
+    """
+    folder = local_folder(experiment.student.path)
+    chat, architecture = load_chat_format(folder, experiment.student.chat_template), read_architecture(folder)
+    if chat.vocab_size > architecture.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has token ids up to {chat.vocab_size - 1}, but config.json says "
+            f"vocab_size={architecture.vocab_size}; take the tokenizer that belongs to the student"
+        )
+    return chat
+
+
+def open_student(experiment: Experiment, mesh: Mesh, dtype: str) -> Decoder:
+    student, _ = load_student(local_folder(experiment.student.path), mesh=mesh, dtype=dtype)
+    return student
