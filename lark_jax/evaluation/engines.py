@@ -1,0 +1,225 @@
+"""The parent's side of generation: builds a request, picks the engine, runs the worker, reads what it wrote.
+
+An engine is a module of `worker/`; the worker runs in `evaluate.python` (or this interpreter), so that it may live in
+another virtualenv and never shares a device allocation with JAX. JAX must not hold the accelerator meanwhile.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lark_jax.config import EvaluateConfig
+from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.worker.worker_request import SEED_MODULUS, Prompt, Request, Sample, write_request
+from lark_jax.files import read_json, sha256_of_json
+
+WORKER = Path(__file__).with_name("worker") / "main.py"
+HEALTH_CHECK_TIMEOUT_S = 1_800.0  # a large checkpoint on a slow disk
+LAST_LINES = 8  # of the worker's stderr in an error message
+_MARK = "[worker] "
+_ERROR = _MARK + "error: "
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    engine: str  # "vllm" or "transformers"
+    reason: str  # why this one
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All samples of one problem under one decoding seed."""
+
+    benchmark: str
+    problem_id: str
+    seed: int
+    samples: tuple[Sample, ...]
+
+
+def build_request(
+    model_dir: str | Path,
+    model_fingerprint: str,
+    prompts: Sequence[Prompt],
+    end_of_turn_id: int,
+    pad_id: int,
+    config: EvaluateConfig,
+    engine: str,
+    output: str | Path,
+) -> Request:
+    """One request for all benchmarks and decoding seeds of a student.
+
+    Raises:
+      EvaluationError: the model's config.json cannot be read, a prompt leaves no room for an answer, or two decoding
+        seeds would draw the same numbers.
+    """
+    model_config = _read_model_json(Path(model_dir) / "config.json")
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    limit = model_config.get("max_position_embeddings") or longest + config.max_tokens
+    for prompt in prompts:
+        if len(prompt.tokens) >= limit:
+            raise EvaluationError(
+                f"benchmark {prompt.benchmark}, problem {prompt.problem_id}: the prompt has {len(prompt.tokens)} "
+                f"tokens and the model at {model_dir} takes {limit}; remove the problem or take another student"
+            )
+    if config.temperature == 0 and config.samples > 1:
+        raise EvaluationError(
+            f"config.evaluate.samples: expected 1 with temperature 0 (all samples would be equal), got {config.samples}"
+        )
+    request = Request(
+        fingerprint="",
+        engine=engine,
+        model=str(Path(model_dir).resolve()),
+        output=str(Path(output).resolve()),
+        dtype=model_config.get("dtype") or model_config.get("torch_dtype") or "auto",
+        tensor_parallel=config.tensor_parallel,
+        max_model_len=min(limit, longest + config.max_tokens),
+        max_tokens=config.max_tokens,
+        stop_ids=_stop_ids(Path(model_dir), model_config, end_of_turn_id),
+        pad_id=pad_id,
+        samples=config.samples,
+        seeds=config.seeds,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty,
+        prompts=tuple(prompts),
+    )
+    _require_separate_seeds(request)
+    return dataclasses.replace(request, fingerprint=_fingerprint(request, model_fingerprint))
+
+
+def choose_engine(config: EvaluateConfig, request: Request, folder: str | Path) -> EngineChoice:
+    """The engine that `evaluate.engine` names; for "auto" vLLM where it really generates with the request's model.
+
+    Importing vLLM proves nothing (broken installations import), so the health check starts it and asks for tokens.
+    Prints the choice and the reason. Logs go to `folder`/health_check.log.
+    """
+    if config.engine != "auto":
+        return EngineChoice(config.engine, "evaluate.engine asks for it")
+    probe = dataclasses.replace(request, engine="vllm")
+    try:
+        _run_worker(config.python, probe, Path(folder) / "health_check", ("--health-check",), HEALTH_CHECK_TIMEOUT_S)
+        choice = EngineChoice("vllm", f"its health check generated with {request.model}")
+    except WorkerFailure as failure:
+        choice = EngineChoice("transformers", f"vLLM does not generate here: {failure.last_line}")
+    print(f"evaluation engine: {choice.engine} ({choice.reason})", file=sys.stderr, flush=True)
+    return choice
+
+
+def run_generation(request: Request, python: str | None, folder: str | Path) -> None:
+    """Runs the worker until `request.output` is complete, resuming what is there. Log: `folder`/worker.log.
+
+    Raises:
+      EvaluationError: the worker failed; carries its last lines and the path of its log.
+    """
+    _run_worker(python, request, Path(folder) / "worker", (), None)
+
+
+def read_generations(output: str | Path) -> Iterator[Generation]:
+    """The worker's finished output, in request order."""
+    with Path(output).open(encoding="utf-8") as stream:
+        next(stream)  # header
+        for line in stream:
+            record = json.loads(line)
+            samples = tuple(Sample(**sample) for sample in record.pop("samples"))
+            yield Generation(**record, samples=samples)
+
+
+class WorkerFailure(EvaluationError):
+    """The worker ended with an error."""
+
+    def __init__(self, message: str, last_line: str) -> None:
+        super().__init__(message)
+        self.last_line = last_line
+
+
+def _run_worker(
+    python: str | None, request: Request, stem: Path, flags: Sequence[str], timeout_s: float | None
+) -> None:
+    """Runs the worker on `request`; writes STEM.request.json and STEM.log, shows its progress lines."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    request_path, log_path = stem.with_suffix(".request.json"), stem.with_suffix(".log")
+    write_request(request_path, request)
+    command = [python or sys.executable, str(WORKER), str(request_path), f"--parent={os.getpid()}", *flags]
+    try:
+        worker = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace",
+        )  # fmt: skip
+    except OSError as error:
+        raise EvaluationError(f"config.evaluate.python: {command[0]} cannot be started ({error})") from error
+    timer = threading.Timer(timeout_s, worker.kill) if timeout_s is not None else None
+    try:
+        if timer is not None:
+            timer.start()
+        last_lines = _follow(worker, log_path)
+        status = worker.wait()
+    finally:
+        if timer is not None:
+            timer.cancel()
+        worker.kill()
+        worker.wait()
+    if status != 0:
+        raise _failure(request, status, last_lines, log_path)
+
+
+def _follow(worker: "subprocess.Popen[str]", log_path: Path) -> list[str]:
+    """Copies the worker's output to the log and its progress to stderr, until it ends; returns the last lines."""
+    last_lines: deque[str] = deque(maxlen=LAST_LINES)
+    assert worker.stdout is not None
+    with log_path.open("w", encoding="utf-8") as log:
+        for line in worker.stdout:
+            log.write(line)
+            log.flush()
+            if line.strip():
+                last_lines.append(line.strip())
+            if line.startswith(_MARK) and not line.startswith(_ERROR):
+                print(line.removeprefix(_MARK).rstrip(), file=sys.stderr, flush=True)
+    return list(last_lines)
+
+
+def _failure(request: Request, status: int, last_lines: list[str], log_path: Path) -> WorkerFailure:
+    errors = [line.removeprefix(_ERROR) for line in last_lines if line.startswith(_ERROR)]
+    cause = f"status {status}" if status >= 0 else f"signal {-status}"
+    last_line = errors[-1] if errors else (last_lines[-1] if last_lines else f"ended by {cause} without a word")
+    told = last_line if errors else " | ".join(last_lines) or last_line
+    return WorkerFailure(f"evaluation worker ({request.engine}) failed, {cause}: {told}; log: {log_path}", last_line)
+
+
+def _fingerprint(request: Request, model_fingerprint: str) -> str:
+    fields = dataclasses.asdict(dataclasses.replace(request, fingerprint="", model="", output=""))
+    return sha256_of_json([model_fingerprint, fields])
+
+
+def _require_separate_seeds(request: Request) -> None:
+    """No two decoding seeds may give any two samples of a benchmark the same generator."""
+    extent = (max(prompt.index for prompt in request.prompts) + 1) * request.samples
+    jobs = [job for job in request.jobs() if job.prompt == request.prompts[0]]
+    starts = [(request.first_seed(job) - job.prompt.index * request.samples) % SEED_MODULUS for job in jobs]
+    for index, start in enumerate(starts):
+        for other in range(index):
+            distance = (start - starts[other]) % SEED_MODULUS
+            if min(distance, SEED_MODULUS - distance) < extent:
+                pair = (request.seeds[other], request.seeds[index])
+                raise EvaluationError(f"config.evaluate.seeds: {pair} would draw equal samples; choose smaller seeds")
+
+
+def _stop_ids(model_dir: Path, model_config: dict, end_of_turn_id: int) -> tuple[int, ...]:
+    """The template's end-of-turn token and what the checkpoint itself calls end of sequence."""
+    generation_config = model_dir / "generation_config.json"
+    source = _read_model_json(generation_config) if generation_config.exists() else model_config
+    eos = source.get("eos_token_id")
+    return tuple(sorted({end_of_turn_id, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])}))
+
+
+def _read_model_json(path: Path) -> dict:
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: cannot be read as a JSON object ({error})") from error

@@ -1,0 +1,123 @@
+"""From a generated text to right or wrong.
+
+The answer is what stands in the last `\\boxed{}` after the thinking block; a text without one is wrong, whatever else
+it says. Letters are compared here, everything else by math-verify (or, on request, by the paper's plain rules).
+"""
+
+import re
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.paper_rules import equal_by_paper_rules
+from lark_jax.evaluation.verifier import DEADLINE_S, MathVerifier, VerifierTimeout
+
+GRADERS = ("math_verify", "paper")
+MAX_ANSWER_CHARACTERS = 4_096  # beyond, a box holds no answer but a model that repeats itself
+
+CORRECT = "correct"
+WRONG = "wrong"
+NO_BOX = "no box"
+TIMED_OUT = "timed out"
+TOO_LONG = "answer too long"
+GAVE_UP = (TIMED_OUT, TOO_LONG)  # no verdict; the sample counts as wrong and is listed
+
+_BOX = re.compile(r"\\boxed\s*\{")
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Grade:
+    correct: bool
+    extracted: str | None  # what stood in the box; None without one
+    reason: str  # CORRECT, WRONG, NO_BOX, TIMED_OUT or TOO_LONG
+
+
+class Grader:
+    """Grades texts; a context manager (math-verify lives in a child process while it is open).
+
+    Equal pairs of gold and answer are compared once.
+    """
+
+    def __init__(self, name: str = "math_verify", deadline_s: float = DEADLINE_S) -> None:
+        if name not in GRADERS:
+            raise EvaluationError(f"grader {name!r} is unknown; known graders: {', '.join(GRADERS)}")
+        self._name = name
+        self._verifier = MathVerifier(deadline_s)
+        self._verdicts: dict[tuple[str, str, str], str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._verifier.__exit__(kind, error, traceback)
+
+    def grade(self, text: str, gold: str, kind: str) -> Grade:
+        """Grades a whole generated text; `kind` is "number", "letter" or "expression"."""
+        extracted = final_answer(text)
+        if extracted is None:
+            return Grade(False, None, NO_BOX)
+        if len(extracted) > MAX_ANSWER_CHARACTERS:
+            return Grade(False, extracted, TOO_LONG)
+        key = (gold, extracted, kind)
+        if key not in self._verdicts:
+            self._verdicts[key] = self._verdict(*key)
+        return Grade(self._verdicts[key] == CORRECT, extracted, self._verdicts[key])
+
+    def _verdict(self, gold: str, answer: str, kind: str) -> str:
+        if self._name == "paper":
+            return CORRECT if equal_by_paper_rules(gold, answer, kind) else WRONG
+        if kind == "letter":
+            letter = choice_letter(answer)
+            return CORRECT if letter is not None and letter == choice_letter(gold) else WRONG
+        if gold.strip() == answer.strip():
+            return CORRECT
+        try:
+            equal = self._verifier.equal(f"\\boxed{{{gold}}}", f"\\boxed{{{answer}}}")
+        except VerifierTimeout:
+            return TIMED_OUT
+        return CORRECT if equal else WRONG
+
+
+def grade(text: str, gold: str, kind: str, grader: str = "math_verify") -> Grade:
+    """Grades one text. For many, keep one `Grader` open: it starts its child process only once."""
+    with Grader(grader) as opened:
+        return opened.grade(text, gold, kind)
+
+
+def final_answer(text: str) -> str | None:
+    """What stands in the last complete `\\boxed{}` after the thinking block, stripped; None without one.
+
+    The thinking block ends with the last `</think>`; one that is opened and never closed leaves no answer.
+    """
+    answer_part = text.rpartition("</think>")[2]
+    if "<think>" in answer_part:
+        return None
+    for box in reversed(list(_BOX.finditer(answer_part))):
+        content = _balanced(answer_part, box.end())
+        if content is not None:
+            return content.strip()
+    return None
+
+
+def choice_letter(text: str) -> str | None:
+    """The choice that `B`, `(b)`, `B.` or `\\text{B}` names, as a capital; None for anything else."""
+    bare = _WRAPPED.sub(r"\1", text.strip().strip("$")).strip()
+    match = re.fullmatch(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?", bare)
+    return match.group(1).upper() if match else None
+
+
+def _balanced(text: str, start: int) -> str | None:
+    """`text` from `start` to the brace that closes the one before it; escaped braces do not count."""
+    depth = 1
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        if match.group() == "{":
+            depth += 1
+        elif match.group() == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start : match.start()]
+    return None

@@ -1,0 +1,198 @@
+"""One student on all benchmarks: prompts -> samples (in the worker) -> grades -> Acc@k.
+
+Folder of a student:
+  generations.jsonl         what the worker generated; regrading does not need it again
+  <benchmark>/samples.jsonl one row per sample: problem_id, seed, sample, text, extracted, correct, reason,
+                            finish_reason, num_tokens
+  summary.json              the `StudentResult`; written last, so its presence means that everything is there
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lark_jax.config import EvaluateConfig
+from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult, summarize
+from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, prompt_messages
+from lark_jax.evaluation.engines import (
+    EngineChoice,
+    Generation,
+    build_request,
+    choose_engine,
+    read_generations,
+    run_generation,
+)
+from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, Grader
+from lark_jax.evaluation.worker.worker_request import Prompt, Request
+from lark_jax.files import read_json, sha256_of_json, sha256_of_path, write_json, write_jsonl
+from lark_jax.pool.chat import ChatFormat, render_prompt
+
+GENERATIONS = "generations.jsonl"
+SAMPLES = "samples.jsonl"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class StudentResult:
+    student: str
+    engine: EngineChoice
+    benchmarks: tuple[BenchmarkResult, ...]
+    fingerprint: str  # of model, prompts, golds and every setting that the result depends on
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A line of samples.jsonl."""
+
+    problem_id: str
+    seed: int
+    sample: int
+    text: str
+    extracted: str | None
+    correct: bool
+    reason: str
+    finish_reason: str
+    num_tokens: int
+
+
+def evaluate_student(
+    student: str,
+    model_dir: str | Path,
+    benchmarks: Sequence[Benchmark],
+    chat: ChatFormat,
+    config: EvaluateConfig,
+    out_dir: str | Path,
+    *,
+    engine: EngineChoice | None = None,
+    model_fingerprint: str | None = None,
+) -> StudentResult:
+    """Acc@k of one student; returns at once when `out_dir` already holds the result of the same question.
+
+    Args:
+      student: its name in tables.
+      model_dir: local folder with weights, config.json and tokenizer.
+      engine: chosen before, so that all students of an experiment run under the same one; None: choose here.
+      model_fingerprint: hash of the weights where the caller knows it; None: hash `model_dir`.
+
+    Raises:
+      EvaluationError: a benchmark name is used twice, a prompt is too long, or the worker or the grader fails.
+    """
+    model_fingerprint = model_fingerprint or sha256_of_path(model_dir)
+    out_dir = Path(out_dir)
+    prompts = render_prompts(benchmarks, chat, config.system_prompts)
+    requested = engine.engine if engine is not None else config.engine
+    # For "auto" the health check sees the request as vLLM would get it.
+    request = build_request(
+        model_dir, model_fingerprint, prompts, chat.end_of_turn_id, chat.pad_id, config,
+        "vllm" if requested == "auto" else requested, out_dir / GENERATIONS,
+    )  # fmt: skip
+    golds = [benchmark.fingerprint for benchmark in benchmarks]
+    fingerprint = sha256_of_json([student, request.fingerprint, requested, golds, config.grader])
+    if (out_dir / SUMMARY).exists() and (finished := read_student_result(out_dir)).fingerprint == fingerprint:
+        return finished
+    engine = engine or choose_engine(config, request, out_dir)
+    if engine.engine != request.engine:
+        request = build_request(
+            model_dir, model_fingerprint, prompts, chat.end_of_turn_id, chat.pad_id, config,
+            engine.engine, out_dir / GENERATIONS,
+        )  # fmt: skip
+    _discard_other_generations(request)
+    run_generation(request, config.python, out_dir)
+    results = _grade_all(benchmarks, request, config, out_dir)
+    result = StudentResult(student, engine, results, fingerprint)
+    write_json(out_dir / SUMMARY, dataclasses.asdict(result))
+    return result
+
+
+def render_prompts(benchmarks: Sequence[Benchmark], chat: ChatFormat, system_prompts: str) -> tuple[Prompt, ...]:
+    """Token ids of every problem of every benchmark, as the student saw prompts in fine-tuning.
+
+    Raises:
+      EvaluationError: two benchmarks share a name.
+    """
+    names = [benchmark.name for benchmark in benchmarks]
+    if len(set(names)) != len(names):
+        raise EvaluationError(f"config.evaluate.benchmarks: file names must differ, got {', '.join(names)}")
+    texts = load_system_prompts(system_prompts)
+    return tuple(
+        Prompt(benchmark.name, problem.problem_id, index, tuple(render_prompt(chat, prompt_messages(problem, texts))))
+        for benchmark in benchmarks
+        for index, problem in enumerate(benchmark.problems)
+    )
+
+
+def read_student_result(out_dir: str | Path) -> StudentResult:
+    """Reads summary.json back."""
+    fields: dict[str, Any] = read_json(Path(out_dir) / SUMMARY)
+    benchmarks = tuple(_benchmark_result(entry) for entry in fields.pop("benchmarks"))
+    return StudentResult(engine=EngineChoice(**fields.pop("engine")), benchmarks=benchmarks, **fields)
+
+
+def _benchmark_result(fields: dict[str, Any]) -> BenchmarkResult:
+    accuracy = fields.pop("accuracy")
+    fields.update({name: tuple(fields[name]) for name in ("seeds", "ungraded")})
+    return BenchmarkResult(accuracy=Accuracy(**{**accuracy, "per_seed": tuple(accuracy["per_seed"])}), **fields)
+
+
+def _discard_other_generations(request: Request) -> None:
+    """Generations made under other settings or by other weights are in the way of this request."""
+    for path in (Path(request.output), Path(request.output + ".partial")):
+        if path.exists() and request.fingerprint.encode() not in path.open("rb").readline():
+            print(f"{path}: made under other settings or by other weights; generating anew", file=sys.stderr)
+            path.unlink()
+
+
+def _grade_all(
+    benchmarks: Sequence[Benchmark], request: Request, config: EvaluateConfig, out_dir: Path
+) -> tuple[BenchmarkResult, ...]:
+    by_benchmark: dict[str, list[Generation]] = {benchmark.name: [] for benchmark in benchmarks}
+    for generation in read_generations(request.output):
+        by_benchmark[generation.benchmark].append(generation)
+    results = []
+    with Grader(config.grader) as grader:
+        for benchmark in benchmarks:
+            rows = list(_sample_rows(benchmark, by_benchmark[benchmark.name], grader))
+            write_jsonl(out_dir / benchmark.name / SAMPLES, [dataclasses.asdict(row) for row in rows])
+            results.append(_summarize(benchmark, rows, config))
+    return tuple(results)
+
+
+def _sample_rows(benchmark: Benchmark, generations: Sequence[Generation], grader: Grader) -> Iterator[SampleRow]:
+    problems = {problem.problem_id: problem for problem in benchmark.problems}
+    for generation in tqdm(generations, desc=f"grading {benchmark.name}", unit="problem", disable=None):
+        problem = problems[generation.problem_id]
+        for index, sample in enumerate(generation.samples):
+            grade = grader.grade(sample.text, problem.answer, problem.kind)
+            yield SampleRow(
+                problem.problem_id, generation.seed, index, sample.text,
+                grade.extracted, grade.correct, grade.reason, sample.finish_reason, sample.num_tokens,
+            )  # fmt: skip
+
+
+def _summarize(benchmark: Benchmark, rows: Sequence[SampleRow], config: EvaluateConfig) -> BenchmarkResult:
+    """Rows come by seed, problem, sample; the reshape fails where one is missing, so no average ever shrinks."""
+    shape = (len(config.seeds), len(benchmark.problems), config.samples)
+    correct_spk = np.array([row.correct for row in rows], dtype=np.bool_).reshape(shape)
+    return BenchmarkResult(
+        benchmark=benchmark.name,
+        fingerprint=benchmark.fingerprint,
+        num_problems=len(benchmark.problems),
+        samples=config.samples,
+        seeds=config.seeds,
+        accuracy=summarize(correct_spk),
+        num_unboxed=sum(row.reason == NO_BOX for row in rows),
+        num_cut=sum(row.finish_reason == "length" for row in rows),
+        mean_tokens=sum(row.num_tokens for row in rows) / len(rows),
+        ungraded=tuple(
+            f"{row.problem_id} seed {row.seed} sample {row.sample}: {row.reason}"
+            for row in rows
+            if row.reason in GAVE_UP
+        ),
+    )

@@ -1,0 +1,129 @@
+"""Generates samples for a list of prompts: python main.py REQUEST.json [--health-check] [--parent=PID]
+
+Ends with status 0 when the output is complete. On an error the last line on stderr that starts with "[worker] error:"
+says what went wrong. What a sample becomes depends on the request only, so a run that was interrupted and started
+again ends like one that was not.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+from worker_output import OutputFile
+from worker_request import Job, Request, Sample, read_request
+
+HEALTH_CHECK_TOKENS = 2
+PROGRESS_EVERY_S = 5.0
+Generate = Callable[[Request, Sequence[Job]], Iterator[tuple[Job, list[Sample]]]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("request")
+    parser.add_argument("--health-check", action="store_true", help="generate two tokens, write nothing")
+    parser.add_argument("--parent", type=int, help="process id of the parent: end when it is gone")
+    arguments = parser.parse_args()
+    if arguments.parent is not None:
+        threading.Thread(target=_end_with_parent, args=(arguments.parent,), daemon=True).start()
+    _stay_offline()
+    try:
+        request = read_request(arguments.request)
+        check_health(request) if arguments.health_check else run(request)
+    except Exception as error:
+        traceback.print_exc()
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        _say(f"error: {type(error).__name__}: {first_line}")
+        return 1
+    return 0
+
+
+def run(request: Request) -> None:
+    """Generates what is missing in the output and finishes it."""
+    with OutputFile(request) as output:
+        pending = output.pending()
+        if pending:
+            progress = Progress(done=len(request.jobs()) - len(pending), total=len(request.jobs()))
+            for job, samples in engine_named(request.engine)(request, pending):
+                output.append(job, samples)
+                progress.add(sum(sample.num_tokens for sample in samples))
+            progress.report()
+        output.finish()
+
+
+def check_health(request: Request) -> None:
+    """Starts the engine on this very model and generates; raises whatever goes wrong."""
+    short = dataclasses.replace(
+        request, prompts=request.prompts[:1], seeds=request.seeds[:1], samples=1, max_tokens=HEALTH_CHECK_TOKENS
+    )
+    (samples,) = (samples for _, samples in engine_named(request.engine)(short, short.jobs()))
+    if samples[0].num_tokens < 1:
+        raise RuntimeError("the engine started but generated nothing")
+    _say("healthy")
+
+
+def engine_named(name: str) -> Generate:
+    if name == "vllm":
+        import vllm_engine
+
+        return vllm_engine.generate
+    if name == "transformers":
+        import torch_engine
+
+        return torch_engine.generate
+    raise ValueError(f"unknown engine {name!r}")
+
+
+class Progress:
+    """A line on stderr every few seconds: jobs, tokens per second, time left."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self._done_before = self._done = done
+        self._total = total
+        self._tokens = 0
+        self._started = self._reported = time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        self._done += 1
+        self._tokens += tokens
+        if time.monotonic() - self._reported >= PROGRESS_EVERY_S:
+            self.report()
+
+    def report(self) -> None:
+        self._reported = time.monotonic()
+        elapsed = self._reported - self._started
+        finished = max(1, self._done - self._done_before)
+        minutes, seconds = divmod(round(elapsed / finished * (self._total - self._done)), 60)
+        rate = self._tokens / max(elapsed, 1e-9)
+        _say(f"{self._done}/{self._total} problems, {rate:,.0f} tokens/s, {minutes}:{seconds:02d} min left")
+
+
+def _say(text: str) -> None:
+    print(f"[worker] {text}", file=sys.stderr, flush=True)
+
+
+def _stay_offline() -> None:
+    """Before any engine is imported: no downloads, no usage reports."""
+    for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
+        os.environ[name] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _end_with_parent(parent: int) -> None:
+    """An orphaned worker would hold the accelerator for hours."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    # Not `sys.exit`: an engine's background threads must not keep a finished worker alive.
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,76 @@
+"""Samples from vLLM, on GPU, TPU or CPU."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from worker_request import Job, Request, Sample
+
+CPU_KV_CACHE_BYTES = 1 << 30  # unless two single sequences need more
+CPU_SEQUENCES = 256  # decoded together
+CPU_TOKENS_PER_STEP = 4_096  # or one longest sequence
+
+
+def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, list[Sample]]]:
+    """Yields jobs as they finish. All are queued at once: the engine keeps its batch full to the end."""
+    if request.tensor_parallel == 1:  # in process: starts faster, and schedules the same way every time
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    engine = LLM(
+        model=request.model,
+        dtype=request.dtype,
+        tensor_parallel_size=request.tensor_parallel,
+        max_model_len=request.max_model_len,
+        generation_config="vllm",  # sampling follows the request, not a file in the model folder
+        enable_prefix_caching=False,  # a sample must not depend on which prompts ran before
+        disable_log_stats=True,
+        **(_cpu_arguments(request) if current_platform.is_cpu() else {}),
+    ).llm_engine
+    for number, job in enumerate(pending):
+        engine.add_request(str(number), {"prompt_token_ids": list(job.prompt.tokens)}, _sampling(request, job))
+    while engine.has_unfinished_requests():
+        output: Any
+        for output in engine.step():
+            if output.finished:
+                completions: list[Any] = sorted(output.outputs, key=lambda completion: completion.index)
+                samples = [Sample(c.text, str(c.finish_reason), len(c.token_ids)) for c in completions]
+                yield pending[int(output.request_id)], samples
+
+
+def _sampling(request: Request, job: Job) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=request.samples,
+        seed=request.first_seed(job),
+        temperature=request.temperature,
+        top_p=request.top_p,
+        repetition_penalty=request.repetition_penalty,
+        max_tokens=request.budget(job.prompt),
+        stop_token_ids=list(request.stop_ids),
+        ignore_eos=True,  # every token that ends a turn is among stop_ids
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _cpu_arguments(request: Request) -> dict[str, Any]:
+    """On CPU the KV cache needs a size, and compiling costs more than it gains."""
+    config = json.loads((Path(request.model) / "config.json").read_text(encoding="utf-8"))
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    token_bytes = 2 * config["num_hidden_layers"] * kv_heads * head_dim * 4
+    sequence_bytes = token_bytes * (request.max_model_len + 256)  # whole blocks, and the one that vLLM reserves
+    cache_bytes = max(2 * sequence_bytes, min(CPU_KV_CACHE_BYTES, CPU_SEQUENCES * sequence_bytes))
+    return {
+        "kv_cache_memory_bytes": cache_bytes,
+        "enforce_eager": True,
+        "max_num_seqs": CPU_SEQUENCES,
+        # A prompt split over two steps makes vLLM rewind the seeded generator, which torch's CPU generator cannot.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(request.max_model_len, CPU_TOKENS_PER_STEP),
+    }

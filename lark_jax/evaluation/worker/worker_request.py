@@ -1,0 +1,81 @@
+"""What the parent asks of the worker. Standard library only; used on both sides."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+SEED_STRIDE = 1_000_003  # between decoding seeds
+SEED_MODULUS = 1 << 32  # torch's CPU generator reads only the low 32 bits of a seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    benchmark: str
+    problem_id: str
+    index: int  # of the problem in its benchmark: fixes its seed
+    tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    fingerprint: str  # of everything that decides the samples; guards against resuming other work
+    engine: str  # "vllm" or "transformers"
+    model: str  # folder with weights and tokenizer
+    output: str
+    dtype: str  # "float32", "bfloat16", ..., or "auto"
+    tensor_parallel: int
+    max_model_len: int  # prompt and generated tokens together
+    max_tokens: int  # generated tokens per sample
+    stop_ids: tuple[int, ...]  # generation ends at any of these; they count as a token but leave no text
+    pad_id: int
+    samples: int
+    seeds: tuple[int, ...]  # decoding seeds, all served by one engine start
+    temperature: float  # 0: greedy
+    top_p: float
+    repetition_penalty: float
+    prompts: tuple[Prompt, ...]
+
+    def budget(self, prompt: Prompt) -> int:
+        """Tokens that may be generated after this prompt."""
+        return min(self.max_tokens, self.max_model_len - len(prompt.tokens))
+
+    def jobs(self) -> tuple["Job", ...]:
+        """In the order of the output file: by decoding seed, then by prompt."""
+        return tuple(Job(prompt, seed) for seed in self.seeds for prompt in self.prompts)
+
+    def first_seed(self, job: "Job") -> int:
+        """Sample i of a job draws with `first_seed + i`, whatever else runs or has run.
+
+        The seeds of problems are `samples` apart and those of decoding seeds `SEED_STRIDE`, modulo 2^32.
+        """
+        return (job.seed * SEED_STRIDE + job.prompt.index * self.samples) % SEED_MODULUS
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All samples of one problem under one decoding seed: one line of the output."""
+
+    prompt: Prompt
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return (self.prompt.benchmark, self.prompt.problem_id, self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    text: str
+    finish_reason: str  # "stop" or "length"
+    num_tokens: int  # the stop token included
+
+
+def write_request(path: str | Path, request: Request) -> None:
+    Path(path).write_text(json.dumps(dataclasses.asdict(request)), encoding="utf-8")
+
+
+def read_request(path: str | Path) -> Request:
+    fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    prompts = tuple(Prompt(**{**prompt, "tokens": tuple(prompt["tokens"])}) for prompt in fields.pop("prompts"))
+    fields.update({name: tuple(fields[name]) for name in ("stop_ids", "seeds")})
+    return Request(prompts=prompts, **fields)

@@ -1,0 +1,142 @@
+"""Tiny students on disk: a random one, and one whose answers are known exactly."""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from lark_jax.config import EvaluateConfig
+from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.engines import build_request, run_generation
+from lark_jax.evaluation.worker.worker_request import Prompt, Request
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCAB_SIZE = 128
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token per ASCII character, ChatML."""
+    characters = sorted({chr(code) for code in range(32, 127)} | {"\n"})
+    to_byte_level = {" ": "Ġ", "\n": "Ċ"}
+    vocab = {to_byte_level.get(character, character): index for index, character in enumerate(characters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def _config(**changes: object) -> transformers.Qwen2Config:
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tiny_tokenizer().convert_tokens_to_ids("<|im_end|>"),
+        "dtype": "float32",
+    }
+    return transformers.Qwen2Config(**{**fields, **changes})
+
+
+def _save(model: transformers.Qwen2ForCausalLM, folder: Path) -> Path:
+    model.float().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random float32 Qwen2, head_dim 32, with weights large enough that its choices are clear."""
+    torch.manual_seed(7)
+    return _save(transformers.Qwen2ForCausalLM(_config(initializer_range=0.15)), tmp_path_factory.mktemp("random"))
+
+
+def save_bigram_student(folder: Path, seven: float) -> Path:
+    """A student that answers every prompt by "\\boxed{7}" with probability `seven` and by "\\boxed{8}" otherwise.
+
+    Attention and MLP add nothing, embeddings are one-hot, so that the head is a table of next-token log-probabilities.
+    """
+    tokenizer = tiny_tokenizer()
+    model = transformers.Qwen2ForCausalLM(_config())
+    size = model.config.hidden_size
+    follows = {"\n": "\\", "\\": "b", "b": "o", "o": "x", "x": "e", "e": "d", "d": "{", "7": "}", "8": "}"}
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(VOCAB_SIZE, size))
+        table = torch.full((VOCAB_SIZE, VOCAB_SIZE), -50.0)  # [token, next token]
+        for token, following in follows.items():
+            table[tokenizer.encode(token)[0], tokenizer.encode(following)[0]] = 0.0
+        table[tokenizer.encode("{")[0], tokenizer.encode("7")[0]] = math.log(seven)
+        table[tokenizer.encode("{")[0], tokenizer.encode("8")[0]] = math.log(1 - seven)
+        table[tokenizer.encode("}")[0], tokenizer.eos_token_id] = 0.0
+        model.lm_head.weight.copy_(table.T / math.sqrt(size))  # the final norm scales a one-hot by sqrt(size)
+    return _save(model, folder)
+
+
+@pytest.fixture(scope="session")
+def bigram_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bigram_student(tmp_path_factory.mktemp("bigram"), seven=0.25)
+
+
+MakeRequest = Callable[..., Request]
+
+
+@pytest.fixture(scope="session")
+def make_request() -> MakeRequest:
+    """A request for prompts of awkward lengths; keywords go to `EvaluateConfig`."""
+
+    def make(model: Path, output: Path, engine: str, num_prompts: int = 5, **config: object) -> Request:
+        tokenizer = tiny_tokenizer()
+        prompts = tuple(
+            Prompt("b", f"p{index}", index, tuple(tokenizer.encode(f"Question {'x' * (index * 7 % 23)}{index}?\n")))
+            for index in range(num_prompts)
+        )
+        evaluate = EvaluateConfig(**{"samples": 3, "seeds": (0, 5), "max_tokens": 24, "temperature": 1.0, **config})
+        return build_request(
+            model, "weights", prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, evaluate, engine, output
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def single_thread_worker() -> None:
+    """Workers share two cores with the suite."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def vllm_reason(tmp_path_factory: pytest.TempPathFactory, random_student: Path, make_request: MakeRequest) -> str:
+    """Why vLLM cannot be tested here; empty where it generates."""
+    folder = tmp_path_factory.mktemp("vllm")
+    request = make_request(random_student, folder / "out.jsonl", "vllm", num_prompts=1, samples=1, max_tokens=2)
+    try:
+        run_generation(request, None, folder)
+    except EvaluationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(params=["transformers", "vllm"])
+def engine(request: pytest.FixtureRequest, single_thread_worker: None) -> str:  # noqa: ARG001
+    if request.param == "vllm" and (reason := request.getfixturevalue("vllm_reason")):
+        pytest.skip(f"vLLM does not generate here: {reason}")
+    return str(request.param)
