@@ -10,6 +10,7 @@ from jax import lax
 from lark_jax.scoring.vocab_chunks import (
     DEFAULT_VOCAB_CHUNK,
     MAX_BLOCK_LOGITS,
+    Window,
     check_op_shapes,
     chunk_logits,
     cross_entropy_from_sums,
@@ -100,13 +101,14 @@ def _tokens_per_block(chunk: int, vocab_size: int) -> int:
 def _block_statistics(
     hidden_td: jax.Array, head_vd: jax.Array, targets_t: jax.Array, chunk: int, axis_name: str | None
 ) -> TokenStatistics:
-    gold_t = _gold_logits(hidden_td, head_vd, targets_t, chunk)
-    is_local_t = (targets_t >= 0) & (targets_t < head_vd.shape[0])
-    if axis_name is not None:
-        gold_t = lax.psum(jnp.where(is_local_t, gold_t, 0.0), axis_name)
-        is_local_t = lax.psum(is_local_t.astype(jnp.int32), axis_name) == 1
-    gold_t = jnp.where(is_local_t, gold_t, jnp.nan)
-    sums = _sums_over_others(hidden_td, head_vd, targets_t, gold_t, chunk)
+    vocab_size = head_vd.shape[0]
+    if chunk == vocab_size:
+        logits_tv = chunk_logits(hidden_td, head_vd)
+        gold_t = _whole_gold(_pick(logits_tv, targets_t), targets_t, vocab_size, axis_name)
+        sums = _sums_over_others(logits_tv, window(jnp.int32(0), chunk, vocab_size), targets_t, gold_t)
+    else:
+        gold_t = _whole_gold(_gold_logits(hidden_td, head_vd, targets_t, chunk), targets_t, vocab_size, axis_name)
+        sums = _sums_over_chunks(hidden_td, head_vd, targets_t, gold_t, chunk)
     if axis_name is not None:
         sums = _sums_over_shards(sums, axis_name)
     return _statistics_from_sums(gold_t, sums)
@@ -117,42 +119,55 @@ def _gold_logits(hidden_td: jax.Array, head_vd: jax.Array, targets_t: jax.Array,
 
     Rows of real heads repeat (reserved tokens that were never trained), and a twin of y must not outrank it because
     its dot product was summed in another order. So the gathered rows form one more chunk of the same shape, of which
-    the diagonal is kept; with a single chunk, the logits are there already and the compiler shares them.
+    the diagonal is kept.
     """
-    ids_c = jnp.arange(chunk, dtype=jnp.int32)
-    if chunk == head_vd.shape[0]:
-        logits_tc, columns_t = chunk_logits(hidden_td, head_vd), targets_t
-    else:
-        num_tokens = targets_t.shape[0]
-        rows_c = jnp.zeros_like(targets_t, shape=(chunk,)).at[:num_tokens].set(targets_t)
-        logits_tc = chunk_logits(hidden_td, take_rows(head_vd, rows_c))
-        columns_t = ids_c[:num_tokens]
+    num_tokens = targets_t.shape[0]
+    rows_c = jnp.zeros_like(targets_t, shape=(chunk,)).at[:num_tokens].set(targets_t)
+    return _pick(chunk_logits(hidden_td, take_rows(head_vd, rows_c)), jnp.arange(num_tokens, dtype=jnp.int32))
+
+
+def _pick(logits_tc: jax.Array, columns_t: jax.Array) -> jax.Array:
+    """logits_tc[t, columns_t[t]], without a gather; zero where the column does not exist."""
+    ids_c = jnp.arange(logits_tc.shape[1], dtype=jnp.int32)
     return jnp.sum(jnp.where(ids_c[None, :] == columns_t[:, None], logits_tc, 0.0), axis=-1)
 
 
-def _sums_over_others(
+def _whole_gold(gold_t: jax.Array, targets_t: jax.Array, vocab_size: int, axis_name: str | None) -> jax.Array:
+    """The gold logit from the shard that has it; NaN where none has."""
+    is_local_t = (targets_t >= 0) & (targets_t < vocab_size)
+    if axis_name is not None:
+        gold_t = lax.psum(jnp.where(is_local_t, gold_t, 0.0), axis_name)
+        is_local_t = lax.psum(is_local_t.astype(jnp.int32), axis_name) == 1
+    return jnp.where(is_local_t, gold_t, jnp.nan)
+
+
+def _sums_over_chunks(
     hidden_td: jax.Array, head_vd: jax.Array, targets_t: jax.Array, gold_t: jax.Array, chunk: int
 ) -> _OtherSums:
     vocab_size = head_vd.shape[0]
 
     def sums_of_chunk(index: jax.Array) -> _OtherSums:
         columns = window(index, chunk, vocab_size)
-        is_other_tc = columns.fresh[None, :] & (columns.ids[None, :] != targets_t[:, None])
-        logits_tc = jnp.where(is_other_tc, chunk_logits(hidden_td, take(head_vd, columns, 0)), -jnp.inf)
-        # The lower bound is finite because -inf - -inf, in a chunk that holds nothing but y, would be NaN.
-        max_t = jnp.maximum(jnp.max(logits_tc, axis=-1), jnp.finfo(jnp.float32).min)
-        exp_tc = jnp.exp(logits_tc - max_t[:, None])
-        return _OtherSums(
-            max_other=max_t,
-            sum_exp=jnp.sum(exp_tc, axis=-1),
-            sum_exp2=jnp.sum(exp_tc**2, axis=-1),
-            num_greater=jnp.sum(logits_tc > gold_t[:, None], axis=-1, dtype=jnp.int32),
-        )
+        return _sums_over_others(chunk_logits(hidden_td, take(head_vd, columns, 0)), columns, targets_t, gold_t)
 
     chunks = lax.map(sums_of_chunk, jnp.arange(num_windows(vocab_size, chunk), dtype=jnp.int32))
     max_t = jnp.max(chunks.max_other, axis=0)
     chunks = _relative_to(max_t[None, :], chunks)
     return _OtherSums(max_t, *(jnp.sum(values, axis=0) for values in chunks[1:]))
+
+
+def _sums_over_others(logits_tc: jax.Array, columns: Window, targets_t: jax.Array, gold_t: jax.Array) -> _OtherSums:
+    is_other_tc = columns.fresh[None, :] & (columns.ids[None, :] != targets_t[:, None])
+    logits_tc = jnp.where(is_other_tc, logits_tc, -jnp.inf)
+    # The lower bound is finite because -inf - -inf, in a chunk that holds nothing but y, would be NaN.
+    max_t = jnp.maximum(jnp.max(logits_tc, axis=-1), jnp.finfo(jnp.float32).min)
+    exp_tc = jnp.exp(logits_tc - max_t[:, None])
+    return _OtherSums(
+        max_other=max_t,
+        sum_exp=jnp.sum(exp_tc, axis=-1),
+        sum_exp2=jnp.sum(exp_tc**2, axis=-1),
+        num_greater=jnp.sum(logits_tc > gold_t[:, None], axis=-1, dtype=jnp.int32),
+    )
 
 
 def _sums_over_shards(sums: _OtherSums, axis_name: str) -> _OtherSums:
