@@ -51,7 +51,7 @@ def tiny_student(seed: int = 0) -> Decoder:
 
 
 def random_trajectory(rng: np.random.Generator, problem_id: str, candidate_id: str) -> RenderedTrajectory:
-    prompt_length, target_length = rng.integers(1, 20), rng.integers(1, 50)
+    prompt_length, target_length = rng.integers(1, 20), rng.integers(1, 40)
     prompt_tokens = rng.integers(1, VOCAB_SIZE, prompt_length, dtype=np.int32)
     target_tokens = rng.integers(1, VOCAB_SIZE, target_length, dtype=np.int32)
     return RenderedTrajectory(problem_id, candidate_id, prompt_tokens, target_tokens, truncated=False)

@@ -1,0 +1,234 @@
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from tiny_run import ARCHITECTURE, CONFIG, PAD_ID, random_examples, tiny_student
+
+from lark_jax.config import MeshConfig
+from lark_jax.finetuning.data import Example, StepBatch, TrainingSet
+from lark_jax.finetuning.loop import run_step
+from lark_jax.finetuning.optimizer import make_optimizer
+from lark_jax.finetuning.step import (
+    StepSums,
+    TrainStep,
+    abstract_state,
+    initial_state,
+    make_train_step,
+    put_rows,
+    zero_sums,
+)
+from lark_jax.sharding import make_mesh
+from lark_jax.students.decoder import Decoder
+from lark_jax.students.parameters import flatten_parameters
+
+Gradients = dict[str, np.ndarray]
+OPTIMIZER = make_optimizer(CONFIG, 10)
+
+
+def mesh_of(num_devices: int) -> Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:num_devices])
+
+
+@functools.cache
+def compiled(num_devices: int, remat: str = "none") -> TrainStep:
+    """One set of compiled functions for all tests."""
+    student = Decoder(ARCHITECTURE, rngs=nnx.Rngs(0), remat=remat)
+    return make_train_step(student, OPTIMIZER, mesh_of(num_devices), vocab_chunk=48)
+
+
+def summed(
+    examples: Sequence[Example],
+    members: Sequence[int],
+    *,
+    tokens_per_batch: int = 10_000,
+    num_devices: int = 1,
+    remat: str = "none",
+) -> tuple[float, Gradients, dict[int, float]]:
+    """Loss, gradient and loss of each trajectory of one step, before the optimizer sees them."""
+    mesh, train_step = mesh_of(num_devices), compiled(num_devices, remat)
+    parameters = initial_state(tiny_student(), OPTIMIZER, mesh).parameters
+    sums = zero_sums(parameters, mesh)
+    data = TrainingSet(tuple(examples), len(members), seed=0)
+    losses = {}
+    batch = StepBatch(0, 0, tuple(members))
+    for micro in data.micro_batches(batch, tokens_per_batch=tokens_per_batch, row_multiple=num_devices, pad_id=PAD_ID):
+        sums, losses_b = train_step.accumulate(parameters, sums, put_rows(micro, mesh))
+        losses |= zip(micro.rows.row_ids_b.tolist(), np.asarray(losses_b).tolist(), strict=True)
+    gradients = {name: np.asarray(value) for name, value in sums.gradients.items()}
+    return float(sums.loss), gradients, {member: loss for member, loss in losses.items() if member >= 0}
+
+
+@functools.cache
+def dense_loss_and_gradient() -> Callable[..., tuple[jax.Array, nnx.State]]:
+    graph, _ = nnx.split(tiny_student())
+
+    def mean_cross_entropy(state: nnx.State, tokens_t: jax.Array, num_prompt: int, num_tokens: int) -> jax.Array:
+        logits_tv = nnx.merge(graph, state).logits(tokens_t[None, :-1])[0]
+        log_prob_t = jnp.take_along_axis(jax.nn.log_softmax(logits_tv), tokens_t[1:, None], axis=1)[:, 0]
+        position_t = jnp.arange(1, len(tokens_t))
+        is_target_t = (position_t >= num_prompt) & (position_t < num_tokens)
+        return -jnp.sum(jnp.where(is_target_t, log_prob_t, 0.0)) / (num_tokens - num_prompt)
+
+    return jax.jit(jax.value_and_grad(mean_cross_entropy))
+
+
+def eq_1(examples: Sequence[Example], weights: Sequence[float]) -> tuple[float, Gradients]:
+    """(1 / n) sum_i w_i * mean cross-entropy of i, with whole logits, one trajectory at a time, summed in float64."""
+    state = nnx.state(tiny_student())
+    total, gradient = 0.0, {}
+    for example, weight in zip(examples, weights, strict=True):
+        prompt, target = example.rendered.prompt_tokens, example.rendered.target_tokens
+        tokens_t = np.zeros(80, np.int32)
+        tokens_t[: len(prompt) + len(target)] = np.concatenate([prompt, target])
+        loss, part = dense_loss_and_gradient()(state, tokens_t, len(prompt), len(prompt) + len(target))
+        total += weight * float(loss) / len(examples)
+        for name, value in flatten_parameters(part).items():
+            share = weight * np.asarray(value, np.float64) / len(examples)
+            gradient[name] = gradient.get(name, 0.0) + share
+    return total, gradient
+
+
+def assert_same_gradient(actual: Gradients, expected: Gradients, tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = np.linalg.norm(actual[name] - value)
+        assert difference <= tolerance * np.linalg.norm(value), f"{name}: {difference / np.linalg.norm(value)}"
+
+
+def test_loss_and_gradient_are_those_of_eq_1() -> None:
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 2, 3)
+    loss, gradient, losses = summed(examples, range(6), tokens_per_batch=100)
+    expected_loss, expected = eq_1(examples, [example.weight for example in examples])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_same_gradient(gradient, expected)
+    for member, member_loss in losses.items():
+        assert member_loss == pytest.approx(eq_1([examples[member]], [1.0])[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens_per_batch", "num_devices"), [(1, 1), (64, 1), (10_000, 2), (1, 8)])
+def test_gradient_does_not_depend_on_micro_batches_or_devices(tokens_per_batch: int, num_devices: int) -> None:
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 3, 3)
+    loss, gradient, losses = summed(examples, range(9))
+    other_loss, other, other_losses = summed(
+        examples, range(9), tokens_per_batch=tokens_per_batch, num_devices=num_devices
+    )
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert_same_gradient(other, gradient)
+    assert other_losses == pytest.approx(losses, rel=1e-5)
+
+
+def test_gradient_does_not_depend_on_order_within_the_batch() -> None:
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 3, 2)
+    shuffled = np.random.default_rng().permutation(6).tolist()
+    _, gradient, _ = summed(examples, range(6), tokens_per_batch=64)
+    _, other, _ = summed(examples, shuffled, tokens_per_batch=64)
+    assert_same_gradient(other, gradient)
+
+
+def test_gradient_does_not_depend_on_remat() -> None:
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 2, 2)
+    _, gradient, _ = summed(examples, range(4))
+    _, other, _ = summed(examples, range(4), remat="block")
+    assert_same_gradient(other, gradient)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 10_000], ids=["one_row_per_micro_batch", "one_micro_batch"])
+def test_doubling_a_weight_adds_its_share_of_eq_1(tokens_per_batch: int) -> None:
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 2, 2)
+    doubled = (*examples[:3], Example(examples[3].rendered, 2 * examples[3].weight))
+    _, before, _ = summed(examples, range(4), tokens_per_batch=tokens_per_batch)
+    _, after, _ = summed(doubled, range(4), tokens_per_batch=tokens_per_batch)
+    _, alone = eq_1([examples[3]], [examples[3].weight])
+    share = {name: value / 4 for name, value in alone.items()}
+    _, expected = eq_1(doubled, [example.weight for example in doubled])
+    assert_same_gradient(after, expected)
+    assert_same_gradient({name: before[name] + share[name] for name in share}, after)
+    assert np.linalg.norm(share["lm_head.weight"]) > 1e-3 * np.linalg.norm(before["lm_head.weight"])
+
+
+def test_a_tiny_weight_gives_a_tiny_gradient_with_one_row_per_micro_batch() -> None:
+    """The published code divides by the micro-batch's own weights: weights 1 and 1e-6 had the same gradient."""
+    (example, *_) = random_examples(np.random.default_rng().integers(1 << 30), 1, 1)
+    _, gradient, _ = summed([Example(example.rendered, 1.0)], [0], tokens_per_batch=1)
+    _, tiny, _ = summed([Example(example.rendered, 1e-6)], [0], tokens_per_batch=1)
+    assert np.linalg.norm(gradient["lm_head.weight"]) > 1e-2
+    assert_same_gradient({name: 1e6 * value for name, value in tiny.items()}, gradient)
+
+
+def test_a_trajectory_of_weight_zero_changes_nothing_but_the_divisor() -> None:
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 1, 3)
+    silent = (*examples[:2], Example(examples[2].rendered, 0.0))
+    _, gradient, losses = summed(silent, range(3))
+    _, without, _ = summed(examples[:2], range(2))
+    assert_same_gradient(gradient, {name: value * 2 / 3 for name, value in without.items()})
+    assert losses[2] == pytest.approx(eq_1([silent[2]], [1.0])[0], rel=1e-5)
+
+
+def test_large_arrays_are_cut_over_the_devices_and_stay_so() -> None:
+    mesh = mesh_of(8)
+    train_step = compiled(8)
+    state = initial_state(tiny_student(), OPTIMIZER, mesh)
+    sums = zero_sums(state.parameters, mesh)
+    data = TrainingSet(random_examples(0, 4, 4), 16, seed=0)
+    micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=100, row_multiple=8, pad_id=PAD_ID))
+    applied, _ = run_step(train_step, state, sums, micro_batches, mesh)
+    moments = optax.tree_utils.tree_get(applied.state, "mu"), optax.tree_utils.tree_get(applied.state, "nu")
+    trees = (applied.state.parameters, *moments, applied.sums.gradients)
+    for tree in trees:
+        matrices = {name: value for name, value in tree.items() if name.endswith(("proj.weight", "tokens.weight"))}
+        assert len(matrices) == 8
+        for name, value in matrices.items():
+            assert {shard.data.size for shard in value.addressable_shards} == {value.size // 8}, name
+            assert value.dtype == jnp.float32
+    expected = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(tiny_student(), OPTIMIZER, mesh))
+    actual = jax.tree.map(lambda leaf: leaf.sharding, applied.state)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, actual, expected))
+
+
+def test_sums_are_zero_again_after_a_step_and_the_student_keeps_its_weights() -> None:
+    mesh, student = mesh_of(1), tiny_student()
+    train_step = compiled(1)
+    state = initial_state(student, OPTIMIZER, mesh)
+    data = TrainingSet(random_examples(0, 1, 2), 2, seed=0)
+    micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=1, row_multiple=1, pad_id=PAD_ID))
+    applied, _ = run_step(train_step, state, zero_sums(state.parameters, mesh), micro_batches, mesh)
+    assert float(applied.grad_norm) > 0
+    assert all(not np.any(value) for value in jax.tree.leaves(applied.sums))
+    fresh = flatten_parameters(nnx.state(tiny_student(), nnx.Param))
+    for name, value in flatten_parameters(nnx.state(student, nnx.Param)).items():
+        np.testing.assert_array_equal(value, fresh[name])
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(broken: str) -> None:
+    mesh = mesh_of(1)
+    train_step = compiled(1)
+    state = initial_state(tiny_student(), OPTIMIZER, mesh)
+    before = jax.tree.map(np.array, state)
+    sums = zero_sums(state.parameters, mesh)
+    if broken == "loss":
+        sums = StepSums(sums.gradients, sums.loss + jnp.inf)
+    else:
+        norm = sums.gradients["norm.weight"].at[3].set(jnp.nan)
+        sums = StepSums({**sums.gradients, "norm.weight": norm}, sums.loss)
+    applied = train_step.apply(state, sums)
+    assert not bool(applied.finite)
+    jax.tree.map(np.testing.assert_array_equal, applied.state, before)
+    assert all(not np.any(value) for value in jax.tree.leaves(applied.sums))
+
+
+def test_few_shapes_are_compiled() -> None:
+    """An epoch of random lengths compiles `accumulate` for a handful of shapes."""
+    data = TrainingSet(random_examples(5, 40, 4), 8, seed=0)
+    shapes = {
+        micro.rows.tokens_bt.shape
+        for step in range(data.steps_per_epoch)
+        for micro in data.micro_batches(data.batch(step), tokens_per_batch=128, row_multiple=1, pad_id=PAD_ID)
+    }
+    assert len(shapes) <= 5
