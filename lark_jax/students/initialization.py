@@ -10,4 +10,5 @@ from lark_jax.students.decoder import Decoder
 
 def random_student(architecture: Architecture, seed: int, dtype: DTypeLike) -> Decoder:
     """A decoder with fresh weights, parameters and computation in `dtype`; equal seeds give equal weights."""
-    return Decoder(architecture, jnp.dtype(dtype), jnp.dtype(dtype), rngs=nnx.Rngs(seed))
+    dtype = jnp.dtype(dtype)
+    return nnx.jit(lambda: Decoder(architecture, dtype, dtype, rngs=nnx.Rngs(seed)))()

@@ -12,7 +12,7 @@ from lark_jax.students.architecture import Architecture, RopeScaling
 def inverse_frequencies(architecture: Architecture) -> np.ndarray:
     """fp32 [head_dim / 2]: radians per position of each rotated pair, after scaling (HF `modeling_rope_utils`).
 
-    Rounded to fp32 where HF rounds: one unit in the last place of a frequency is an angle of up to 4e-3 at position 32,768.
+    Rounded to fp32 where HF rounds: one unit in the last place of a frequency is up to 4e-3 rad at position 32,768.
     """
     exponents = np.arange(0, architecture.head_dim, 2, dtype=np.float32) / np.float32(architecture.head_dim)
     periods = (architecture.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
