@@ -1,6 +1,7 @@
-"""A training run of a second or two: `python tiny_run.py DIRECTORY [KEY=VALUE ...]` trains there, or continues."""
+"""A training run of a second or two: `python tiny_run.py DIRECTORY` trains there, or continues."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -65,10 +66,24 @@ def random_examples(seed: int, problems: int, candidates: int) -> tuple[Example,
     return weighted_examples(rendered, weights.tolist())
 
 
-def run(directory: Path, config: FinetuneConfig = CONFIG, *, num_devices: int = 1, **changes: object) -> FinetuneResult:
-    arguments = {"student": tiny_student(), "examples": random_examples(7, 6, 3), "seed": 11, **changes}
-    mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
-    return finetune(config=config, mesh=mesh, pad_id=PAD_ID, directory=directory, **arguments)
+def run(
+    directory: Path,
+    config: FinetuneConfig = CONFIG,
+    *,
+    student: Decoder | None = None,
+    examples: Sequence[Example] | None = None,
+    seed: int = 11,
+    num_devices: int = 1,
+) -> FinetuneResult:
+    return finetune(
+        tiny_student() if student is None else student,
+        random_examples(7, 6, 3) if examples is None else examples,
+        config,
+        seed=seed,
+        mesh=make_mesh(MeshConfig(), jax.devices()[:num_devices]),
+        pad_id=PAD_ID,
+        directory=directory,
+    )
 
 
 def weights_of(student: Decoder) -> dict[str, np.ndarray]:

@@ -1,0 +1,297 @@
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from flax import nnx
+from tiny_run import ARCHITECTURE, CONFIG, random_examples, run, tiny_student, weights_of
+
+from lark_jax.errors import TrainingError
+from lark_jax.finetuning import Example, FinetuneResult, read_metrics
+from lark_jax.finetuning.data import TrainingSet
+from lark_jax.finetuning.loop import CHECKPOINTS
+from lark_jax.finetuning.step import trained_student
+from lark_jax.students.decoder import Decoder
+from lark_jax.students.parameters import flatten_parameters
+
+TOTAL_STEPS = 15  # 18 trajectories, 4 a step, 3 epochs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FinetuneResult]:
+    directory = tmp_path_factory.mktemp("finished")
+    return directory, run(directory)
+
+
+def copy_with_checkpoint(source: Path, target: Path, step: int) -> None:
+    """`target` looks as `source` did when it was killed at some moment after the checkpoint of `step`."""
+    shutil.copytree(source, target)
+    for checkpoint in (target / CHECKPOINTS).iterdir():
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+
+
+def test_logs_describe_every_step(finished: tuple[Path, FinetuneResult]) -> None:
+    directory, result = finished
+    metrics = read_metrics(result.metrics)
+    assert result.steps == TOTAL_STEPS
+    assert [m.step for m in metrics] == list(range(1, TOTAL_STEPS + 1))
+    assert [m.trajectories for m in metrics] == [4, 4, 4, 4, 2] * 3
+    assert [m.epoch for m in metrics] == [1] * 5 + [2] * 5 + [3] * 5
+    examples = random_examples(7, 6, 3)
+    assert sum(m.tokens for m in metrics) == 3 * sum(example.rendered.num_inputs for example in examples)
+    assert sum(m.target_tokens for m in metrics) == 3 * sum(len(e.rendered.target_tokens) for e in examples)
+    assert metrics[0].learning_rate == 0.0
+    assert metrics[1].learning_rate == pytest.approx(CONFIG.learning_rate)
+    epochs = np.array([m.loss * m.trajectories for m in metrics]).reshape(3, 5).sum(axis=1)
+    assert epochs[2] < epochs[1] < epochs[0]
+    timings = [json.loads(line) for line in (directory / "timings.jsonl").read_text().splitlines()]
+    assert [t["step"] for t in timings] == [m.step for m in metrics]
+    assert all(t["tokens_per_second"] > 0 for t in timings)
+
+
+def test_only_the_newest_checkpoints_are_kept(finished: tuple[Path, FinetuneResult]) -> None:
+    directory, _ = finished
+    assert sorted(int(path.name) for path in (directory / CHECKPOINTS).iterdir()) == [12, 15]
+
+
+def test_a_finished_run_returns_its_weights_at_once(finished: tuple[Path, FinetuneResult]) -> None:
+    directory, result = finished
+    logged = result.metrics.read_bytes()
+    again = run(directory)
+    expected = weights_of(result.student)
+    for name, value in weights_of(again.student).items():
+        np.testing.assert_array_equal(value, expected[name])
+    assert result.metrics.read_bytes() == logged
+
+
+def test_resumed_run_ends_with_the_same_bytes(finished: tuple[Path, FinetuneResult], tmp_path: Path) -> None:
+    directory, result = finished
+    copy_with_checkpoint(directory, tmp_path / "run", step=12)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 16, "ep')  # killed while it was writing
+    resumed = run(tmp_path / "run")
+    expected = weights_of(result.student)
+    for name, value in weights_of(resumed.student).items():
+        np.testing.assert_array_equal(value, expected[name])
+    assert resumed.metrics.read_bytes() == result.metrics.read_bytes()
+
+
+def test_resume_on_other_devices_and_micro_batches(finished: tuple[Path, FinetuneResult], tmp_path: Path) -> None:
+    directory, result = finished
+    copy_with_checkpoint(directory, tmp_path / "run", step=12)
+    config = dataclasses.replace(CONFIG, tokens_per_batch=500, checkpoint_every=2)
+    resumed = run(tmp_path / "run", config, num_devices=8)
+    expected = weights_of(result.student)
+    for name, value in weights_of(resumed.student).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-3, atol=1e-4)
+    embedding = flatten_parameters(nnx.state(resumed.student, nnx.Param))["embed_tokens.weight"]
+    assert len(embedding.addressable_shards) == 8
+    assert {shard.data.shape for shard in embedding.addressable_shards} == {(64, 4)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 12}, "seed (was 11, now 12)"),
+        ({"examples": random_examples(8, 6, 3)}, "training set"),
+        ({"student": tiny_student(1)}, "initial weights"),
+        ({"config": dataclasses.replace(CONFIG, learning_rate=2e-2)}, "finetune.learning_rate (was 0.01, now 0.02)"),
+    ],
+    ids=["seed", "data", "student", "learning_rate"],
+)
+def test_a_changed_run_is_not_continued(
+    finished: tuple[Path, FinetuneResult], tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
+    directory, _ = finished
+    copy_with_checkpoint(directory, tmp_path / "run", step=12)
+    with pytest.raises(TrainingError) as raised:
+        run(tmp_path / "run", **changes)
+    assert named in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).count("was") == 1
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    """Step 10 comes after step 9; sorted as text, it would come before step 2."""
+    config = dataclasses.replace(CONFIG, epochs=2, checkpoint_every=1)
+    run(tmp_path, config)
+    assert sorted(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir()) == [9, 10]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_trajectories_named(tmp_path: Path) -> None:
+    student, examples = tiny_student(), list(random_examples(7, 6, 3))
+    table = student.embed_tokens.weight
+    table[...] = table[...].at[63].set(jnp.nan)
+    clean = [_without_token(example, 63) for example in examples]
+    poisoned = clean[5].rendered.target_tokens.copy()
+    poisoned[0] = 63
+    rendered = dataclasses.replace(clean[5].rendered, target_tokens=np.append(poisoned, np.int32(5)))
+    clean[5] = dataclasses.replace(clean[5], rendered=rendered)
+    data = TrainingSet(tuple(clean), CONFIG.batch_size, 11)
+    step = next(step for step in range(5) if 5 in data.batch(step).members)
+
+    config = dataclasses.replace(CONFIG, checkpoint_every=1)
+    with pytest.raises(TrainingError) as raised:
+        run(tmp_path, config, student=student, examples=clean)
+    message = str(raised.value)
+    assert f"step {step + 1} (epoch 1): the loss is not finite for p1/c2;" in message
+    assert "\n" not in message
+    saved = [int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir()]
+    assert max(saved, default=0) == step
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == step
+
+
+def _without_token(example: Example, token: int) -> Example:
+    def replaced(tokens: np.ndarray) -> np.ndarray:
+        return np.where(tokens == token, 1, tokens)
+
+    prompt, target = example.rendered.prompt_tokens, example.rendered.target_tokens
+    rendered = dataclasses.replace(example.rendered, prompt_tokens=replaced(prompt), target_tokens=replaced(target))
+    return dataclasses.replace(example, rendered=rendered)
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_step_named(tmp_path: Path) -> None:
+    """Weights so large that the gradient's norm overflows float32, though every loss is finite."""
+    examples = [dataclasses.replace(example, weight=1e37) for example in random_examples(7, 1, 3)]
+    with pytest.raises(TrainingError, match=r"step 1 \(epoch 1\): every loss is finite.*p0/c"):
+        run(tmp_path, examples=examples)
+
+
+def test_an_empty_training_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="training set is empty"):
+        run(tmp_path, examples=())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_restarted_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    _start(undisturbed, tmp_path / "cache").wait()
+    for steps in sorted(random.sample(range(2, TOTAL_STEPS - 1), 2)):
+        process = _start(killed, tmp_path / "cache")
+        _wait_for_steps(process, killed / "metrics.jsonl", steps)
+        time.sleep(random.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / "weights.npz").exists()
+    last = _start(killed, tmp_path / "cache")
+    assert last.wait() == 0
+    expected = np.load(undisturbed / "weights.npz")
+    actual = np.load(killed / "weights.npz")
+    assert sorted(actual.files) == sorted(expected.files)
+    for name in expected.files:
+        assert actual[name].tobytes() == expected[name].tobytes(), name
+    assert (killed / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def _start(directory: Path, compilation_cache: Path) -> subprocess.Popen[bytes]:
+    directory.mkdir(exist_ok=True)
+    root = Path(__file__).resolve().parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, tiny_run.__file__, str(directory)], env=environment, stderr=subprocess.DEVNULL
+    )
+
+
+def _wait_for_steps(process: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
+    """Returns as soon as the run has logged `steps` steps."""
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.002)
+
+
+def test_twenty_steps_follow_torch(tmp_path: Path) -> None:
+    """Loss and weights against transformers, torch.optim.AdamW, HF's schedule and a plain sum of Eq. 1 in fp32."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 6, 3)
+    config = dataclasses.replace(CONFIG, epochs=4, learning_rate=1e-3, warmup_fraction=0.2, max_grad_norm=1.0)
+    student = _student_with_large_weights()
+    result = run(tmp_path, config, student=student, examples=examples)
+    metrics = read_metrics(result.metrics)
+    assert result.steps == 20
+    assert min(m.grad_norm for m in metrics) < 1.0 < max(m.grad_norm for m in metrics)
+
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=ARCHITECTURE.vocab_size,
+            hidden_size=ARCHITECTURE.hidden_size,
+            intermediate_size=ARCHITECTURE.intermediate_size,
+            num_hidden_layers=ARCHITECTURE.num_layers,
+            num_attention_heads=ARCHITECTURE.num_heads,
+            num_key_value_heads=ARCHITECTURE.num_kv_heads,
+            rms_norm_eps=ARCHITECTURE.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": ARCHITECTURE.rope_theta},
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    ).float()
+    model.load_state_dict({name: torch.tensor(value) for name, value in _hf_names(weights_of(student)).items()})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 4, 20)
+    data = TrainingSet(examples, config.batch_size, 11)
+    for step in range(20):
+        members = data.batch(step).members
+        loss = sum(_torch_loss(torch, model, examples[member]) for member in members) / len(members)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert metrics[step].loss == pytest.approx(loss.item(), rel=1e-4)
+        assert metrics[step].grad_norm == pytest.approx(norm.item(), rel=1e-4)
+        assert metrics[step].learning_rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-5, abs=1e-10)
+        optimizer.step()
+        scheduler.step()
+    expected = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    actual = _hf_names(weights_of(result.student))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.linalg.norm(actual[name] - value) <= 1e-4 * np.linalg.norm(value), name
+
+
+def _torch_loss(torch, model, example: Example):
+    prompt, target = example.rendered.prompt_tokens, example.rendered.target_tokens
+    tokens = torch.tensor(np.concatenate([prompt, target])[None], dtype=torch.long)
+    logits = model(input_ids=tokens[:, :-1]).logits[0, len(prompt) - 1 :]
+    return example.weight * torch.nn.functional.cross_entropy(logits, tokens[0, len(prompt) :])
+
+
+def _student_with_large_weights() -> Decoder:
+    """Weights so much larger than fresh ones that gradients cross the clipping limit; biases are not zero."""
+    student, rng = tiny_student(), np.random.default_rng()
+    values = {
+        name: value if name.endswith("norm.weight") else rng.normal(scale=0.1, size=value.shape).astype(np.float32)
+        for name, value in weights_of(student).items()
+    }
+    return trained_student(student, jax.tree.map(jnp.asarray, values))
+
+
+def _hf_names(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    named = {}
+    for name, value in weights.items():
+        if name.startswith("layers."):
+            rest = name.removeprefix("layers.")
+            named |= {f"model.layers.{index}.{rest}": layer for index, layer in enumerate(value)}
+        else:
+            named[name if name == "lm_head.weight" else f"model.{name}"] = value
+    return named
