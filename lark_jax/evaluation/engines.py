@@ -102,7 +102,7 @@ def choose_engine(config: EvaluateConfig, request: Request, folder: str | Path) 
     """
     if config.engine != "auto":
         return EngineChoice(config.engine, "evaluate.engine asks for it")
-    probe = dataclasses.replace(request, engine="vllm")
+    probe = dataclasses.replace(request, engine="vllm", prompts=request.prompts[:1])
     try:
         _run_worker(config.python, probe, Path(folder) / "health_check", ("--health-check",), HEALTH_CHECK_TIMEOUT_S)
         choice = EngineChoice("vllm", f"its health check generated with {request.model}")

@@ -78,7 +78,7 @@ def evaluate_student(
     Args:
       student: its name in tables.
       model_dir: local folder with weights, config.json and tokenizer.
-      engine: chosen before, so that all students of an experiment run under the same one; None: choose here.
+      engine: from `engine_for`, so that all students of an experiment run under the same one; None: choose here.
       model_fingerprint: hash of the weights where the caller knows it; None: hash `model_dir`.
 
     Raises:
@@ -86,29 +86,31 @@ def evaluate_student(
     """
     model_fingerprint = model_fingerprint or sha256_of_path(model_dir)
     out_dir = Path(out_dir)
-    prompts = render_prompts(benchmarks, chat, config.system_prompts)
     requested = engine.engine if engine is not None else config.engine
-    # For "auto" the health check sees the request as vLLM would get it.
-    request = build_request(
-        model_dir, model_fingerprint, prompts, chat.end_of_turn_id, chat.pad_id, config,
-        "vllm" if requested == "auto" else requested, out_dir / GENERATIONS,
-    )  # fmt: skip
+    request = _request(model_dir, model_fingerprint, benchmarks, chat, config, requested, out_dir)
     golds = [benchmark.fingerprint for benchmark in benchmarks]
     fingerprint = sha256_of_json([student, request.fingerprint, requested, golds, config.grader])
     if (out_dir / SUMMARY).exists() and (finished := read_student_result(out_dir)).fingerprint == fingerprint:
         return finished
     engine = engine or choose_engine(config, request, out_dir)
-    if engine.engine != request.engine:
-        request = build_request(
-            model_dir, model_fingerprint, prompts, chat.end_of_turn_id, chat.pad_id, config,
-            engine.engine, out_dir / GENERATIONS,
-        )  # fmt: skip
+    request = _request(model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, out_dir)
     _discard_other_generations(request)
     run_generation(request, config.python, out_dir)
     results = _grade_all(benchmarks, request, config, out_dir)
     result = StudentResult(student, engine, results, fingerprint)
     write_json(out_dir / SUMMARY, dataclasses.asdict(result))
     return result
+
+
+def engine_for(
+    model_dir: str | Path, benchmarks: Sequence[Benchmark], chat: ChatFormat, config: EvaluateConfig, folder: str | Path
+) -> EngineChoice:
+    """The engine for all students that share an architecture: accuracies compare under one engine only.
+
+    Runs the health check with `model_dir` when `evaluate.engine` is "auto"; its log goes to `folder`.
+    """
+    request = _request(model_dir, "", benchmarks, chat, config, config.engine, Path(folder))
+    return choose_engine(config, request, folder)
 
 
 def render_prompts(benchmarks: Sequence[Benchmark], chat: ChatFormat, system_prompts: str) -> tuple[Prompt, ...]:
@@ -133,6 +135,20 @@ def read_student_result(out_dir: str | Path) -> StudentResult:
     fields: dict[str, Any] = read_json(Path(out_dir) / SUMMARY)
     benchmarks = tuple(_benchmark_result(entry) for entry in fields.pop("benchmarks"))
     return StudentResult(engine=EngineChoice(**fields.pop("engine")), benchmarks=benchmarks, **fields)
+
+
+def _request(
+    model_dir: str | Path,
+    model_fingerprint: str,
+    benchmarks: Sequence[Benchmark],
+    chat: ChatFormat,
+    config: EvaluateConfig,
+    engine: str,
+    out_dir: Path,
+) -> Request:
+    prompts = render_prompts(benchmarks, chat, config.system_prompts)
+    ids = (chat.end_of_turn_id, chat.pad_id)
+    return build_request(model_dir, model_fingerprint, prompts, *ids, config, engine, out_dir / GENERATIONS)
 
 
 def _benchmark_result(fields: dict[str, Any]) -> BenchmarkResult:

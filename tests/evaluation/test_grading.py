@@ -153,13 +153,13 @@ def test_every_math500_gold_is_correct_in_another_layout(shared_data, grader):
     wrong = [
         gold for gold in golds if not grader.grade(f"\\boxed{{\\displaystyle {gold} }}", gold, "expression").correct
     ]
-    assert len(wrong) <= 5, wrong
+    assert wrong == []
 
 
 def test_verifier_agrees_with_the_published_cases(shared_data):
     cases = json.loads((shared_data / "grader" / "math_verify_cases.json").read_text())
     agreed = 0
-    with MathVerifier() as verifier:
+    with MathVerifier(deadline_s=60.0) as verifier:
         for case in cases:
             options = {name: case[name] for name in ("strict", "allow_set_relation_comp") if name in case}
             if "precision" in case:
@@ -174,8 +174,7 @@ def test_a_comparison_that_hangs_in_c_code_is_interrupted_and_the_next_one_works
         hung = impatient.grade(r"\boxed{9^{9^{9^9}}}", "5", "expression")
         assert time.monotonic() - started < 60.0
         assert (hung.correct, hung.reason) == (False, TIMED_OUT)
-        deadline_for_loaded_machines = impatient._verifier
-        deadline_for_loaded_machines._deadline_s = 30.0
+        impatient._verifier._deadline_s = 30.0
         assert impatient.grade(r"\boxed{2+3}", "5", "expression").reason == CORRECT
 
 

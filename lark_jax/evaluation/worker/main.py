@@ -85,11 +85,14 @@ class Progress:
         self._done_before = self._done = done
         self._total = total
         self._tokens = 0
-        self._started = self._reported = time.monotonic()
+        self._started = time.monotonic()
+        self._reported: float | None = None
 
     def add(self, tokens: int) -> None:
         self._done += 1
         self._tokens += tokens
+        if self._reported is None:  # the first job tells nothing: it includes the start of the engine
+            self._reported = time.monotonic()
         if time.monotonic() - self._reported >= PROGRESS_EVERY_S:
             self.report()
 

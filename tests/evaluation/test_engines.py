@@ -1,0 +1,120 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lark_jax.config import EvaluateConfig
+from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.engines import build_request, choose_engine, run_generation
+from lark_jax.evaluation.worker.worker_request import Prompt
+
+PROMPT = Prompt("b", "first", 0, (1, 2, 3))
+
+
+def request_for(model, config, prompts=(PROMPT,)):
+    return build_request(model, "weights", prompts, 97, 95, config, "transformers", "out.jsonl")
+
+
+def interpreter_with_module(folder, name, source):
+    """An interpreter, as of another virtualenv, in which `import name` runs `source`."""
+    (folder / f"{name}.py").write_text(source)
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_length_limit_is_the_models_or_what_the_prompts_need(random_student):
+    assert request_for(random_student, EvaluateConfig(max_tokens=100)).max_model_len == 103
+    long_request = request_for(random_student, EvaluateConfig(max_tokens=32_768))
+    assert long_request.max_model_len == 512
+    assert long_request.budget(PROMPT) == 509
+
+
+def test_generation_stops_at_the_end_of_turn_and_at_the_checkpoints_own_end(tmp_path, random_student):
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text((random_student / name).read_text())
+    fields = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps({**fields, "eos_token_id": [95, 96]}))
+    assert request_for(tmp_path, EvaluateConfig()).stop_ids == (95, 96, 97)
+
+
+@pytest.mark.parametrize(
+    ("config", "prompts", "message"),
+    [
+        (EvaluateConfig(), (PROMPT, Prompt("b", "long", 1, (1,) * 512)), "benchmark b, problem long: .* 512 tokens"),
+        (EvaluateConfig(temperature=0.0), (PROMPT,), "evaluate.samples: expected 1 with temperature 0"),
+        (EvaluateConfig(seeds=(3, 2**32 + 3)), (PROMPT,), r"evaluate.seeds: \(3, 4294967299\) would draw equal"),
+    ],
+)
+def test_impossible_requests_are_refused(random_student, config, prompts, message):
+    with pytest.raises(EvaluationError, match=message):
+        request_for(random_student, config, prompts)
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(EvaluationError, match=r"config\.json: cannot be read"):
+        request_for(tmp_path, EvaluateConfig())
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": 0.5}, {"top_p": 0.5}, {"seeds": (9,)}, {"samples": 2}, {"repetition_penalty": 1.1}]
+)
+def test_fingerprint_follows_what_decides_the_samples(random_student, change):
+    fingerprint = request_for(random_student, EvaluateConfig()).fingerprint
+    assert fingerprint == request_for(random_student, EvaluateConfig(grader="paper")).fingerprint
+    assert fingerprint != request_for(random_student, EvaluateConfig(**change)).fingerprint
+    other_prompt = Prompt("b", "first", 0, (1, 2, 4))
+    assert fingerprint != request_for(random_student, EvaluateConfig(), (other_prompt,)).fingerprint
+
+
+def test_a_named_engine_is_taken_without_a_health_check(tmp_path, random_student):
+    config = EvaluateConfig(engine="vllm", python="/nowhere/python")
+    assert choose_engine(config, request_for(random_student, config), tmp_path).engine == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise ImportError('libcudart.so not found')", "ImportError: libcudart.so not found"),
+        ("import os; os.abort()", "signal 6"),  # an engine that takes its process down
+    ],
+)
+def test_auto_falls_back_and_says_why(tmp_path, random_student, capsys, source, reason):
+    config = EvaluateConfig(python=interpreter_with_module(tmp_path, "vllm", source))
+    choice = choose_engine(config, request_for(random_student, config), tmp_path)
+    assert choice.engine == "transformers"
+    assert reason in choice.reason
+    assert f"evaluation engine: transformers ({choice.reason})" in capsys.readouterr().err
+
+
+def test_auto_distrusts_a_vllm_that_imports_but_does_not_generate(tmp_path, random_student):
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text("class LLM:\n    def __init__(self, **_): raise RuntimeError('no kernel')\n")
+    (package / "platforms.py").write_text("class current_platform:\n    is_cpu = staticmethod(lambda: False)\n")
+    (package / "sampling_params.py").write_text("RequestOutputKind = None\n")
+    config = EvaluateConfig(python=interpreter_with_module(tmp_path, "unused", ""))
+    choice = choose_engine(config, request_for(random_student, config), tmp_path)
+    assert choice.engine == "transformers"
+    assert "no kernel" in choice.reason
+
+
+def test_a_failing_worker_is_one_line_with_cause_and_log(tmp_path, random_student):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((random_student / name).read_bytes())
+    request = request_for(tmp_path / "model", EvaluateConfig(max_tokens=4))
+    with pytest.raises(
+        EvaluationError, match=r"evaluation worker \(transformers\) failed, status 1: OSError"
+    ) as caught:
+        run_generation(request, None, tmp_path)
+    assert "\n" not in str(caught.value)
+    log = Path(str(caught.value).rpartition("log: ")[2])
+    assert "Traceback" in log.read_text()
+
+
+def test_an_interpreter_that_does_not_exist_is_named(tmp_path, random_student):
+    with pytest.raises(EvaluationError, match=r"config\.evaluate\.python: /nowhere/python cannot be started"):
+        run_generation(request_for(random_student, EvaluateConfig()), "/nowhere/python", tmp_path)

@@ -1,0 +1,258 @@
+"""The worker as a process: resume, engines against each other, life and death. Its file logic with a fake engine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from lark_jax.evaluation.engines import WORKER, read_generations, run_generation
+from lark_jax.evaluation.worker.worker_request import read_request, write_request
+
+MANY = 60  # prompts; more than one batch of the transformers engine
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The worker's main module, imported as it imports its siblings."""
+    monkeypatch.syspath_prepend(str(WORKER.parent))
+    sys.modules.pop("main", None)
+    import main as worker_main
+
+    yield worker_main
+    sys.modules.pop("main", None)
+
+
+class FakeEngine:
+    """Yields jobs last first, as an engine may; counts what it was asked for; can die halfway."""
+
+    def __init__(self, sample_type, die_after=None):
+        self.sample_type, self.die_after, self.asked = sample_type, die_after, []
+
+    def __call__(self, request, pending):
+        for count, job in enumerate(reversed(pending)):
+            if count == self.die_after:
+                raise RuntimeError("engine died")
+            self.asked.append(job.key)
+            texts = [f"{job.key} é {request.first_seed(job) + index}" for index in range(request.samples)]
+            yield job, [self.sample_type(text, "stop", len(text)) for text in texts]
+
+
+@pytest.fixture
+def run_fake(main, monkeypatch):
+    def run(request, die_after=None):
+        engine = FakeEngine(main.Sample, die_after)
+        monkeypatch.setattr(main, "engine_named", lambda name: engine)  # noqa: ARG005
+        main.run(request)
+        return engine.asked
+
+    return run
+
+
+@pytest.fixture
+def finished(tmp_path, random_student, make_request, run_fake):
+    """(request, bytes of its finished output)."""
+    request = make_request(random_student, tmp_path / "reference" / "out.jsonl", "transformers")
+    run_fake(request)
+    return request, Path(request.output).read_bytes()
+
+
+def test_request_survives_the_file(tmp_path, random_student, make_request):
+    request = make_request(random_student, tmp_path / "out.jsonl", "vllm")
+    write_request(tmp_path / "request.json", request)
+    assert read_request(tmp_path / "request.json") == request
+
+
+def test_output_is_in_request_order_whatever_the_engine_finishes_first(finished):
+    request, _ = finished
+    keys = [(line.benchmark, line.problem_id, line.seed) for line in read_generations(request.output)]
+    assert keys == [job.key for job in request.jobs()]
+    assert not Path(request.output + ".partial").exists()
+
+
+def test_every_sample_of_a_request_has_its_own_seed(random_student, make_request, tmp_path):
+    request = make_request(random_student, tmp_path / "out.jsonl", "vllm", num_prompts=50, seeds=(0, 1, 2, 2**31 - 1))
+    seeds = [request.first_seed(job) + index for job in request.jobs() for index in range(request.samples)]
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # torch on CPU sees 32 bits only
+
+
+def test_an_engine_that_dies_leaves_what_it_finished(finished, run_fake):
+    request, expected = finished
+    Path(request.output).unlink()
+    with pytest.raises(RuntimeError, match="engine died"):
+        run_fake(request, die_after=4)
+    assert len(run_fake(request)) == len(request.jobs()) - 4
+    assert Path(request.output).read_bytes() == expected
+
+
+def test_a_finished_output_starts_no_engine(finished, run_fake):
+    request, expected = finished
+    assert run_fake(request, die_after=0) == []
+    assert Path(request.output).read_bytes() == expected
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
+def test_every_cut_of_the_file_is_completed_to_the_same_bytes(finished, run_fake, name):
+    request, expected = finished
+    line_ends = [index for index, byte in enumerate(expected) if byte == ord("\n")]
+    cuts = [0, 1, line_ends[0], line_ends[0] + 1, line_ends[3] - 5, line_ends[3], line_ends[3] + 1, len(expected) - 1]
+    for cut in cuts:
+        Path(request.output).unlink()
+        Path(request.output).with_name(name).write_bytes(expected[:cut])
+        run_fake(request)
+        assert Path(request.output).read_bytes() == expected, cut
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: b"\x00" * len(line),
+        lambda line: line[: len(line) // 2],
+        lambda line: line.replace(b'"seed"', b'"sead"'),
+        lambda line: b"[1, 2]",  # noqa: ARG005
+        lambda line: json.dumps({**json.loads(line), "samples": json.loads(line)["samples"][:1]}).encode(),
+        lambda line: json.dumps({**json.loads(line), "problem_id": "of another benchmark"}).encode(),
+    ],
+)
+def test_a_damaged_line_is_generated_again(finished, run_fake, damage):
+    request, expected = finished
+    lines = expected.split(b"\n")
+    lines[4] = damage(lines[4])
+    Path(request.output).unlink()
+    Path(request.output + ".partial").write_bytes(b"\n".join(lines))
+    assert run_fake(request) == [request.jobs()[3].key]
+    assert Path(request.output).read_bytes() == expected
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
+def test_samples_of_another_request_are_refused_and_kept(finished, run_fake, make_request, random_student, name):
+    request, expected = finished
+    other = make_request(random_student, Path(request.output), "transformers", temperature=0.9)
+    Path(request.output).rename(Path(request.output).with_name(name))
+    with pytest.raises(ValueError, match="another request"):
+        run_fake(other)
+    assert Path(request.output).with_name(name).read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_a_killed_worker_resumes_to_the_same_bytes(tmp_path, random_student, make_request, engine):
+    whole = make_request(random_student, tmp_path / "whole.jsonl", engine, num_prompts=MANY)
+    run_generation(whole, None, tmp_path / "whole")
+    killed = make_request(random_student, tmp_path / "killed.jsonl", engine, num_prompts=MANY)
+    write_request(tmp_path / "killed.json", killed)
+    partial = Path(killed.output + ".partial")
+    with (tmp_path / "killed.log").open("w") as log:
+        worker = subprocess.Popen([sys.executable, str(WORKER), str(tmp_path / "killed.json")], stdout=log, stderr=log)
+        while worker.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 8):
+            time.sleep(0.002)
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+    finished_before = partial.read_bytes().count(b"\n") - 1
+    assert 0 < finished_before < len(killed.jobs())
+    run_generation(killed, None, tmp_path / "resumed")
+    assert Path(killed.output).read_bytes() == Path(whole.output).read_bytes()
+    texts = {sample.text for line in read_generations(whole.output) for sample in line.samples}
+    assert len(texts) > len(whole.jobs())  # samples, problems and seeds do differ
+
+
+@pytest.mark.slow
+def test_greedy_answers_of_both_engines_agree(tmp_path, random_student, make_request, vllm_reason):
+    if vllm_reason:
+        pytest.skip(vllm_reason)
+    answers = {}
+    for engine in ("vllm", "transformers"):
+        request = make_request(
+            random_student, tmp_path / f"{engine}.jsonl", engine,
+            temperature=0.0, samples=1, seeds=(0,), repetition_penalty=1.1,
+        )  # fmt: skip
+        run_generation(request, None, tmp_path / engine)
+        answers[engine] = [line.samples for line in read_generations(request.output)]
+    assert answers["vllm"] == answers["transformers"]
+    assert len({samples[0].text for samples in answers["vllm"]}) > 1
+
+
+PROMPT_LOGPROBS = """
+import json, sys
+from vllm import LLM, SamplingParams
+model, tokens = sys.argv[1], json.loads(sys.argv[2])
+llm = LLM(model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=512,
+          enable_prefix_caching=False)
+(output,) = llm.generate([{"prompt_token_ids": tokens}], SamplingParams(max_tokens=1, prompt_logprobs=0))
+print("LOGPROBS", json.dumps([entry[t].logprob for entry, t in zip(output.prompt_logprobs[1:], tokens[1:])]))
+"""
+
+
+@pytest.mark.slow
+def test_exported_student_has_the_same_log_probabilities_in_vllm(tmp_path, random_student, vllm_reason):
+    if vllm_reason:
+        pytest.skip(vllm_reason)
+    import jax.numpy as jnp
+
+    from lark_jax.students import export_student, load_student
+
+    decoder, _ = load_student(random_student, dtype=jnp.float32)
+    export_student(decoder, random_student, tmp_path / "exported")
+    tokens = torch.randint(0, 95, (300,))
+    model = transformers.AutoModelForCausalLM.from_pretrained(random_student, dtype="float64")
+    with torch.no_grad():
+        expected = torch.log_softmax(model(tokens[None]).logits[0, :-1], dim=-1).gather(1, tokens[1:, None])[:, 0]
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", PROMPT_LOGPROBS, str(tmp_path / "exported"), json.dumps(tokens.tolist())]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("LOGPROBS")]
+    assert lines, finished.stderr[-2000:]
+    measured = torch.tensor(json.loads(lines[0].removeprefix("LOGPROBS")), dtype=torch.float64)
+    assert (measured - expected).abs().max() < 2e-4
+
+
+LONELY_PARENT = """
+import sys
+from lark_jax.evaluation.engines import run_generation
+from lark_jax.evaluation.worker.worker_request import read_request
+run_generation(read_request(sys.argv[1]), None, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker through /proc")
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path, random_student, make_request):
+    request = make_request(
+        random_student, tmp_path / "out.jsonl", "transformers", num_prompts=2_000, max_tokens=400, temperature=1.0
+    )
+    write_request(tmp_path / "request.json", request)
+    repository = Path(__file__).resolve().parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", LONELY_PARENT, str(tmp_path / "request.json"), str(tmp_path)], cwd=repository
+    )
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while not children.read_text().split():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    worker = int(children.read_text().split()[0])
+    time.sleep(1.5)  # its watcher is running
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _runs(worker)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
