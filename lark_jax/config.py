@@ -163,14 +163,15 @@ class SyntheticConfig:
     num_problems: int = 200  # in the pool
     num_test_problems: int = 100  # held out, the benchmark
     rollouts: int = 3  # per teacher and problem
-    num_pretrain_problems: int = 6_000  # seen by the base student only, disjoint from the other two
-    pretrain_epochs: int = 2
-    pretrain_learning_rate: float = 2e-3
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4  # head_dim = hidden_size / num_heads; the evaluation engine needs >= 32
-    num_kv_heads: int = 2
-    intermediate_size: int = 384
+    num_pretrain_problems: int = 12_000  # seen by the base student only, disjoint from the other two
+    pretrain_epochs: int = 1
+    pretrain_batch_size: int = 16  # trajectories per step: copying numbers takes a few hundred steps to appear
+    pretrain_learning_rate: float = 6e-3
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 2  # head_dim = hidden_size / num_heads; the evaluation engine needs >= 32
+    num_kv_heads: int = 1
+    intermediate_size: int = 256
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

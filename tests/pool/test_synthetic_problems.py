@@ -1,6 +1,7 @@
 """Problems: the solution is right, splits share no text, equal seeds give equal problems."""
 
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -27,14 +28,24 @@ def test_steps_chain_from_the_story_to_the_answer(seed: int, split: str) -> None
 
 
 @given(seeds, splits)
-def test_levels_come_in_turn_and_keep_their_bounds(seed: int, split: str) -> None:
-    problems = generate_problems(seed, 11, split)
-    assert [problem.level for problem in problems] == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1]
-    for problem in problems:
+def test_levels_keep_their_bounds(seed: int, split: str) -> None:
+    for problem in generate_problems(seed, 10, split):
         level = LEVELS[problem.level - 1]
         assert len(problem.steps) == level.num_steps
         assert max(step.result for step in problem.steps) <= level.largest_result
         assert {step.operator for step in problem.steps} <= set(level.operators)
+
+
+@pytest.mark.parametrize("split", ["pool", "test"])
+def test_pool_and_test_hold_every_level_equally_often(split: str) -> None:
+    assert Counter(problem.level for problem in generate_problems(1, 100, split)) == dict.fromkeys(range(1, 6), 20)
+
+
+def test_pretraining_holds_every_level_and_the_easy_ones_more_often() -> None:
+    counts = Counter(problem.level for problem in generate_problems(1, 100, "pretrain"))
+    shares = [counts[level] for level in range(1, 6)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > shares[-1] > 0
 
 
 def test_levels_get_harder() -> None:

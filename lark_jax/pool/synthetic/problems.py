@@ -47,10 +47,12 @@ class Level:
 LEVELS = (
     Level(num_steps=1, largest_operand=9, largest_result=18, operators="+-"),
     Level(num_steps=2, largest_operand=9, largest_result=20, operators="+-"),
-    Level(num_steps=2, largest_operand=12, largest_result=40, operators="+-*/"),
-    Level(num_steps=3, largest_operand=15, largest_result=60, operators="+-*/"),
-    Level(num_steps=4, largest_operand=20, largest_result=99, operators="+-*/"),
+    Level(num_steps=2, largest_operand=20, largest_result=60, operators="+-*/"),
+    Level(num_steps=3, largest_operand=20, largest_result=90, operators="+-*/"),
+    Level(num_steps=4, largest_operand=50, largest_result=200, operators="+-*/"),
 )
+# Levels of successive problems. The base student is brought up on easy ones mostly.
+_LEVEL_CYCLES = {"pretrain": (1, 2, 3, 1, 2, 4, 1, 2, 3, 5), "pool": (1, 2, 3, 4, 5), "test": (1, 2, 3, 4, 5)}
 
 _NAMES = ("Ana", "Ben", "Dora", "Emil", "Ines", "Jan", "Kira", "Leo", "Mia", "Nils", "Omar", "Rosa")
 _UNITS = ("apples", "beads", "books", "cards", "coins", "eggs", "nuts", "pens", "seeds", "shells", "stamps", "stones")
@@ -70,7 +72,9 @@ def split_of(text: str) -> str:
 
 
 def generate_problems(seed: int, count: int, split: str) -> tuple[Problem, ...]:
-    """`count` problems with distinct texts, levels 1 to 5 in turn; the same arguments give the same problems.
+    """`count` problems with distinct texts; the same arguments give the same problems.
+
+    Levels take turns: all equally often in "pool" and "test", the easy ones more often in "pretrain".
 
     Raises:
       ConfigError: `split` is unknown, or has fewer than `count` distinct problems.
@@ -80,7 +84,7 @@ def generate_problems(seed: int, count: int, split: str) -> tuple[Problem, ...]:
     seen: set[str] = set()
     problems = []
     for index in range(count):
-        level = 1 + index % len(LEVELS)
+        level = _LEVEL_CYCLES[split][index % len(_LEVEL_CYCLES[split])]
         problem = _draw_unseen(random.Random(f"{seed}/{split}/{index}"), f"{split}-{index:05d}", level, split, seen)
         seen.add(problem.text)
         problems.append(problem)
