@@ -153,9 +153,9 @@ def _refuse_unsupported_values(values: Mapping[str, Any], family: Family) -> Non
         _refuse_unless(name, values.get(name, supported[0]), supported)
     if not family.attention_bias:
         _refuse_unless("attention_bias", values.get("attention_bias", False), (False, None))
-    for layer_type in values.get("layer_types") or ():
+    for layer_type in _optional_list(values, "layer_types"):
         _refuse_unless("layer_types", layer_type, ("full_attention",))
-    architectures = values.get("architectures") or ()
+    architectures = _optional_list(values, "architectures")
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise CheckpointError(f"architectures={architectures!r} is not supported; expected a ...ForCausalLM model")
 
@@ -170,8 +170,10 @@ def _refuse_sliding_window(values: Mapping[str, Any], family: Family, max_positi
     if family.sliding_window_switch:
         _refuse_unless("use_sliding_window", values.get("use_sliding_window", False), (False, None))
         return
-    window = values.get("sliding_window", family.default_sliding_window)
-    if window is not None and window < max_position_embeddings:
+    if values.get("sliding_window", family.default_sliding_window) is None:
+        return
+    window = _positive_int(values, "sliding_window", default=family.default_sliding_window)
+    if window < max_position_embeddings:
         raise CheckpointError(
             f"sliding_window={window} is smaller than max_position_embeddings={max_position_embeddings}; "
             f"windowed attention is not supported (null or a window that covers every position is)"
@@ -208,7 +210,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     rope_theta = _positive_float(theta_holder, "rope_theta", default=10_000.0)
     _refuse_unless(f"{name}.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0, None))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in _REQUIRED_ROPE_FIELDS:
+    if not isinstance(rope_type, str) or rope_type not in _REQUIRED_ROPE_FIELDS:
         supported = ", ".join(_REQUIRED_ROPE_FIELDS)
         raise CheckpointError(f"{name}.rope_type={rope_type!r} is not supported; supported: {supported}")
     numbers: dict[str, Any] = {}
@@ -243,6 +245,13 @@ def _positive_float(values: Mapping[str, Any], name: str, default: Any = _MISSIN
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise CheckpointError(f"{prefix}{name}={value!r}: expected a positive number")
     return float(value)
+
+
+def _optional_list(values: Mapping[str, Any], name: str) -> list[Any]:
+    value = values.get(name)
+    if value is not None and not isinstance(value, list):
+        raise CheckpointError(f"{name}={value!r}: expected a list")
+    return value or []
 
 
 def _boolean(values: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -18,12 +18,12 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
     forbids downloads.
 
     Raises:
-      CheckpointError: neither a folder nor a hub id, or the snapshot cannot be had.
+      CheckpointError: neither a folder nor a hub id (a `Path` never is one), or the snapshot cannot be had.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
-    hub_id = str(path_or_hub_id)
+    hub_id = path_or_hub_id if isinstance(path_or_hub_id, str) else ""
     if path.exists():
         raise CheckpointError(f"{path}: is a file; a student is a folder with config.json and safetensors files")
     if not _HUB_ID.fullmatch(hub_id) or (path.parts[0] != hub_id and Path(path.parts[0]).is_dir()):
