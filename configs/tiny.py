@@ -1,4 +1,4 @@
-"""The embedded experiment: the whole pipeline on a synthetic pool and a one-million-parameter student.
+"""The embedded experiment: the whole pipeline on a synthetic pool and a student of 156,000 parameters.
 
     make demo        # or: python -m lark_jax.run --config=configs/tiny.py
 
@@ -22,14 +22,15 @@ def get_config() -> ConfigDict:
     config.synthetic.num_problems = 200  # in the pool
     config.synthetic.num_test_problems = 100  # held out: the benchmark
     config.synthetic.rollouts = 3  # per teacher and problem
-    config.synthetic.num_pretrain_problems = 6_000  # seen by the base student only
-    config.synthetic.pretrain_epochs = 2
-    config.synthetic.pretrain_learning_rate = 2e-3
-    config.synthetic.hidden_size = 128
-    config.synthetic.num_layers = 4
-    config.synthetic.num_heads = 4  # head_dim 32, the least that vLLM's CPU build takes
-    config.synthetic.num_kv_heads = 2
-    config.synthetic.intermediate_size = 384
+    config.synthetic.num_pretrain_problems = 12_000  # seen by the base student only
+    config.synthetic.pretrain_epochs = 1
+    config.synthetic.pretrain_batch_size = 16  # trajectories per step
+    config.synthetic.pretrain_learning_rate = 6e-3
+    config.synthetic.hidden_size = 64
+    config.synthetic.num_layers = 2
+    config.synthetic.num_heads = 2  # head_dim 32, the least that vLLM's CPU build takes
+    config.synthetic.num_kv_heads = 1
+    config.synthetic.intermediate_size = 256
 
     prepared = config.get_oneway_ref("workdir") + "/prepare"
     config.student.path = prepared + "/pretrain/student"

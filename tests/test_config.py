@@ -147,7 +147,7 @@ def test_fields_that_need_each_other() -> None:
     assert "config.select.weighting" in error_line(with_field("select.score", "g_hat"))
     assert "config.evaluate.benchmarks" in error_line({**VALID, "stages": ("evaluate",)})
     assert "config.synthetic" in error_line({**VALID, "stages": ("prepare", "score")})
-    assert "config.synthetic.num_heads" in error_line(with_field("synthetic.hidden_size", 130))
+    assert "config.synthetic.num_heads" in error_line(with_field("synthetic.hidden_size", 131))
 
 
 def test_minimal_configuration_takes_the_documented_defaults() -> None:

@@ -15,8 +15,7 @@ from lark_jax.sharding import make_mesh
 from lark_jax.stages.layout import STUDENT, Layout
 from lark_jax.students import random_student, read_architecture, save_new_student
 
-PRETRAIN_BATCH = 64  # trajectories per step
-PRETRAIN_TOKENS = 8_192  # per micro-batch
+PRETRAIN_TOKENS = 1_024  # per micro-batch: steps are small, and rows of a micro-batch that stay empty cost as much
 
 
 def prepare_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -41,7 +40,8 @@ def _pretraining_task(experiment: Experiment, synthetic: SyntheticConfig, layout
     recipe = FinetuneConfig(
         learning_rate=synthetic.pretrain_learning_rate,
         epochs=synthetic.pretrain_epochs,
-        batch_size=PRETRAIN_BATCH,
+        batch_size=synthetic.pretrain_batch_size,
+        b2=0.98,  # a short memory for a short run
         dtype="float32",
         tokens_per_batch=PRETRAIN_TOKENS,
         remat="none",
