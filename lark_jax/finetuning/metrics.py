@@ -57,8 +57,9 @@ class TrainingLog:
             stream.close()
 
     def write(self, metrics: StepMetrics, timing: StepTiming) -> None:
-        for stream, record in zip(self._streams, (metrics, timing), strict=True):
-            stream.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        records = (dataclasses.asdict(metrics), dataclasses.asdict(timing))
+        for stream, record in zip(self._streams, records, strict=True):
+            stream.write(json.dumps(record) + "\n")
             stream.flush()
 
     def flush_to_disk(self) -> None:

@@ -6,7 +6,7 @@ cut over `data` (FSDP). Rows are cut over `data` too. GSPMD gathers each layer w
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,8 @@ def make_train_step(
     """Compiles (lazily, once per shape of micro-batch) the training functions for `student` on `mesh`."""
     graph, template = _split_abstract(student)
     shardings = state_shardings(student, optimizer, mesh)
-    sums_shardings = StepSums(shardings.parameters, replicated(mesh))
+    whole: Any = replicated(mesh)
+    sums_shardings = StepSums(shardings.parameters, whole)
 
     def loss_of_rows(parameters: Parameters, token_weights_bt: jax.Array, batch: Rows) -> jax.Array:
         model = nnx.merge(graph, replace_parameters(template, parameters))
@@ -98,7 +99,6 @@ def make_train_step(
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         return Applied(state, jax.tree.map(jnp.zeros_like, sums), grad_norm, finite)
 
-    whole = replicated(mesh)
     return TrainStep(
         accumulate=jax.jit(accumulate, out_shardings=(sums_shardings, whole), donate_argnums=1),
         apply=jax.jit(apply, out_shardings=Applied(shardings, sums_shardings, whole, whole), donate_argnums=(0, 1)),
@@ -108,7 +108,7 @@ def make_train_step(
 def state_shardings(student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The sharding of every array of the training state: moments lie as their parameters do, counters everywhere."""
     shapes = abstract_parameters(student)
-    parameters = {name: parameter_sharding(name, value.shape, mesh) for name, value in shapes.items()}
+    parameters: Any = {name: parameter_sharding(name, value.shape, mesh) for name, value in shapes.items()}
 
     def as_parameter(_: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
         return sharding
@@ -125,7 +125,7 @@ def state_shardings(student: Decoder, optimizer: optax.GradientTransformation, m
 
 def abstract_state(student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the training state, without allocating it."""
-    parameters = abstract_parameters(student)
+    parameters: Any = abstract_parameters(student)
     shapes = TrainState(parameters, jax.eval_shape(optimizer.init, parameters))
     shardings = state_shardings(student, optimizer, mesh)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
@@ -150,8 +150,8 @@ def zero_sums(parameters: Parameters, mesh: Mesh) -> StepSums:
 
 def put_rows(micro_batch: MicroBatch, mesh: Mesh) -> Rows:
     batch = micro_batch.rows
-    arrays = Rows(batch.tokens_bt, batch.targets_bt, batch.mask_bt, micro_batch.row_weights_b)
-    return jax.device_put(arrays, rows(mesh))
+    arrays = (batch.tokens_bt, batch.targets_bt, batch.mask_bt, micro_batch.row_weights_b)
+    return Rows(*jax.device_put(arrays, rows(mesh)))
 
 
 def trained_student(student: Decoder, parameters: Parameters) -> Decoder:
