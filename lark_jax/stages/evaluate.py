@@ -10,8 +10,8 @@ from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
-from lark_jax.evaluation.engines import EngineChoice, build_request, choose_engine
-from lark_jax.evaluation.runner import evaluate_student, render_prompts
+from lark_jax.evaluation.engines import EngineChoice
+from lark_jax.evaluation.runner import engine_for, evaluate_student
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import load_chat_format
 from lark_jax.stages.layout import BASE, Layout, Run
@@ -46,11 +46,7 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
     def choose(directory: Path) -> Outcome:
         folder = local_folder(experiment.student.path)
         chat = load_chat_format(folder, experiment.student.chat_template)
-        prompts = render_prompts(benchmarks_of(experiment), chat, config.system_prompts)
-        request = build_request(
-            folder, "", prompts, chat.end_of_turn_id, chat.pad_id, config, "vllm", directory / "health_check.jsonl"
-        )
-        choice = choose_engine(config, request, directory)
+        choice = engine_for(folder, benchmarks_of(experiment), chat, config, directory)
         files.write_json(directory / ENGINE, dataclasses.asdict(choice))
         return Outcome(counts={}, notes=dataclasses.asdict(choice))
 
