@@ -12,6 +12,12 @@ from lark_jax.evaluation.worker.worker_request import Prompt
 PROMPT = Prompt("b", "first", 0, (1, 2, 3))
 
 
+@pytest.fixture(autouse=True)
+def _work_in_a_temporary_folder(tmp_path, monkeypatch):
+    """The requests below name a relative output."""
+    monkeypatch.chdir(tmp_path)
+
+
 def request_for(model, config, prompts=(PROMPT,)):
     return build_request(model, "weights", prompts, 97, 95, config, "transformers", "out.jsonl")
 
