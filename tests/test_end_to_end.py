@@ -1,0 +1,136 @@
+"""The whole main job on a miniature experiment, undisturbed and killed at random moments."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MINIATURE = {
+    "synthetic.num_problems": 6,
+    "synthetic.num_test_problems": 4,
+    "synthetic.rollouts": 1,
+    "synthetic.num_pretrain_problems": 64,
+    "synthetic.pretrain_epochs": 1,
+    "synthetic.hidden_size": 64,
+    "synthetic.num_layers": 1,
+    "synthetic.num_heads": 2,
+    "synthetic.num_kv_heads": 1,
+    "select.methods": "lark,random",
+    "select.budgets": "1,3",
+    "finetune.epochs": 2,
+    "finetune.batch_size": 4,
+    "finetune.checkpoint_every": 1,
+    "evaluate.engine": "transformers",
+    "evaluate.samples": 2,
+    "evaluate.seeds": "0,1",
+    "evaluate.max_tokens": 24,
+}
+
+
+def _command(workdir: Path) -> list[str]:
+    fields = [f"--config.{name}={value}" for name, value in MINIATURE.items()]
+    config = ["--config=configs/tiny.py", f"--config.workdir={workdir}"]
+    return [sys.executable, "-m", "lark_jax.run", *config, *fields]
+
+
+def _environment() -> dict[str, str]:
+    """One CPU device, unlike the tests' own process."""
+    import os
+
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return {**kept, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def _run(workdir: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        _command(workdir), cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=540, check=False
+    )
+
+
+def _results(workdir: Path) -> dict[str, bytes]:
+    """Scores, selections, weights, training metrics and graded samples."""
+    patterns = ("score/scores.parquet", "selection/*/train.*", "export/*/student/*", "finetune/*/metrics.jsonl")
+    patterns += ("evaluate/*/*/samples.jsonl", "prepare/pretrain/student/*", "report/accuracy.png")
+    found = {path for pattern in patterns for path in workdir.glob(pattern)}
+    return {path.relative_to(workdir).as_posix(): path.read_bytes() for path in sorted(found)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subprocess.CompletedProcess[str]", float]:
+    # The same folder name as in the other runs: it is part of the report's title.
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    start = time.monotonic()
+    finished = _run(workdir)
+    return workdir, finished, time.monotonic() - start
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_the_table_and_the_report_come_out(
+    undisturbed: tuple[Path, "subprocess.CompletedProcess[str]", float],
+) -> None:
+    workdir, finished, _ = undisturbed
+    assert finished.returncode == 0, finished.stderr
+    for label in ("base", "lark", "random", "Acc@2", str(workdir / "report" / "index.html")):
+        assert label in finished.stdout
+    page = (workdir / "report" / "index.html").read_text()
+    assert page.count("<svg") == 3
+    assert len(_results(workdir)) > 25
+
+
+@pytest.mark.slow
+def test_run_again_it_does_nothing_and_says_so(
+    undisturbed: tuple[Path, "subprocess.CompletedProcess[str]", float],
+) -> None:
+    workdir, first, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    again = _run(workdir)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stderr
+    assert again.stdout == first.stdout
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_changed_field_runs_only_the_stages_that_read_it(
+    undisturbed: tuple[Path, "subprocess.CompletedProcess[str]", float],
+) -> None:
+    workdir, _, _ = undisturbed
+    narrow = [*_command(workdir), "--config.stages=score,select", "--config.select.budgets=2"]
+    finished = subprocess.run(
+        narrow, cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "score: up to date" in finished.stderr
+    assert "select/lark_B2: running" in finished.stderr
+    rows = [json.loads(line) for line in (workdir / "selection/lark_B2/train.jsonl").read_text().splitlines()]
+    assert sum(row["weight"] for row in rows) == pytest.approx(6)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(
+    undisturbed: tuple[Path, "subprocess.CompletedProcess[str]", float], tmp_path: Path
+) -> None:
+    expected, _, seconds = undisturbed
+    workdir = tmp_path / "run"
+    for kill in range(4):
+        process = subprocess.Popen(
+            _command(workdir), cwd=REPOSITORY, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            # Later than the imports, so that something is under way; each life reaches further than the last.
+            process.wait(timeout=random.uniform(0.15, 0.35) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        else:
+            assert kill > 0, "the run ended before it could be killed"
+            break
+    finished = _run(workdir)
+    assert finished.returncode == 0, finished.stderr
+    assert _results(workdir) == _results(expected)
