@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.finetune.remat = "none"  # memory is no concern at this size
 
     config.evaluate.engine = "auto"
-    config.evaluate.benchmarks = (prepared + "/data/benchmark.jsonl",)
+    config.evaluate.benchmarks = (prepared + "/data/arithmetic.jsonl",)
     config.evaluate.system_prompts = "none"  # the problem text carries the instruction, as in the pool
     config.evaluate.repetition_penalty = 1.0  # arithmetic repeats digits
     config.evaluate.max_tokens = 256

@@ -160,5 +160,6 @@ def _write_manifest(task: Task, fingerprint: str, inputs: Mapping[str, Any], out
 
 
 def _describe(outcome: Outcome) -> str:
-    counts = [f"{value} {name}" for name, value in outcome.counts.items()]
-    return f" ({', '.join(counts)})" if counts else ""
+    counts = [f"{value:,} {name}" for name, value in outcome.counts.items() if value]
+    skipped = [f"{len(outcome.skipped):,} skipped, see {MANIFEST}"] if outcome.skipped else []
+    return f" ({', '.join(counts + skipped)})" if counts or skipped else ""

@@ -66,7 +66,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blank = folder / "data" / "student"
     save_new_student(random_student(read_architecture(blank), 0, "float32"), blank, folder / "student")
     shutil.copy(folder / "data" / "pool.jsonl", folder / "pool.jsonl")
-    shutil.copy(folder / "data" / "benchmark.jsonl", folder / "benchmark.jsonl")
+    shutil.copy(folder / "data" / "arithmetic.jsonl", folder / "benchmark.jsonl")
     return folder
 
 

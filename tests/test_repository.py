@@ -211,7 +211,7 @@ def test_licence_is_apache_2() -> None:
     assert "Apache License" in text
     assert "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
-    assert project()["license"] == {"text": "Apache-2.0"}
+    assert project()["license"] == "Apache-2.0"
 
 
 def test_files_that_modules_read_are_installed_with_them() -> None:

@@ -111,7 +111,8 @@ def terminal_report(content: ReportContent) -> str:
 
 
 def _stage_line(stage: StageSummary) -> str:
-    counts = [f"{count.value:,} {count.name}" for count in stage.counts]
+    """Counts of zero are left to the page; how many records were skipped is always said."""
+    counts = [f"{count.value:,} {count.name}" for count in stage.counts if count.value]
     return f"{stage.stage}: " + ", ".join([*counts, f"{len(stage.skipped):,} skipped"])
 
 

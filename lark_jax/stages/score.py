@@ -73,7 +73,6 @@ def outcome_of(pool: Pool, scores: tuple[CandidateScore, ...]) -> Outcome:
         "trajectories": len(scores),
         "scored": len(scores) - len(unscored),
         "truncated": sum(score.truncated for score in scores),
-        "skipped": len(unread) + len(unscored),
         "target tokens": sum(score.num_target_tokens for score in scores if score.status == "ok"),
     }
     return Outcome(counts=counts, skipped=unread + unscored)

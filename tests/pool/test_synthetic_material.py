@@ -49,7 +49,7 @@ def test_another_process_writes_the_same_bytes(material: Path, tmp_path: Path, h
 
 def test_another_seed_writes_other_problems(material: Path, tmp_path: Path) -> None:
     write_synthetic(SMALL, 12, tmp_path)
-    for name in ("pool.jsonl", "pretrain.jsonl", "benchmark.jsonl"):
+    for name in ("pool.jsonl", "pretrain.jsonl", "arithmetic.jsonl"):
         assert (tmp_path / name).read_bytes() != (material / name).read_bytes()
 
 
@@ -72,7 +72,7 @@ def test_the_pool_has_every_rollout_of_every_teacher(pool: Pool) -> None:
 def test_prompts_of_pretraining_pool_and_benchmark_are_disjoint(material: Path, pool: Pool) -> None:
     pretraining = {row.messages[0].content for row in read_pool(material / "pretrain.jsonl").trajectories}
     pooled = {row.messages[0].content for row in pool.trajectories}
-    tested = {json.loads(line)["problem"] for line in (material / "benchmark.jsonl").read_text().splitlines()}
+    tested = {json.loads(line)["problem"] for line in (material / "arithmetic.jsonl").read_text().splitlines()}
     assert (len(pretraining), len(pooled), len(tested)) == (300, 20, 15)
     assert not pretraining & pooled
     assert not pretraining & tested

@@ -14,7 +14,7 @@ MAX_POSITIONS = 1_024  # tokens; the longest pool record has a few hundred
 
 
 def write_synthetic(config: SyntheticConfig, seed: int, out_dir: str | Path) -> None:
-    """Writes pool.jsonl, pretrain.jsonl (pool records), benchmark.jsonl and the folder `student`.
+    """Writes pool.jsonl, pretrain.jsonl (pool records), arithmetic.jsonl and the folder `student`.
 
     `student` holds config.json, tokenizer.json and tokenizer_config.json: everything but the weights.
     The tokenizer is trained on the pre-training text alone, so that it does not know the teachers' notation.
@@ -27,7 +27,7 @@ def write_synthetic(config: SyntheticConfig, seed: int, out_dir: str | Path) -> 
     write_jsonl(out_dir / "pretrain.jsonl", [_pool_record(trajectory) for trajectory in pretraining])
     pool = pool_trajectories(seed, config)
     write_jsonl(out_dir / "pool.jsonl", [_pool_record(trajectory) for trajectory in pool])
-    write_jsonl(out_dir / "benchmark.jsonl", benchmark_records(seed, config))
+    write_jsonl(out_dir / "arithmetic.jsonl", benchmark_records(seed, config))
     _write_student(config, pretraining, out_dir / "student")
 
 
