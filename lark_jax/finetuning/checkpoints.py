@@ -54,15 +54,25 @@ class CheckpointStore:
         """The newest complete checkpoint, on the shardings of `abstract_state`; None where there is none.
 
         Raises:
-          TrainingError: the checkpoint belongs to a run with other data, settings or weights; names what differs.
+          TrainingError: the checkpoint belongs to a run with other data, settings or weights (names what differs), or
+            cannot be read.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        saved = self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))
-        self._require_same_run(saved["identity"], step)
+        saved = self._read(step, ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
+        self._require_same_run(saved, step)
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state._asdict()))
-        return Restored(TrainState(**self._manager.restore(step, args=arguments)["state"]), step)
+        return Restored(TrainState(**self._read(step, arguments)["state"]), step)
+
+    def _read(self, step: int, arguments: ocp.args.Composite) -> ocp.args.Composite:
+        try:
+            return self._manager.restore(step, args=arguments)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{self._directory / str(step)}: the checkpoint cannot be read ({_first_line(error)}); delete this "
+                "folder to continue from the checkpoint before it"
+            ) from error
 
     def _require_same_run(self, saved: Identity, step: int) -> None:
         differing = sorted(name for name in {*saved, *self._identity} if saved.get(name) != self._identity.get(name))
@@ -72,3 +82,7 @@ class CheckpointStore:
                 f"{self._directory}: the checkpoint at step {step} belongs to another run: {changes}; "
                 "restore the old values to continue it, or delete the folder to start again"
             )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

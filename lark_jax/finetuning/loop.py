@@ -87,6 +87,7 @@ def finetune(
     total_steps = config.epochs * data.steps_per_epoch
     optimizer = make_optimizer(config, total_steps)
     model = abstract_decoder(student.architecture, config.dtype, remat=config.remat)
+    model.attention_backend = student.attention_backend
     train_step = make_train_step(model, optimizer, mesh, vocab_chunk=config.vocab_chunk)
     learning_rates = np.asarray(learning_rate_schedule(config, total_steps)(jnp.arange(total_steps)))
 

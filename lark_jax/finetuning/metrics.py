@@ -10,9 +10,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 from lark_jax import files
+from lark_jax.errors import TrainingError
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -39,7 +40,11 @@ class StepTiming:
 
 
 class TrainingLog:
-    """Appends to both files; when opened, forgets what an interrupted run wrote after its last checkpoint."""
+    """Appends to both files; when opened, forgets what an interrupted run wrote after its last checkpoint.
+
+    Raises:
+      TrainingError: a file holds fewer steps than the checkpoint.
+    """
 
     def __init__(self, directory: Path, completed_steps: int) -> None:
         self._paths = (directory / METRICS, directory / TIMINGS)
@@ -77,5 +82,9 @@ def read_metrics(path: Path) -> tuple[StepMetrics, ...]:
 def _keep_first_steps(path: Path, completed_steps: int) -> None:
     """Drops the lines of later steps; only the last line of an interrupted run can be incomplete."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows: list[Any] = [json.loads(line) for line in lines[:completed_steps]]
-    files.write_jsonl(path, rows)
+    if len(lines) < completed_steps:
+        raise TrainingError(
+            f"{path}: {len(lines)} lines, but the checkpoint beside it is at step {completed_steps}; "
+            f"restore the file, or delete {path.parent} to start again"
+        )
+    files.write_text(path, "".join(line + "\n" for line in lines[:completed_steps]))

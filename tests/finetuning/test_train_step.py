@@ -102,8 +102,8 @@ def assert_same_gradient(actual: Gradients, expected: Gradients, tolerance: floa
 
 
 def test_loss_and_gradient_are_those_of_eq_1() -> None:
-    examples = random_examples(np.random.default_rng().integers(1 << 30), 2, 3)
-    loss, gradient, losses = summed(examples, range(6), tokens_per_batch=100)
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 2, 2)
+    loss, gradient, losses = summed(examples, range(4), tokens_per_batch=64)
     expected_loss, expected = eq_1(examples, [example.weight for example in examples])
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert_same_gradient(gradient, expected)
@@ -111,12 +111,12 @@ def test_loss_and_gradient_are_those_of_eq_1() -> None:
         assert member_loss == pytest.approx(eq_1([examples[member]], [1.0])[0], rel=1e-5)
 
 
-@pytest.mark.parametrize(("tokens_per_batch", "num_devices"), [(1, 1), (64, 1), (10_000, 2), (1, 8)])
+@pytest.mark.parametrize(("tokens_per_batch", "num_devices"), [(1, 1), (64, 1), (1, 2), (1, 8)])
 def test_gradient_does_not_depend_on_micro_batches_or_devices(tokens_per_batch: int, num_devices: int) -> None:
-    examples = random_examples(np.random.default_rng().integers(1 << 30), 3, 3)
-    loss, gradient, losses = summed(examples, range(9))
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 2, 2)
+    loss, gradient, losses = summed(examples, range(4))
     other_loss, other, other_losses = summed(
-        examples, range(9), tokens_per_batch=tokens_per_batch, num_devices=num_devices
+        examples, range(4), tokens_per_batch=tokens_per_batch, num_devices=num_devices
     )
     assert other_loss == pytest.approx(loss, rel=1e-5)
     assert_same_gradient(other, gradient)
@@ -124,9 +124,9 @@ def test_gradient_does_not_depend_on_micro_batches_or_devices(tokens_per_batch: 
 
 
 def test_gradient_does_not_depend_on_order_within_the_batch() -> None:
-    examples = random_examples(np.random.default_rng().integers(1 << 30), 3, 2)
-    shuffled = np.random.default_rng().permutation(6).tolist()
-    _, gradient, _ = summed(examples, range(6), tokens_per_batch=64)
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 2, 2)
+    shuffled = np.random.default_rng().permutation(4).tolist()
+    _, gradient, _ = summed(examples, range(4), tokens_per_batch=64)
     _, other, _ = summed(examples, shuffled, tokens_per_batch=64)
     assert_same_gradient(other, gradient)
 
@@ -176,7 +176,7 @@ def test_large_arrays_are_cut_over_the_devices_and_stay_so() -> None:
     state = initial_state(tiny_student(), OPTIMIZER, mesh)
     sums = zero_sums(state.parameters, mesh)
     data = TrainingSet(random_examples(0, 4, 4), 16, seed=0)
-    micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=100, row_multiple=8, pad_id=PAD_ID))
+    micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=1, row_multiple=8, pad_id=PAD_ID))
     applied, _ = run_step(train_step, state, sums, micro_batches, mesh)
     moments = optax.tree_utils.tree_get(applied.state, "mu"), optax.tree_utils.tree_get(applied.state, "nu")
     trees = (applied.state.parameters, *moments, applied.sums.gradients)
