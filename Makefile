@@ -17,7 +17,9 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python scripts/bench_token_statistics.py --out build/bench_token_statistics.json
-	$(BIN)/python scripts/bench_scoring.py --out build/bench_scoring.json
+	$(BIN)/python -m lark_jax.run --config=configs/tiny.py --config.stages=prepare
+	$(BIN)/python scripts/bench_scoring.py --student=runs/tiny/prepare/pretrain/student \
+		--pool=runs/tiny/prepare/data/pool.jsonl --out=build/bench_scoring.json
 
 $(VENV)/ready: pyproject.toml scripts/setup.sh
 	bash scripts/setup.sh $(VENV)

@@ -44,7 +44,6 @@ def get_config() -> ConfigDict:
     config.finetune.batch_size = 16  # trajectories per step: 200 problems would give too few steps of 64
     config.finetune.dtype = "float32"
     config.finetune.tokens_per_batch = 1_024  # small micro-batches leave few rows empty
-    config.finetune.remat = "none"  # memory is no concern at this size
 
     config.evaluate.engine = "auto"
     config.evaluate.benchmarks = (prepared + "/data/arithmetic.jsonl",)

@@ -264,5 +264,10 @@ def _converted(hint: Any, value: Any, field: str) -> Any:
 
 def _items(value: list[Any] | tuple[Any, ...]) -> list[Any]:
     """Items with references to other fields resolved; `--config.stages=score,select` arrives as one string."""
-    resolved = [item.get() if isinstance(item, FieldReference) else item for item in value]
-    return [part for item in resolved for part in (item.split(",") if isinstance(item, str) else [item])]
+    items: list[Any] = []
+    for item in value:
+        if isinstance(item, FieldReference):
+            items.append(item.get())
+        else:
+            items.extend(item.split(",") if isinstance(item, str) else [item])
+    return items

@@ -1,5 +1,6 @@
 """Reading and writing files so that a killed process never leaves a half-written one under its final name."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +28,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def exclusive(lock: str | Path, what: str) -> Iterator[None]:
+    """Holds an advisory lock on the file `lock`; the operating system frees it when the process ends, however it ends.
+
+    Raises:
+      PipelineError: another process holds it.
+    """
+    lock = Path(lock)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PipelineError(f"{what}: another run is working there; wait for it, or choose another") from None
+        yield
+
+
+def remove_directory(path: str | Path) -> None:
+    """Deletes a folder; one that was killed half-way leaves nothing under the old name."""
+    doomed = Path(path).with_name(f".{Path(path).name}.partial-{os.getpid()}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+@contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields a temporary directory beside `path`; replaces `path` by it when the block ends without an error."""
     path = Path(path)
@@ -48,7 +74,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 def remove_partial_files(directory: str | Path) -> None:
     """Deletes what killed processes left behind in `directory` (names made by the two functions above)."""
-    for leftover in Path(directory).glob(".*.partial-*"):
+    for leftover in list(Path(directory).rglob(".*.partial-*")):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -1,13 +1,12 @@
 """Stages as resumable tasks: each writes into its own folder and closes with a manifest.
 
 A task is skipped while its manifest's fingerprint matches its inputs and its outputs are there. While it runs, the
-folder holds `started.json` with the fingerprint, so that a restarted run knows that what it finds there is its own
-and may continue; anything left by other inputs is removed first.
+folder holds `started.json` with its inputs, so that a restarted run knows that what it finds there is its own and may
+continue; what other inputs left is removed first, and the inputs that changed are named.
 """
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lark_jax.errors import PipelineError
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+FORMAT = 1  # of everything that tasks write; a release that changes any of it counts up, and old results run again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Task:
     directory: Path
     inputs: Callable[[], Mapping[str, Any]]
     run: Callable[[Path], Outcome]
+    scratch: tuple[str, ...] = ()  # folders inside that may be deleted once the task is finished
+
+    @property
+    def stage(self) -> str:
+        return self.name.partition("/")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Manifest:
     outputs: Mapping[str, int]  # relative path -> bytes
     outcome: Outcome
     versions: Mapping[str, str]
+    hardware: str
 
 
 def run_tasks(tasks: Sequence[Task]) -> int:
@@ -57,18 +63,34 @@ def run_tasks(tasks: Sequence[Task]) -> int:
     ran = 0
     for task in tasks:
         inputs = _as_json(task.inputs())
-        fingerprint = files.sha256_of_json(inputs)
         existing = read_manifest(task.directory)
-        if existing is not None and existing.fingerprint == fingerprint and _outputs_present(existing, task.directory):
+        if existing is not None and existing.inputs == inputs and _outputs_present(existing, task.directory):
             runtime.say(f"{task.name}: up to date")
             continue
-        _prepare_directory(task, fingerprint, inputs, existing)
+        _prepare_directory(task, inputs, existing)
         runtime.say(f"{task.name}: running")
         outcome = task.run(task.directory)
-        _write_manifest(task, fingerprint, inputs, outcome)
+        _write_manifest(task, inputs, outcome)
         ran += 1
         runtime.say(f"{task.name}: done" + _describe(outcome))
     return ran
+
+
+def require_current(task: Task) -> None:
+    """Refuses to build on a task that finished with other inputs than the present ones; never run is no matter here.
+
+    Raises:
+      PipelineError: names the inputs that changed and the stage to add.
+    """
+    existing = read_manifest(task.directory)
+    if existing is None:
+        return
+    changed = ", ".join(_changed_keys(existing.inputs, _as_json(task.inputs())))
+    if changed:
+        raise PipelineError(
+            f"{task.directory}: {changed} changed since this was computed; add {task.stage!r} to config.stages, or "
+            "choose another config.workdir"
+        )
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -96,8 +118,8 @@ def require_manifest(directory: Path, stage: str) -> Manifest:
 
 
 def _as_json(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The value as it reads back from a manifest (tuples become lists), so that old and new compare equal."""
-    return json.loads(json.dumps(inputs))
+    """The inputs as they read back from a manifest (tuples become lists), so that old and new compare equal."""
+    return json.loads(json.dumps({**inputs, "format": FORMAT}))
 
 
 def _outputs_present(manifest: Manifest, directory: Path) -> bool:
@@ -107,26 +129,29 @@ def _outputs_present(manifest: Manifest, directory: Path) -> bool:
     )
 
 
-def _prepare_directory(task: Task, fingerprint: str, inputs: Mapping[str, Any], existing: Manifest | None) -> None:
-    started = task.directory / STARTED
-    continues = started.is_file() and _started_fingerprint(started) == fingerprint
-    if existing is not None and existing.fingerprint == fingerprint:
+def _prepare_directory(task: Task, inputs: Mapping[str, Any], existing: Manifest | None) -> None:
+    """Leaves the task's folder either empty or with what an interrupted call with the same inputs wrote."""
+    started = _started_inputs(task.directory)
+    before = existing.inputs if existing is not None else started
+    if before is None and task.directory.exists() and any(task.directory.iterdir()):
+        raise PipelineError(
+            f"{task.directory}: holds files that are not from this program; move them away, or choose another "
+            "config.workdir"
+        )
+    if existing is not None and existing.inputs == inputs:
         runtime.say(f"{task.name}: outputs are missing or have another size; computing them again")
-    elif existing is not None:
-        changed = ", ".join(_changed_keys(existing.inputs, inputs)) or "inputs"
-        runtime.say(f"{task.name}: {changed} changed since the last run; computing it again")
-    if not continues and task.directory.exists():
-        shutil.rmtree(task.directory)
+    elif before is not None and before != inputs:
+        runtime.say(f"{task.name}: {', '.join(_changed_keys(before, inputs))} changed; starting it anew")
+    if started != inputs and task.directory.exists():
+        files.remove_directory(task.directory)
     files.remove_partial_files(task.directory)
+    files.write_json(task.directory / STARTED, {"inputs": inputs})
     (task.directory / MANIFEST).unlink(missing_ok=True)
-    files.write_json(started, {"fingerprint": fingerprint})
 
 
-def _started_fingerprint(started: Path) -> str | None:
-    try:
-        return files.read_json(started).get("fingerprint")
-    except ValueError:
-        return None
+def _started_inputs(directory: Path) -> Mapping[str, Any] | None:
+    path = directory / STARTED
+    return files.read_json(path)["inputs"] if path.is_file() else None
 
 
 def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -141,19 +166,21 @@ def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = 
     return changed
 
 
-def _write_manifest(task: Task, fingerprint: str, inputs: Mapping[str, Any], outcome: Outcome) -> None:
+def _write_manifest(task: Task, inputs: Mapping[str, Any], outcome: Outcome) -> None:
+    present = sorted(file for file in task.directory.rglob("*") if file.is_file())
     outputs = {
         file.relative_to(task.directory).as_posix(): file.stat().st_size
-        for file in sorted(task.directory.rglob("*"))
-        if file.is_file() and file.name not in (MANIFEST, STARTED)
+        for file in present
+        if file.name not in (MANIFEST, STARTED) and file.relative_to(task.directory).parts[0] not in task.scratch
     }
     manifest = Manifest(
         name=task.name,
-        fingerprint=fingerprint,
+        fingerprint=files.sha256_of_json(inputs),
         inputs=inputs,
         outputs=outputs,
         outcome=outcome,
         versions=runtime.package_versions(),
+        hardware=runtime.hardware(),
     )
     files.write_json(task.directory / MANIFEST, dataclasses.asdict(manifest))
     (task.directory / STARTED).unlink(missing_ok=True)

@@ -1,18 +1,20 @@
 """Entry point: `python -m lark_jax.run --config=configs/NAME.py [--config.FIELD=VALUE ...]`."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lark_jax import runtime
+from lark_jax import files, runtime
 from lark_jax.config import experiment_from_mapping
 from lark_jax.errors import LarkError
-from lark_jax.pipeline import run_tasks
-from lark_jax.stages import Layout, plan_tasks
+from lark_jax.pipeline import require_current, run_tasks
+from lark_jax.stages import ACCELERATOR_STAGES, Layout, check_paths, earlier_tasks, plan_tasks
 from lark_jax.stages.report import TABLE
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see configs/.")
@@ -25,7 +27,13 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
     logging.set_verbosity(logging.WARNING)
-    sys.exit(execute(CONFIG.value.to_dict()))
+    values = CONFIG.value.to_dict()
+    now, later = split_stages(values.get("stages"))
+    if not later:
+        sys.exit(execute(values))
+    if status := execute({**values, "stages": now}):
+        sys.exit(status)
+    give_back_the_accelerator(later)
 
 
 def parse_flags(arguments: Sequence[str]) -> list[str]:
@@ -48,19 +56,59 @@ def execute(values: Mapping[str, Any]) -> int:
     """
     try:
         experiment = experiment_from_mapping(values)
-        runtime.start(compilation_cache=Path(experiment.workdir) / ".xla_cache")
-        ran = run_tasks(plan_tasks(experiment))
+        check_paths(experiment)
+        with files.exclusive(Path(experiment.workdir) / ".lock", f"config.workdir {experiment.workdir}"):
+            runtime.start(compilation_cache=Path(experiment.workdir) / ".xla_cache")
+            for task in earlier_tasks(experiment):
+                require_current(task)
+            ran = run_tasks(plan_tasks(experiment))
     except (LarkError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _fail(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        return _fail(_explain_device_error(str(error)))
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     if ran == 0:
-        runtime.say("nothing to do: every stage is up to date")
+        runtime.say(f"nothing to do: {', '.join(experiment.stages)} up to date")
     if "report" in experiment.stages:
         print((Layout.of(experiment).report / TABLE).read_text(encoding="utf-8"))
     return 0
+
+
+def split_stages(stages: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Stages that use the accelerator, and those that must not hold it; (all, none) where there is only one kind."""
+    if not isinstance(stages, list | tuple) or not all(isinstance(stage, str) for stage in stages):
+        return (), ()  # not stages at all: the validation of the configuration says so
+    names = tuple(name for item in stages for name in item.split(","))
+    now = tuple(name for name in names if name in ACCELERATOR_STAGES)
+    later = tuple(name for name in names if name not in ACCELERATOR_STAGES)
+    return (now, later) if now and later else (names, ())
+
+
+def give_back_the_accelerator(stages: tuple[str, ...]) -> NoReturn:
+    """Goes on with `stages` in this process's place, with a JAX that sees the CPU alone.
+
+    JAX keeps an accelerator's memory until its process ends; the evaluation engine needs it.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-m", "lark_jax.run", *sys.argv[1:], f"--config.stages={','.join(stages)}"]
+    os.execve(sys.executable, command, {**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _explain_device_error(message: str) -> str:
+    if "RESOURCE_EXHAUSTED" in message:
+        return (
+            "the device is out of memory; lower config.score.tokens_per_batch or config.finetune.tokens_per_batch "
+            f"(finished work is kept): {message[:300]}"
+        )
+    return f"the device failed: {message[:500]}"
 
 
 if __name__ == "__main__":

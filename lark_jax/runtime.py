@@ -38,14 +38,26 @@ def start(compilation_cache: str | Path) -> None:
     """Turns the persistent compilation cache on and prints what the run will use.
 
     Raises:
-      ConfigError: the process belongs to a multi-process JAX job; stages work with one process for now.
+      ConfigError: JAX finds no device, or the process is one of several.
     """
+    _refuse_several_processes()
     jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} JAX processes found, but this version runs in one; start one process")
-    devices = jax.devices()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX raises either, by backend
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ConfigError(f"JAX finds no device (JAX_PLATFORMS={platforms!r}): {str(error).strip()}") from error
     say(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}")
+
+
+def _refuse_several_processes() -> None:
+    for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"):
+        if int(os.environ.get(variable) or 1) > 1:
+            raise ConfigError(
+                f"{variable}={os.environ[variable]}: this version runs in one process, which uses all devices of its "
+                "host; start one process"
+            )
 
 
 def say(message: str) -> None:

@@ -7,12 +7,10 @@ Peers, all computing the mean cross-entropy and Brier score of every trajectory:
   torch, batched      the same in right-padded batches of our token budget
   torch, top 50       the published approximation: Brier score over the 50 largest logits, batch 1
 Tokenization is done once before and not timed. Ours is timed with its compilation done (and reported apart).
-Without --student, a random Qwen2 of --hidden x --layers over the vocabulary of --tokenizer is made and used.
 """
 
 import argparse
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lark_jax import files, runtime
 from lark_jax.config import MeshConfig
@@ -45,14 +43,12 @@ class Measurement:
 
 def main() -> None:
     options = parse_arguments()
-    with tempfile.TemporaryDirectory() as scratch:
-        student = Path(options.student) if options.student else random_student(options, Path(scratch))
-        chat = load_chat_format(options.tokenizer or student, options.chat_template)
-        pool = read_pool(options.pool)
-        every = max(1, len(pool.trajectories) // options.records)
-        rendered = render_all(chat, pool.trajectories[::every][: options.records], options.max_length)
-        scorable = [item for item in rendered if isinstance(item, RenderedTrajectory)]
-        measurements = measure_all(student, scorable, chat.pad_id, options)
+    chat = load_chat_format(options.student, options.chat_template)
+    pool = read_pool(options.pool)
+    every = max(1, len(pool.trajectories) // options.records)
+    rendered = render_all(chat, pool.trajectories[::every][: options.records], options.max_length)
+    scorable = [item for item in rendered if isinstance(item, RenderedTrajectory)]
+    measurements = measure_all(Path(options.student), scorable, chat.pad_id, options)
     print_report(measurements, scorable)
     if options.out:
         rows = [{"name": m.name, "seconds": m.seconds, "tokens_per_second": m.tokens_per_second} for m in measurements]
@@ -69,34 +65,15 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", required=True, help=".jsonl or .parquet")
-    parser.add_argument("--student", default=None, help="checkpoint folder; none: random weights")
-    parser.add_argument("--tokenizer", default=None, help="tokenizer folder, when it is not the student's")
+    parser.add_argument("--student", required=True, help="checkpoint folder; see scripts/make_random_student.py")
     parser.add_argument("--chat_template", default=None, help="Jinja file, for tokenizers without a template")
     parser.add_argument("--records", type=int, default=200, help="evenly spaced over the pool")
     parser.add_argument("--max_length", type=int, default=2_048, help="tokens of prompt and answer")
     parser.add_argument("--tokens_per_batch", type=int, default=8_192, help="padding included")
     parser.add_argument("--vocab_chunk", type=int, default=4_096)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--hidden", type=int, default=256, help="of the random student")
-    parser.add_argument("--layers", type=int, default=4, help="of the random student")
     parser.add_argument("--out", default=None, help="JSON file for the figures")
     return parser.parse_args()
-
-
-def random_student(options: argparse.Namespace, directory: Path) -> Path:
-    vocab = load_chat_format(options.tokenizer, options.chat_template).vocab_size
-    config = Qwen2Config(
-        vocab_size=-(-vocab // 128) * 128,
-        hidden_size=options.hidden,
-        intermediate_size=4 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=max(1, options.hidden // 128),
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 def measure_all(

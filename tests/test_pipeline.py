@@ -1,6 +1,8 @@
 """Tasks run once, run again when an input changes, and continue after an interruption."""
 
+import dataclasses
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 from lark_jax.errors import PipelineError
-from lark_jax.pipeline import Outcome, Task, read_manifest, require_manifest, run_tasks
+from lark_jax.pipeline import Outcome, Task, read_manifest, require_current, require_manifest, run_tasks
 
 
 class Worker:
@@ -46,6 +48,7 @@ def test_a_finished_task_is_not_run_again(worker: Worker) -> None:
 def test_the_manifest_holds_inputs_outputs_counts_skipped_records_and_versions(worker: Worker) -> None:
     run_tasks([worker.task()])
     manifest = require_manifest(worker.directory, "work")
+    assert manifest.hardware
     assert manifest.inputs["section"] == {"rate": 0.5, "names": ["a", "b"]}
     assert manifest.outputs == {"part-0": 13, "result": len(repr(worker.inputs))}
     assert manifest.outcome.counts == {"records": 3}
@@ -100,6 +103,42 @@ def test_files_of_an_interrupted_task_with_other_inputs_are_not_taken_over(worke
     worker.inputs = {"seed": 2}
     run_tasks([worker.task()])
     assert worker.seen_at_start == ["started.json"]
+
+
+def test_what_changed_since_an_interrupted_run_is_named(worker: Worker, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks([worker.task(_fail_once())])
+    worker.inputs = {"seed": 2, "section": {"rate": 0.5, "names": ("a", "b")}}
+    run_tasks([worker.task()])
+    assert "seed changed" in capsys.readouterr().err
+
+
+def test_files_of_somebody_else_are_never_removed(worker: Worker) -> None:
+    worker.directory.mkdir()
+    (worker.directory / "thesis.tex").write_text("years of work")
+    with pytest.raises(PipelineError, match="not from this program"):
+        run_tasks([worker.task()])
+    assert (worker.directory / "thesis.tex").read_text() == "years of work"
+
+
+def test_scratch_folders_may_be_deleted_afterwards(worker: Worker) -> None:
+    def fill() -> None:
+        (worker.directory / "checkpoints").mkdir()
+        (worker.directory / "checkpoints" / "large").write_text("x" * 100)
+
+    task = dataclasses.replace(worker.task(fill), scratch=("checkpoints",))
+    run_tasks([task])
+    shutil.rmtree(worker.directory / "checkpoints")
+    assert run_tasks([task]) == 0
+
+
+def test_building_on_a_result_of_other_inputs_is_refused(worker: Worker) -> None:
+    require_current(worker.task())  # never run: the tasks that need it will say so
+    run_tasks([worker.task()])
+    require_current(worker.task())
+    worker.inputs = {"seed": 2, "section": {"rate": 0.5, "names": ("a", "b")}}
+    with pytest.raises(PipelineError, match="seed changed since this was computed; add 'work'"):
+        require_current(worker.task())
 
 
 def test_half_written_files_of_a_killed_process_are_removed(worker: Worker) -> None:

@@ -1,8 +1,10 @@
 """The six stages of the main job, and `prepare` of the embedded experiment: configuration and files in, tasks out."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from lark_jax.config import STAGES, Experiment
+from lark_jax.errors import ConfigError
 from lark_jax.pipeline import Task
 from lark_jax.stages.evaluate import evaluate_tasks
 from lark_jax.stages.export import export_tasks
@@ -13,7 +15,7 @@ from lark_jax.stages.report import report_tasks
 from lark_jax.stages.score import score_tasks
 from lark_jax.stages.select import select_tasks
 
-__all__ = ["Layout", "plan_tasks"]
+__all__ = ["ACCELERATOR_STAGES", "Layout", "check_paths", "earlier_tasks", "plan_tasks"]
 
 PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
     "prepare": prepare_tasks,
@@ -26,7 +28,39 @@ PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
 }
 
 
+# After these the accelerator is given back: an evaluation engine and JAX do not share one.
+ACCELERATOR_STAGES = ("prepare", "score", "select", "finetune", "export")
+
+
 def plan_tasks(experiment: Experiment) -> list[Task]:
     """Tasks of the stages that the experiment asks for, in the order in which they depend on each other."""
+    return _tasks(experiment, [stage for stage in STAGES if stage in experiment.stages])
+
+
+def earlier_tasks(experiment: Experiment) -> list[Task]:
+    """Tasks of the stages that the experiment's own build on and that it does not ask for."""
+    last = max(STAGES.index(stage) for stage in experiment.stages)
+    earlier = [stage for stage in STAGES[:last] if stage not in experiment.stages]
+    return _tasks(experiment, [stage for stage in earlier if stage != "prepare" or experiment.synthetic is not None])
+
+
+def check_paths(experiment: Experiment) -> None:
+    """Looks for every file of the user's that some stage will read, before hours of work are spent.
+
+    Raises:
+      ConfigError: names the field; paths below the working directory are left to the stages that write them.
+    """
+    evaluating = "evaluate" in experiment.stages
+    paths = [("pool.path", experiment.pool.path), ("student.chat_template", experiment.student.chat_template)]
+    if evaluating:
+        paths += [("evaluate.benchmarks", path) for path in experiment.evaluate.benchmarks]
+        paths += [("evaluate.python", experiment.evaluate.python)]
+    root = Path(experiment.workdir).resolve()
+    for field, path in paths:
+        if path is not None and root not in Path(path).resolve().parents and not Path(path).exists():
+            raise ConfigError(f"config.{field}: {path}: no such file")
+
+
+def _tasks(experiment: Experiment, stages: list[str]) -> list[Task]:
     layout = Layout.of(experiment)
-    return [task for stage in STAGES if stage in experiment.stages for task in PLANNERS[stage](experiment, layout)]
+    return [task for stage in stages for task in PLANNERS[stage](experiment, layout)]

@@ -6,14 +6,14 @@ from typing import Any
 
 from lark_jax.config import Experiment
 from lark_jax.errors import TrainingError
-from lark_jax.finetuning import Example, FinetuneResult, finetune, weighted_examples
+from lark_jax.finetuning import CHECKPOINTS, FREE_FIELDS, Example, FinetuneResult, finetune, weighted_examples
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.selection import TRAIN_JSONL, read_training_set
 from lark_jax.sharding import make_mesh
 from lark_jax.stages.layout import Layout, Run
-from lark_jax.stages.student import open_chat, open_student, student_inputs
+from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
 
 
 def finetune_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -23,10 +23,11 @@ def finetune_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
 def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
     def inputs() -> dict[str, Any]:
         require_manifest(layout.selection(run), "select")
+        recipe = dataclasses.asdict(experiment.finetune)
         return {
             "training_set": layout.hashes.of(layout.selection(run) / TRAIN_JSONL),
             **student_inputs(experiment, layout),
-            "finetune": dataclasses.asdict(experiment.finetune),
+            "finetune": {name: value for name, value in recipe.items() if name not in FREE_FIELDS},
             "seed": experiment.seed,
         }
 
@@ -39,9 +40,9 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
             "truncated": sum(example.rendered.truncated for example in examples),
             "steps": result.steps,
         }
-        return Outcome(counts=counts)
+        return Outcome(counts=counts, notes=notes_on(chat))
 
-    return Task(f"finetune/{run.name}", layout.finetune(run), inputs, train)
+    return Task(f"finetune/{run.name}", layout.finetune(run), inputs, train, scratch=(CHECKPOINTS,))
 
 
 def training_examples(experiment: Experiment, chat: ChatFormat, selection: Path) -> tuple[Example, ...]:

@@ -6,10 +6,11 @@ from typing import Any
 
 from lark_jax.config import Experiment, FinetuneConfig, SyntheticConfig
 from lark_jax.errors import ConfigError
-from lark_jax.finetuning import Example, finetune
+from lark_jax.finetuning import CHECKPOINTS, Example, finetune
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool import read_pool
 from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.pool.records import SkippedRecord
 from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.sharding import make_mesh
 from lark_jax.stages.layout import STUDENT, Layout
@@ -44,20 +45,25 @@ def _pretraining_task(experiment: Experiment, synthetic: SyntheticConfig, layout
         b2=0.98,  # a short memory for a short run
         dtype="float32",
         tokens_per_batch=PRETRAIN_TOKENS,
-        remat="none",
         checkpoint_every=200,
     )
 
     def inputs() -> dict[str, Any]:
         data = require_manifest(layout.prepared_data, "prepare")
-        return {"data": data.fingerprint, "recipe": dataclasses.asdict(recipe), "seed": experiment.seed}
+        return {
+            "data": data.fingerprint,
+            "recipe": dataclasses.asdict(recipe),
+            "max_length": experiment.student.max_length,
+            "seed": experiment.seed,
+        }
 
     def pretrain(directory: Path) -> Outcome:
         blank = layout.prepared_data / STUDENT
         chat = load_chat_format(blank)
         corpus = read_pool(layout.prepared_data / "pretrain.jsonl").trajectories
-        rendered = render_trajectories(chat, corpus, experiment.student.max_length)
+        rendered = list(render_trajectories(chat, corpus, experiment.student.max_length))
         examples = [Example(item, weight=1.0) for item in rendered if isinstance(item, RenderedTrajectory)]
+        refused = [dataclasses.asdict(item) for item in rendered if isinstance(item, SkippedRecord)]
         architecture = read_architecture(blank)
         mesh = make_mesh(experiment.mesh)
         result = finetune(
@@ -71,6 +77,6 @@ def _pretraining_task(experiment: Experiment, synthetic: SyntheticConfig, layout
             what="pretrain",
         )
         save_new_student(result.student, blank, directory / STUDENT)
-        return Outcome(counts={"trajectories": len(examples), "steps": result.steps})
+        return Outcome(counts={"trajectories": len(examples), "steps": result.steps}, skipped=refused)
 
-    return Task("prepare/pretrain", layout.pretraining, inputs, pretrain)
+    return Task("prepare/pretrain", layout.pretraining, inputs, pretrain, scratch=(CHECKPOINTS,))

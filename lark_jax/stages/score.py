@@ -13,7 +13,7 @@ from lark_jax.pool import Pool, read_pool
 from lark_jax.scoring import CandidateScore, ScoreOptions, score_pool, write_scores
 from lark_jax.sharding import make_mesh
 from lark_jax.stages.layout import Layout
-from lark_jax.stages.student import open_chat, open_student, student_inputs
+from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
 
 SCORES = "scores.parquet"
 
@@ -24,7 +24,8 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
             "pool": layout.hashes.of(experiment.pool.path, PoolError),
             "on_bad_record": experiment.pool.on_bad_record,
             **student_inputs(experiment, layout),
-            "score": dataclasses.asdict(experiment.score),
+            "dtype": experiment.score.dtype,
+            "metrics": experiment.score.metrics,
         }
 
     def run(directory: Path) -> Outcome:
@@ -42,7 +43,7 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
         refuse_if_nothing_scored(scores)
         write_scores(directory / SCORES, scores)
         shutil.rmtree(parts, ignore_errors=True)
-        return outcome_of(pool, scores)
+        return dataclasses.replace(outcome_of(pool, scores), notes=notes_on(chat))
 
     return [Task("score", layout.score, inputs, run)]
 

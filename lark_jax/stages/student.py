@@ -40,3 +40,12 @@ def open_chat(experiment: Experiment) -> ChatFormat:
 def open_student(experiment: Experiment, mesh: Mesh, dtype: str) -> Decoder:
     student, _ = load_student(local_folder(experiment.student.path), mesh=mesh, dtype=dtype)
     return student
+
+
+def notes_on(chat: ChatFormat) -> dict[str, Any]:
+    """What a manifest says about how messages became tokens."""
+    return {
+        "chat_template_sha256": chat.template_hash,
+        "tokenizer_sha256": chat.tokenizer_hash,
+        "frozen_date": chat.frozen_date,
+    }
