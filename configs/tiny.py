@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.score.tokens_per_batch = 8_192
     config.score.dtype = "float32"
 
-    config.finetune.learning_rate = 5e-4  # a small student needs larger steps
+    config.finetune.learning_rate = 1.5e-3  # a quarter of the rate in pre-training
     config.finetune.batch_size = 16  # trajectories per step: 200 problems would give too few steps of 64
     config.finetune.dtype = "float32"
     config.finetune.tokens_per_batch = 1_024  # small micro-batches leave few rows empty
