@@ -21,23 +21,33 @@ from lark_jax.students.parameters import flatten_parameters
 from lark_jax.students.safetensors_folder import SINGLE_FILE, CheckpointFiles, open_checkpoint
 
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")  # named templates: transformers, older folders
 # Everything beside the weights that loading a model or its tokenizer can need; weights of other formats stay behind.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 
 
 def export_student(
-    model: Decoder, source: str | Path, out_dir: str | Path, *, end_of_turn_id: int | None = None
+    model: Decoder,
+    source: str | Path,
+    out_dir: str | Path,
+    *,
+    end_of_turn_id: int | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Writes `model` into `out_dir` in the form of the checkpoint `source` that it was loaded from.
 
     Tensors keep the source's names, dtypes and distribution over files; configuration, tokenizer and chat template
-    are byte-identical copies. `out_dir` appears whole or not at all; host memory holds one file's tensors.
+    are byte-identical copies where no argument below says otherwise. `out_dir` appears whole or not at all; host
+    memory holds one file's tensors.
 
     Args:
       model: decoder of the source's architecture.
       source: folder or hub id.
       out_dir: replaced when it exists.
       end_of_turn_id: added to `eos_token_id` of `generation_config.json`, so that generation stops at the turn's end.
+      chat_template: Jinja text that the student was trained with, written as `chat_template.jinja` in place of every
+        template of the source. None keeps the source's.
 
     Raises:
       CheckpointError: the source is damaged or of another architecture, or `out_dir` is the source.
@@ -48,6 +58,8 @@ def export_student(
     with atomic_directory(out_dir) as directory:
         _copy_companions(source, directory)
         _write_generation_config(directory, end_of_turn_id)
+        if chat_template is not None:
+            _replace_chat_templates(directory, chat_template)
         for file in checkpoint.files:
             tensors = dict(_tensors_of(file, checkpoint, model))
             save_file(tensors, directory / file.name, metadata=checkpoint.metadata_of(file) or {"format": "pt"})
@@ -107,8 +119,9 @@ def _take_layer(parameter: jax.Array, layer: jax.Array) -> jax.Array:
 def _copy_companions(source: Path, directory: Path) -> None:
     for file in sorted({file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}):
         shutil.copyfile(file, directory / file.name)
-    if (source / "chat_templates").is_dir():
-        shutil.copytree(source / "chat_templates", directory / "chat_templates")
+    for name in TEMPLATE_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, directory / name)
 
 
 def _write_generation_config(directory: Path, end_of_turn_id: int | None) -> None:
@@ -123,6 +136,20 @@ def _write_generation_config(directory: Path, end_of_turn_id: int | None) -> Non
     # It says that the file repeats config.json, which transformers 4 takes as leave to rebuild it from there.
     values.pop("_from_model_config", None)
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace_chat_templates(directory: Path, chat_template: str) -> None:
+    """Leaves `chat_template` as the only one: which of several a library prefers differs between libraries."""
+    for name in TEMPLATE_FOLDERS:
+        shutil.rmtree(directory / name, ignore_errors=True)
+    (directory / "chat_template.json").unlink(missing_ok=True)  # the older form, of processors
+    config_file = directory / TOKENIZER_CONFIG
+    config = _read_object(config_file) if config_file.is_file() else {}
+    if "chat_template" in config:
+        del config["chat_template"]
+        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # newline="": the template's own line ends, on every system.
+    (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8", newline="")
 
 
 def _read_object(file: Path) -> dict[str, Any]:

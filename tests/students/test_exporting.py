@@ -7,6 +7,7 @@ import pytest
 import safetensors
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from lark_jax.config import MeshConfig
 from lark_jax.errors import CheckpointError
@@ -123,6 +124,70 @@ def test_tokenizer_and_template_are_copied_and_other_weights_are_not(make_checkp
         assert (tmp_path / "out" / name).read_bytes() == content
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
     assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+
+
+NEW_TEMPLATE = "{% for m in messages %}<new>{{ m['content'] }}<end>\n{% endfor %}\r\n"
+OLD_TEMPLATE = "<old>{{ messages[0]['content'] }}"
+
+
+def add_tokenizer(folder, **config):
+    """A word-level tokenizer that transformers loads, with `config` in its tokenizer_config.json."""
+    words = ["<unk>", "<new>", "<old>", "<end>", "Straße"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "comment": "Straße"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=4, ensure_ascii=False), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({}, {}),
+        ({"chat_template": OLD_TEMPLATE}, {}),
+        ({"chat_template": [{"name": "default", "template": OLD_TEMPLATE}]}, {}),
+        ({}, {"chat_template.jinja": OLD_TEMPLATE, "additional_chat_templates/default.jinja": OLD_TEMPLATE}),
+        ({}, {"chat_template.json": json.dumps({"chat_template": OLD_TEMPLATE})}),
+    ],
+    ids=["none", "in the configuration", "several in the configuration", "files", "processor's file"],
+)
+def test_a_given_template_is_the_only_one_of_the_exported_folder(config, files, make_checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = make_checkpoint("qwen3", num_hidden_layers=1)
+    add_tokenizer(source, **config)
+    for name, content in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(content)
+    student, _ = load_student(source, dtype="float32")
+    export_student(student, source, tmp_path / "out", chat_template=NEW_TEMPLATE)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == NEW_TEMPLATE.replace("\r\n", "\n")  # transformers reads in text mode
+    message = {"role": "user", "content": "Straße"}
+    assert tokenizer.apply_chat_template([message], tokenize=False).rstrip() == "<new>Straße<end>"
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == NEW_TEMPLATE.encode()
+    assert not any("<old>" in file.read_text() for file in (tmp_path / "out").rglob("*template*") if file.is_file())
+
+    before = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    after = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert after == {name: value for name, value in before.items() if name != "chat_template"}
+    kept = {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"}
+    kept |= set() if "chat_template" in config else {"tokenizer_config.json"}
+    _, different, absent = filecmp.cmpfiles(source, tmp_path / "out", kept, shallow=False)
+    assert (different, absent) == ([], [])
+
+
+def test_named_templates_are_copied_when_none_is_given(make_checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = make_checkpoint("qwen3", num_hidden_layers=1)
+    add_tokenizer(source)
+    (source / "chat_template.jinja").write_text(OLD_TEMPLATE)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text(NEW_TEMPLATE)
+    student, _ = load_student(source, dtype="float32")
+    export_student(student, source, tmp_path / "out")
+    loaded = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "out")]
+    assert loaded[1].chat_template == loaded[0].chat_template
+    assert set(loaded[1].chat_template) == {"default", "tool_use"}
 
 
 def test_a_failed_export_leaves_nothing_behind(make_checkpoint, tmp_path):
