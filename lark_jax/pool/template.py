@@ -11,6 +11,7 @@ from lark_jax.pool.records import Message
 
 # Templates that print "today" print this date. Llama 3's own template falls back to it.
 FROZEN_DATE = datetime.datetime(2024, 7, 26)
+_DATE_CODES = ["%" + code for code in "a A b B c d D e F H I j m M p S T u U w W x X y Y Z z -d -m -H -I -M -S".split()]
 
 PROBE = (Message("user", "Probe question."), Message("assistant", "Probe answer."))
 _REASONING_PROBE = (PROBE[0], Message("assistant", "<think>\nProbe thought.\n</think>\n\nProbe answer."))
@@ -118,16 +119,28 @@ def render_text(
     try:
         text = tokenizer.apply_chat_template(
             conversation,
-            chat_template=template,
+            chat_template=_with_frozen_date(template),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            strftime_now=FROZEN_DATE.strftime,
         )
     except Exception as error:  # a template is a program of the user's: it can fail in any way
         roles = ", ".join(message.role for message in messages)
         detail = f"the template fails on roles ({roles}): {one_line(error)}"
         raise RenderRefusal(Reason.TEMPLATE_FAILED, detail) from error
     return str(text)
+
+
+def _with_frozen_date(template: str) -> str:
+    """The template with `strftime_now`, which transformers binds to the clock, redefined to print FROZEN_DATE.
+
+    A macro, because transformers >= 5.23 turns every function given to a template into its text. The newline after
+    it is the one that `trim_blocks` removes: the template renders as if nothing stood before it.
+    """
+    if "strftime_now" not in template:
+        return template
+    replacements = [("%%", "\0"), *((code, FROZEN_DATE.strftime(code)) for code in _DATE_CODES), ("\0", "%")]
+    filters = "".join(f" | replace({code!r}, {text!r})" for code, text in replacements)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
 
 def one_line(error: Exception) -> str:

@@ -261,6 +261,27 @@ def test_a_dated_template_prints_the_same_date_on_two_days(load, monkeypatch):
     assert texts[0].startswith("Today: 26 Jul 2024\n")
 
 
+@pytest.mark.parametrize(
+    "date_format",
+    ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d, %Y", "%H:%M:%S %p", "%c|%x|%X|%j", "100%% %d", "%%d", "no code"],
+)
+def test_the_frozen_date_is_printed_as_strftime_prints_it(load, date_format):
+    chat = load("{{ strftime_now(" + repr(date_format) + ") }}|" + CHATML)
+    text = decoded(chat, render_prompt(chat, trajectory().prompt))
+    assert text.startswith(datetime.datetime(2024, 7, 26).strftime(date_format) + "|<start>")
+
+
+@pytest.mark.parametrize(
+    "start", ["", "\n", "\n\n", "  ", "  {% if true %} x{% endif %}\n", "\n  {%- if true %}y{% endif %}"]
+)
+def test_freezing_the_date_leaves_white_space_of_the_template_alone(load, start):
+    rest = "{% macro today() %}{{ strftime_now('%Y') }}{% endmacro %}|{{ today() }}|" + CHATML
+    plain = load(start + rest.replace("strftime_now('%Y')", "2024"))
+    dated = load(start + rest)
+    prompt = trajectory().prompt
+    assert decoded(dated, render_prompt(dated, prompt)) == decoded(plain, render_prompt(plain, prompt))
+
+
 # --- refusals of records -----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoTokenizer
 
 from lark_jax.config import SyntheticConfig
 from lark_jax.files import sha256_of_path
@@ -121,6 +121,9 @@ def test_the_template_renders_every_trajectory(material: Path, pool: Pool) -> No
 
 
 def test_the_student_config_is_one_that_both_libraries_read(material: Path) -> None:
+    pytest.importorskip("torch")
+    from transformers import Qwen2ForCausalLM
+
     architecture = read_architecture(material / "student")
     assert architecture.model_type == "qwen2"
     assert architecture.tie_word_embeddings
