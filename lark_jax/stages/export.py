@@ -24,7 +24,13 @@ def _export_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         chat = open_chat(experiment)
         examples = training_examples(experiment, chat, layout.selection(run))
         result = finetuned(experiment, chat, examples, layout.finetune(run), what=run.name)
-        export_student(result.student, source, directory / STUDENT, end_of_turn_id=chat.end_of_turn_id)
+        export_student(
+            result.student,
+            source,
+            directory / STUDENT,
+            end_of_turn_id=chat.end_of_turn_id,
+            chat_template=None if experiment.student.chat_template is None else chat.template,
+        )
         return Outcome(counts={"files": sum(1 for _ in (directory / STUDENT).iterdir())})
 
     return Task(f"export/{run.name}", layout.export(run), inputs, export)
