@@ -10,6 +10,7 @@ logits) is evaluated too, from the same float64 logits, so that the cost of the 
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,16 +22,22 @@ from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from lark_jax import files, runtime
+from lark_jax.errors import LarkError, PoolError
 from lark_jax.pool import read_pool
 from lark_jax.pool.chat import RenderedTrajectory, load_chat_format
-from lark_jax.pool.records import Pool
-from lark_jax.scoring import token_statistics
+from lark_jax.pool.records import Pool, SkippedRecord
+from lark_jax.scoring import CandidateScore, token_statistics
+from lark_jax.scoring.reductions import MAX_RANK
 from lark_jax.scoring.scorer import render_all
-from lark_jax.selection import chi2_top_b, lark_scores
+from lark_jax.scoring.table import skipped_score
+from lark_jax.selection import METHODS, select_trajectories
 from lark_jax.students import load_student
 
+REFERENCE = "torch float64"
+PUBLISHED = "published top-50"
 PUBLISHED_TOP = 50
 LENGTH_MULTIPLE = 64  # rows are padded to it, so that few shapes compile
+EXIT_USER_ERROR = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,42 +49,66 @@ class TokenScores:
     rank: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One trajectory by every scorer that compares; the tokens are the same for all."""
+
+    rendered: RenderedTrajectory
+    by_scorer: dict[str, TokenScores]
+
+
 TokenScorer = Callable[[RenderedTrajectory], TokenScores]
+Compared = Sequence[Scored | SkippedRecord]  # one entry per trajectory of the pool
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the comparison; returns the exit status, 2 with one line on stderr for what the user can mend."""
+    options = parse_arguments(arguments)
+    try:
+        run(options)
+    except (LarkError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
     pool = first_problems(read_pool(options.pool), options.problems)
     chat = load_chat_format(options.student, options.chat_template)
     rendered = render_all(chat, pool.trajectories, options.max_length)
-    refused = sum(not isinstance(item, RenderedTrajectory) for item in rendered)
-    print(f"{len(rendered)} trajectories of {len(pool.by_problem())} problems, {refused} refused")
+    refused = [item for item in rendered if isinstance(item, SkippedRecord)]
+    print(f"{len(rendered)} trajectories of {len(pool.by_problem())} problems, {len(refused)} refused")
+    if len(refused) == len(rendered):
+        first = f"; first: {refused[0].reason}" if refused else ""
+        raise PoolError(f"{options.pool}: nothing to compare, {len(refused)} of {len(rendered)} refused{first}")
 
-    reference_logits = torch_logits(options.student)
-    scorers = {"float32": our_scorer(options.student, "float32"), "bfloat16": our_scorer(options.student, "bfloat16")}
-    tables: dict[str, list[TokenScores | None]] = {name: [] for name in ("torch float64", *scorers)}
-    if options.against == "published":
-        tables["published top-50"] = []
-    for item in runtime.progress(rendered, what="compare", total=len(rendered), unit="trajectory"):
-        if not isinstance(item, RenderedTrajectory):
-            for table in tables.values():
-                table.append(None)
-            continue
-        logits, targets = reference_logits(item), item.target_tokens
-        tables["torch float64"].append(float64_scores(logits, targets))
-        if "published top-50" in tables:
-            tables["published top-50"].append(published_scores(logits, targets))
-        for name, scorer in scorers.items():
-            tables[name].append(scorer(item))
-
-    report = [compare(name, table, tables["torch float64"], pool, options.budget) for name, table in tables.items()]
+    compared = score_all(rendered, options)
+    names = next(list(item.by_scorer) for item in compared if isinstance(item, Scored))
+    report = [compare(name, compared, pool, options.budget) for name in names]
     print_report(report, options.budget)
     if options.out:
         document = {"versions": runtime.package_versions(), "hardware": runtime.hardware(), "rows": report}
         files.write_json(options.out, document)
 
 
-def parse_arguments() -> argparse.Namespace:
+def score_all(rendered: Sequence[RenderedTrajectory | SkippedRecord], options: argparse.Namespace) -> Compared:
+    reference_logits = torch_logits(options.student)
+    from_logits = {REFERENCE: float64_scores}
+    if options.against == "published":
+        from_logits[PUBLISHED] = published_scores
+    ours = {dtype: our_scorer(options.student, dtype) for dtype in ("float32", "bfloat16")}
+    compared: list[Scored | SkippedRecord] = []
+    for item in runtime.progress(rendered, what="compare", total=len(rendered), unit="trajectory"):
+        if isinstance(item, SkippedRecord):
+            compared.append(item)
+            continue
+        logits = reference_logits(item)
+        scores = {name: scorer(logits, item.target_tokens) for name, scorer in from_logits.items()}
+        compared.append(Scored(item, {**scores, **{name: scorer(item) for name, scorer in ours.items()}}))
+    return compared
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True, help="checkpoint folder")
     parser.add_argument("--pool", required=True, help=".jsonl or .parquet")
@@ -87,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=3, help="B of the selected sets")
     parser.add_argument("--against", choices=("exact", "published"), default="exact")
     parser.add_argument("--out", default=None, help="JSON file for the figures")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def first_problems(pool: Pool, count: int) -> Pool:
@@ -151,17 +182,16 @@ def our_scorer(student: str, dtype: str) -> TokenScorer:
     return scorer
 
 
-def compare(
-    name: str, table: Sequence[TokenScores | None], reference: Sequence[TokenScores | None], pool: Pool, budget: int
-) -> dict[str, float | str]:
+def compare(name: str, compared: Compared, pool: Pool, budget: int) -> dict[str, float | str]:
     """Largest and mean differences from the reference per token, and agreement of the top-B sets."""
-    pairs = [(ours, exact) for ours, exact in zip(table, reference, strict=True) if ours and exact]
+    scored = [item for item in compared if isinstance(item, Scored)]
+    pairs = [(item.by_scorer[name], item.by_scorer[REFERENCE]) for item in scored]
     cross_entropy = np.concatenate([np.abs(ours.cross_entropy - exact.cross_entropy) for ours, exact in pairs])
     brier = np.concatenate([np.abs(ours.brier - exact.brier) for ours, exact in pairs])
     ranks = np.concatenate([ours.rank == exact.rank for ours, exact in pairs])
     brier_shift = np.array([ours.brier.mean() / exact.brier.mean() - 1 for ours, exact in pairs])
-    chosen, expected = (selected_sets(side, pool, budget) for side in (table, reference))
-    overlap = [len(chosen[p] & expected[p]) / len(chosen[p] | expected[p]) for p in expected if expected[p]]
+    chosen, expected = (selected_sets(side, compared, pool, budget) for side in (name, REFERENCE))
+    overlap = [len(chosen.get(p, set()) & expected[p]) / len(chosen.get(p, set()) | expected[p]) for p in expected]
     return {
         "scorer": name,
         "tokens": int(cross_entropy.size),
@@ -174,23 +204,36 @@ def compare(
     }
 
 
-def selected_sets(table: Sequence[TokenScores | None], pool: Pool, budget: int) -> dict[str, set[str]]:
-    """LARK's choice per problem."""
-    by_name = dict(zip((t.name for t in pool.trajectories), table, strict=True))
-    problems = pool.by_problem()
-    shape = (len(problems), max(len(group) for group in problems.values()))
-    loss, brier, valid = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, bool)
-    for row, group in enumerate(problems.values()):
-        for column, trajectory in enumerate(group):
-            if scores := by_name[trajectory.name]:
-                loss[row, column], brier[row, column] = scores.cross_entropy.mean(), scores.brier.mean()
-                valid[row, column] = True
-    weights, _ = chi2_top_b(lark_scores(loss, brier, valid), jnp.asarray(valid), budget)
-    picked = np.asarray(weights) > 0
-    return {
-        problem_id: {group[column].candidate_id for column in np.flatnonzero(picked[row])}
-        for row, (problem_id, group) in enumerate(problems.items())
-    }
+def selected_sets(name: str, compared: Compared, pool: Pool, budget: int) -> dict[str, set[str]]:
+    """LARK's choice per problem that has one, made by the product from the scores of scorer `name`."""
+    table = [
+        skipped_score(t.problem_id, t.candidate_id, t.teacher, item.reason)
+        if isinstance(item, SkippedRecord)
+        else candidate_score(t.teacher, item.rendered, item.by_scorer[name])
+        for t, item in zip(pool.trajectories, compared, strict=True)
+    ]
+    sets: dict[str, set[str]] = {}
+    for choice in select_trajectories(table, METHODS["lark"], budget, seed=0).choices:
+        sets.setdefault(choice.problem_id, set()).add(choice.candidate_id)
+    return sets
+
+
+def candidate_score(teacher: str, rendered: RenderedTrajectory, scores: TokenScores) -> CandidateScore:
+    """The row of the score table: means over the target tokens."""
+    target_prob = np.exp(-scores.cross_entropy)
+    return CandidateScore(
+        problem_id=rendered.problem_id,
+        candidate_id=rendered.candidate_id,
+        teacher=teacher,
+        num_prompt_tokens=len(rendered.prompt_tokens),
+        num_target_tokens=len(rendered.target_tokens),
+        truncated=rendered.truncated,
+        loss=float(scores.cross_entropy.mean()),
+        brier=float(scores.brier.mean()),
+        mean_clipped_rank=float(np.minimum(scores.rank, MAX_RANK).mean()),
+        target_prob=float(target_prob.mean()),
+        wrong_concentration=float((scores.brier - (1 - target_prob) ** 2).mean()),
+    )
 
 
 def print_report(rows: Sequence[dict[str, float | str]], budget: int) -> None:
@@ -207,4 +250,4 @@ def print_report(rows: Sequence[dict[str, float | str]], budget: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,12 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from lark_jax import runtime
-from lark_jax.pool.batching import BatchPlan, TokenRows, assemble, plan_batches
+from lark_jax import files, runtime
+from lark_jax.errors import SelectionError
+from lark_jax.pool.batching import BatchPlan, TokenRows, assemble, padding_fraction, plan_batches
 from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
 from lark_jax.pool.records import Pool, SkippedRecord, Trajectory
 from lark_jax.scoring.reductions import TrajectoryMeans, trajectory_means
-from lark_jax.scoring.table import CandidateScore, read_scores, write_scores
+from lark_jax.scoring.table import CandidateScore, read_scores, skipped_score, write_scores
 from lark_jax.scoring.token_statistics import token_statistics
 from lark_jax.sharding import DATA, replicated, rows
 from lark_jax.students.decoder import Decoder
@@ -45,27 +46,33 @@ def score_pool(
 ) -> tuple[CandidateScore, ...]:
     """Scores every trajectory of `pool` under `student`; one entry per trajectory, in pool order.
 
-    Finished parts are kept in `parts_directory` and taken over by the next call with the same arguments. A
-    trajectory that cannot be rendered, or whose loss is not finite, has status "skipped" and its reason.
+    Finished parts are kept in `parts_directory`, in a folder named by what they hold, and taken over by the next call
+    that cuts the pool into the same batches; on another number of devices the scores are computed again. A call with
+    another student needs another `parts_directory`. A trajectory that cannot be rendered, or whose loss is not
+    finite, has status "skipped" and its reason.
     """
     rendered = render_all(chat, pool.trajectories, options.max_length)
     scorable = [index for index, item in enumerate(rendered) if isinstance(item, RenderedTrajectory)]
     trajectories = [item for item in rendered if isinstance(item, RenderedTrajectory)]
-    lengths = [len(item.prompt_tokens) + len(item.target_tokens) - 1 for item in trajectories]
+    lengths = [item.num_inputs for item in trajectories]
     plans = plan_batches(lengths, options.tokens_per_batch, mesh.shape[DATA])
+    runtime.say(_describe(plans, lengths))
+    parts = split_into_parts(plans)
+    folder = parts_directory / _hash_of_parts(parts, trajectories)
     step = make_score_step(student, mesh, options.vocab_chunk)
 
     scores: list[CandidateScore | None] = [
-        _refused(trajectory, item) if isinstance(item, SkippedRecord) else None
+        skipped_score(trajectory.problem_id, trajectory.candidate_id, trajectory.teacher, item.reason)
+        if isinstance(item, SkippedRecord)
+        else None
         for trajectory, item in zip(pool.trajectories, rendered, strict=True)
     ]
     bar = runtime.progress_bar(what="score", total=len(trajectories), unit="trajectory")
-    for number, part in enumerate(split_into_parts(plans)):
-        path = parts_directory / f"part-{number:05d}.parquet"
+    for number, part in enumerate(parts):
+        path = folder / f"part-{number:05d}.parquet"
         members = [member for plan in part for member in plan.members]
-        if path.is_file():
-            part_scores = read_scores(path)
-        else:
+        part_scores = _finished_part(path, [trajectories[member] for member in members])
+        if part_scores is None:
             part_scores = _score_part(step, part, trajectories, pool, scorable, chat.pad_id)
             write_scores(path, part_scores)
         for member, score in zip(members, part_scores, strict=True):
@@ -127,6 +134,36 @@ def split_into_parts(plans: Sequence[BatchPlan], tokens_per_part: int = TOKENS_P
     return parts
 
 
+def _describe(plans: Sequence[BatchPlan], lengths: Sequence[int]) -> str:
+    num_shapes = len({(plan.rows, plan.length) for plan in plans})
+    return f"{len(plans):,} batches of {num_shapes} shapes, {padding_fraction(plans, lengths):.1%} padding"
+
+
+def _hash_of_parts(parts: Sequence[Sequence[BatchPlan]], trajectories: Sequence[RenderedTrajectory]) -> str:
+    """16 hex digits over every batch, and the ids and lengths of the trajectories that the batches refer to."""
+    batches = [[dataclasses.asdict(plan) for plan in part] for part in parts]
+    rows = [
+        (item.problem_id, item.candidate_id, len(item.prompt_tokens), len(item.target_tokens)) for item in trajectories
+    ]
+    return files.sha256_of_json([batches, rows])[:16]
+
+
+def _finished_part(path: Path, expected: Sequence[RenderedTrajectory]) -> tuple[CandidateScore, ...] | None:
+    """The scores of an interrupted run's part; None where there are none of exactly these trajectories, in order."""
+    if not path.is_file():
+        return None
+    try:
+        scores = read_scores(path)
+    except SelectionError as error:
+        runtime.say(f"{error}; scoring this part again")
+        return None
+    names = [(score.problem_id, score.candidate_id) for score in scores]
+    if names != [(item.problem_id, item.candidate_id) for item in expected]:
+        runtime.say(f"{path}: holds other trajectories than expected; scoring this part again")
+        return None
+    return scores
+
+
 def _score_part(
     step: ScoreStep,
     part: Sequence[BatchPlan],
@@ -177,22 +214,4 @@ def _scored(trajectory: Trajectory, rendered: RenderedTrajectory, means: Traject
         wrong_concentration=float(means.wrong_concentration[row]),
         status="ok" if finite else "skipped",
         reason="" if finite else "non-finite loss",
-    )
-
-
-def _refused(trajectory: Trajectory, refusal: SkippedRecord) -> CandidateScore:
-    return CandidateScore(
-        problem_id=trajectory.problem_id,
-        candidate_id=trajectory.candidate_id,
-        teacher=trajectory.teacher,
-        num_prompt_tokens=0,
-        num_target_tokens=0,
-        truncated=False,
-        loss=float("nan"),
-        brier=float("nan"),
-        mean_clipped_rank=float("nan"),
-        target_prob=float("nan"),
-        wrong_concentration=float("nan"),
-        status="skipped",
-        reason=refusal.reason,
     )

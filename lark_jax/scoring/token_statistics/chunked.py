@@ -53,8 +53,8 @@ def token_statistics(
 
     At most 64 MiB of logits exist at a time, whatever the number of tokens and the vocabulary. All sums are fp32;
     sums over the wrong tokens leave y out by index, so nothing cancels where p_y is near 1 and ties never outrank y.
-    A logit of -inf is a token of probability zero. Any other non-finite logit, and a target outside the vocabulary,
-    gives NaN in every field.
+    A logit of -inf is a wrong token of probability zero. Any other non-finite logit, a gold logit that is not finite
+    (-inf too), and a target outside the vocabulary give NaN in every field.
 
     Under a mesh, call it inside `shard_map`: token blocks are cut from the arrays as they are seen here.
 

@@ -1,0 +1,81 @@
+"""scripts/compare_with_torch.py on a small random student: how near float32 and bfloat16 are, and what top-50 costs."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lark_jax import files
+from lark_jax.config import SyntheticConfig
+from lark_jax.pool.synthetic import write_synthetic
+
+torch = pytest.importorskip("torch")
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SMALL = SyntheticConfig(num_problems=2, num_test_problems=2, num_pretrain_problems=60, hidden_size=64, num_layers=2)
+
+
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pool.jsonl and the checkpoint `random`."""
+    folder = tmp_path_factory.mktemp("compare")
+    write_synthetic(SMALL, 11, folder)
+    _script("make_random_student").write_random_student(
+        folder / "student", folder / "random", hidden=64, layers=2, seed=3
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(material: Path) -> dict[str, dict[str, float]]:
+    """The report's rows by scorer, with --against=published."""
+    torch.set_num_threads(1)
+    out = material / "report.json"
+    pool = f"--pool={material / 'pool.jsonl'}"
+    arguments = [f"--student={material / 'random'}", pool, "--max_length=128", "--against=published", f"--out={out}"]
+    assert _script("compare_with_torch").main(arguments) == 0
+    return {row["scorer"]: row for row in files.read_json(out)["rows"]}
+
+
+def test_float32_agrees_with_torch_to_rounding_and_selects_the_same_sets(rows: dict[str, dict[str, float]]) -> None:
+    ours = rows["float32"]
+    assert ours["tokens"] > 1_000
+    assert 0 < ours["cross_entropy_max_abs"] < 1e-4
+    assert ours["brier_max_abs"] < 1e-5
+    assert ours["ranks_equal"] > 0.999
+    assert ours["selected_jaccard"] == 1.0
+
+
+def test_bfloat16_is_further_away_but_not_far(rows: dict[str, dict[str, float]]) -> None:
+    for difference in ("cross_entropy_max_abs", "brier_max_abs"):
+        assert 2 * rows["float32"][difference] < rows["bfloat16"][difference] < 0.2
+
+
+def test_the_published_top_50_softmax_shifts_the_brier_score_and_nothing_else(
+    rows: dict[str, dict[str, float]],
+) -> None:
+    published, ours = rows["published top-50"], rows["float32"]
+    assert published["brier_shift_mean"] > 1e-3 > 10 * ours["brier_shift_max"]
+    assert published["cross_entropy_max_abs"] == 0
+    assert published["ranks_equal"] == 1
+
+
+def test_a_pool_of_which_nothing_can_be_rendered_ends_in_one_line_and_status_2(
+    material: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"--student={material / 'random'}", f"--pool={material / 'pool.jsonl'}", "--max_length=4"]
+    assert _script("compare_with_torch").main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "nothing to compare" in lines[0]
+    assert "prompt_fills_max_length" in lines[0]
