@@ -68,7 +68,15 @@ def say(message: str) -> None:
 def progress_bar(*, what: str, total: int, unit: str, initial: int = 0) -> tqdm:
     """A bar on stderr with rate and time left; where stderr is a file, it is redrawn every 10 s at most."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=what, total=total, unit=f" {unit}", initial=initial, mininterval=interval, file=sys.stderr)
+    return tqdm(
+        desc=what,
+        total=total,
+        unit=f" {unit}",
+        unit_scale=unit == "token",
+        initial=initial,
+        mininterval=interval,
+        file=sys.stderr,
+    )
 
 
 def progress(items: Iterable[Item], *, what: str, total: int, unit: str) -> Iterator[Item]:

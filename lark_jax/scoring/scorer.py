@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
+from tqdm import tqdm
 
 from lark_jax import files, runtime
 from lark_jax.errors import SelectionError
@@ -67,18 +68,18 @@ def score_pool(
         else None
         for trajectory, item in zip(pool.trajectories, rendered, strict=True)
     ]
-    bar = runtime.progress_bar(what="score", total=len(trajectories), unit="trajectory")
-    for number, part in enumerate(parts):
-        path = folder / f"part-{number:05d}.parquet"
-        members = [member for plan in part for member in plan.members]
-        part_scores = _finished_part(path, [trajectories[member] for member in members])
-        if part_scores is None:
-            part_scores = _score_part(step, part, trajectories, pool, scorable, chat.pad_id)
-            write_scores(path, part_scores)
-        for member, score in zip(members, part_scores, strict=True):
-            scores[scorable[member]] = score
-        bar.update(len(members))
-    bar.close()
+    with runtime.progress_bar(what="score", total=sum(lengths), unit="token") as bar:
+        for number, part in enumerate(parts):
+            path = folder / f"part-{number:05d}.parquet"
+            members = [member for plan in part for member in plan.members]
+            part_scores = _finished_part(path, [trajectories[member] for member in members])
+            if part_scores is None:
+                part_scores = _score_part(step, part, trajectories, pool, scorable, chat.pad_id, bar)
+                write_scores(path, part_scores)
+            else:
+                bar.update(sum(lengths[member] for member in members))
+            for member, score in zip(members, part_scores, strict=True):
+                scores[scorable[member]] = score
     return tuple(score for score in scores if score is not None)
 
 
@@ -171,14 +172,16 @@ def _score_part(
     pool: Pool,
     scorable: Sequence[int],
     pad_id: int,
+    bar: tqdm,
 ) -> tuple[CandidateScore, ...]:
-    """Scores in the order of the part's members."""
+    """Scores in the order of the part's members; `bar` moves with every batch."""
     by_member: dict[int, CandidateScore] = {}
     for batch, means in _pipelined(step, (assemble(trajectories, plan, pad_id) for plan in part)):
         for row, member in enumerate(batch.row_ids_b):
             if member >= 0:
                 trajectory = pool.trajectories[scorable[member]]
                 by_member[int(member)] = _scored(trajectory, trajectories[member], means, row)
+                bar.update(trajectories[member].num_inputs)
     return tuple(by_member[member] for plan in part for member in plan.members)
 
 
