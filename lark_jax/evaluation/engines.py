@@ -4,9 +4,11 @@ An engine is a module of `worker/`; the worker runs in `evaluate.python` (or thi
 another virtualenv and never shares a device allocation with JAX. JAX must not hold the accelerator meanwhile.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -150,11 +152,11 @@ def _run_worker(
     try:
         worker = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace",
+            text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         raise EvaluationError(f"config.evaluate.python: {command[0]} cannot be started ({error})") from error
-    timer = threading.Timer(timeout_s, worker.kill) if timeout_s is not None else None
+    timer = threading.Timer(timeout_s, _kill_group, [worker]) if timeout_s is not None else None
     try:
         if timer is not None:
             timer.start()
@@ -163,10 +165,16 @@ def _run_worker(
     finally:
         if timer is not None:
             timer.cancel()
-        worker.kill()
+        _kill_group(worker)
         worker.wait()
     if status != 0:
         raise _failure(request, status, last_lines, log_path)
+
+
+def _kill_group(worker: "subprocess.Popen[str]") -> None:
+    """Kills the worker and the processes of its session: vLLM starts one per device."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
 
 
 def _follow(worker: "subprocess.Popen[str]", log_path: Path) -> list[str]:

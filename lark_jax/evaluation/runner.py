@@ -1,13 +1,15 @@
 """One student on all benchmarks: prompts -> samples (in the worker) -> grades -> Acc@k.
 
-Folder of a student:
-  generations.jsonl         what the worker generated; regrading does not need it again
+Generations of a student, which another grader does not need again:
+  generations.jsonl         what the worker generated, beside its request and its log
+Results of a student, which follow from them:
   <benchmark>/samples.jsonl one row per sample: problem_id, seed, sample, text, extracted, correct, reason,
                             finish_reason, num_tokens
   summary.json              the `StudentResult`; written last, so its presence means that everything is there
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +72,7 @@ def evaluate_student(
     config: EvaluateConfig,
     out_dir: str | Path,
     *,
+    generations_dir: str | Path,
     engine: EngineChoice | None = None,
     model_fingerprint: str | None = None,
 ) -> StudentResult:
@@ -78,6 +81,9 @@ def evaluate_student(
     Args:
       student: its name in tables.
       model_dir: local folder with weights, config.json and tokenizer.
+      out_dir: where results go.
+      generations_dir: where samples go before they are graded; those of an earlier call are taken when they answer
+        the same request, and removed when they do not.
       engine: from `engine_for`, so that all students of an experiment run under the same one; None: choose here.
       model_fingerprint: hash of the weights where the caller knows it; None: hash `model_dir`.
 
@@ -85,17 +91,17 @@ def evaluate_student(
       EvaluationError: a benchmark name is used twice, a prompt is too long, or the worker or the grader fails.
     """
     model_fingerprint = model_fingerprint or sha256_of_path(model_dir)
-    out_dir = Path(out_dir)
+    out_dir, generations_dir = Path(out_dir), Path(generations_dir)
     requested = engine.engine if engine is not None else config.engine
-    request = _request(model_dir, model_fingerprint, benchmarks, chat, config, requested, out_dir)
+    request = _request(model_dir, model_fingerprint, benchmarks, chat, config, requested, generations_dir)
     golds = [benchmark.fingerprint for benchmark in benchmarks]
     fingerprint = sha256_of_json([student, request.fingerprint, requested, golds, config.grader])
     if (out_dir / SUMMARY).exists() and (finished := read_student_result(out_dir)).fingerprint == fingerprint:
         return finished
-    engine = engine or choose_engine(config, request, out_dir)
-    request = _request(model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, out_dir)
+    engine = engine or choose_engine(config, request, generations_dir)
+    request = _request(model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, generations_dir)
     _discard_other_generations(request)
-    run_generation(request, config.python, out_dir)
+    run_generation(request, config.python, generations_dir)
     results = _grade_all(benchmarks, request, config, out_dir)
     result = StudentResult(student, engine, results, fingerprint)
     write_json(out_dir / SUMMARY, dataclasses.asdict(result))
@@ -137,6 +143,13 @@ def read_student_result(out_dir: str | Path) -> StudentResult:
     return StudentResult(engine=EngineChoice(**fields.pop("engine")), benchmarks=benchmarks, **fields)
 
 
+def read_samples(out_dir: str | Path, benchmark: str) -> Iterator[SampleRow]:
+    """The rows of a benchmark's samples.jsonl: by seed, problem, sample."""
+    with (Path(out_dir) / benchmark / SAMPLES).open(encoding="utf-8") as stream:
+        for line in stream:
+            yield SampleRow(**json.loads(line))
+
+
 def _request(
     model_dir: str | Path,
     model_fingerprint: str,
@@ -144,11 +157,11 @@ def _request(
     chat: ChatFormat,
     config: EvaluateConfig,
     engine: str,
-    out_dir: Path,
+    generations_dir: Path,
 ) -> Request:
     prompts = render_prompts(benchmarks, chat, config.system_prompts)
     ids = (chat.end_of_turn_id, chat.pad_id)
-    return build_request(model_dir, model_fingerprint, prompts, *ids, config, engine, out_dir / GENERATIONS)
+    return build_request(model_dir, model_fingerprint, prompts, *ids, config, engine, generations_dir / GENERATIONS)
 
 
 def _benchmark_result(fields: dict[str, Any]) -> BenchmarkResult:

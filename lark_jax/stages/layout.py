@@ -67,3 +67,7 @@ class Layout:
 
     def evaluation(self, name: str) -> Path:
         return self.root / "evaluate" / name
+
+    def generations(self, name: str) -> Path:
+        """A student's samples before grading: not in its task's folder, which other graders empty."""
+        return self.root / "generations" / name

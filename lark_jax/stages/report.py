@@ -1,5 +1,6 @@
 """Stage "report": reads what the other stages left and writes `report/index.html` and `report/table.txt`."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from lark_jax import files, runtime
 from lark_jax.config import Experiment
 from lark_jax.evaluation.accuracy import CONFIDENCE, RESAMPLES
-from lark_jax.evaluation.runner import StudentResult, read_student_result
+from lark_jax.evaluation.runner import SampleRow, StudentResult, read_samples, read_student_result
 from lark_jax.finetuning import read_metrics
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
 from lark_jax.pool import read_pool
@@ -21,18 +22,21 @@ from lark_jax.report.content import (
     Landscape,
     LandscapeCandidate,
     LossCurve,
+    Sample,
     Setting,
     StageSummary,
     settings_from,
+    student_label,
 )
 from lark_jax.scoring import CandidateScore, read_scores
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
-from lark_jax.stages.evaluate import engine_of
+from lark_jax.stages.evaluate import benchmarks_of, engine_of
 from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.score import SCORES
 
 TABLE = "table.txt"
 METRICS = "metrics.jsonl"
+PROBLEMS_SHOWN = 2  # of each benchmark, with an answer of every student
 
 
 def report_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -64,6 +68,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         interval_note=f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples",
         curves=tuple(_curves(layout)),
         landscape=_landscape(experiment, layout),
+        samples=tuple(_samples(experiment, layout)),
         stages=tuple(_summaries(layout)),
     )
 
@@ -77,11 +82,17 @@ def _environment(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, 
 
 
 def _results(experiment: Experiment, layout: Layout) -> Iterator[AccuracyResult]:
-    if experiment.evaluate.include_base and read_manifest(layout.evaluation(BASE)) is not None:
-        yield from _accuracies(BASE, None, read_student_result(layout.evaluation(BASE)))
-    for run in layout.runs:
-        if read_manifest(layout.evaluation(run.name)) is not None:
-            yield from _accuracies(run.method.name, run.budget, read_student_result(layout.evaluation(run.name)))
+    for method, budget, directory in _evaluated(experiment, layout):
+        yield from _accuracies(method, budget, read_student_result(directory))
+
+
+def _evaluated(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, int | None, Path]]:
+    """Method, budget and folder of every student whose evaluation is there."""
+    students: list[tuple[str, int | None, Path]] = []
+    if experiment.evaluate.include_base:
+        students.append((BASE, None, layout.evaluation(BASE)))
+    students += [(run.method.name, run.budget, layout.evaluation(run.name)) for run in layout.runs]
+    return (student for student in students if read_manifest(student[2]) is not None)
 
 
 def _accuracies(method: str, budget: int | None, result: StudentResult) -> Iterator[AccuracyResult]:
@@ -97,6 +108,27 @@ def _accuracies(method: str, budget: int | None, result: StudentResult) -> Itera
             std=benchmark.accuracy.std,
             interval=(benchmark.accuracy.low, benchmark.accuracy.high),
         )
+
+
+def _samples(experiment: Experiment, layout: Layout) -> Iterator[Sample]:
+    """What every student answered first to the first problems of each benchmark; a problem's answers side by side."""
+    students = tuple(_evaluated(experiment, layout))
+    for benchmark in benchmarks_of(experiment) if students else ():
+        shown = benchmark.problems[:PROBLEMS_SHOWN]
+        answers = {
+            (method, budget): _first_samples(directory, benchmark.name, len(shown))
+            for method, budget, directory in students
+        }
+        for index, problem in enumerate(shown):
+            for (method, budget), rows in answers.items():
+                student, row = student_label(method, budget), rows[index]
+                yield Sample(student, benchmark.name, problem.problem, row.text, problem.answer, row.correct)
+
+
+def _first_samples(directory: Path, benchmark: str, num_problems: int) -> list[SampleRow]:
+    """Sample 0 under the first seed, of the first problems; reads no further."""
+    firsts = (row for row in read_samples(directory, benchmark) if row.sample == 0)
+    return list(itertools.islice(firsts, num_problems))
 
 
 def _curves(layout: Layout) -> Iterator[LossCurve]:

@@ -1,13 +1,17 @@
+import dataclasses
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
+from lark_jax.evaluation import engines
 from lark_jax.evaluation.engines import build_request, choose_engine, run_generation
-from lark_jax.evaluation.worker.worker_request import Prompt
+from lark_jax.evaluation.worker.worker_request import Prompt, write_request
 
 PROMPT = Prompt("b", "first", 0, (1, 2, 3))
 
@@ -124,3 +128,63 @@ def test_a_failing_worker_is_one_line_with_cause_and_log(tmp_path, random_studen
 def test_an_interpreter_that_does_not_exist_is_named(tmp_path, random_student):
     with pytest.raises(EvaluationError, match=r"config\.evaluate\.python: /nowhere/python cannot be started"):
         run_generation(request_for(random_student, EvaluateConfig()), "/nowhere/python", tmp_path)
+
+
+def worker_with_child(folder, then):
+    """An interpreter whose vLLM starts a process of its own, as it does for every device, and goes on with `then`."""
+    source = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(r"{folder / "child.tmp"}", "w") as stream:
+    stream.write(str(child.pid))
+os.replace(r"{folder / "child.tmp"}", r"{folder / "child"}")
+{then}
+"""
+    return interpreter_with_module(folder, "vllm", source)
+
+
+def ends(pid, within_s=20.0):
+    """Whether the process ends (or is a zombie that nobody waits for) in time."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+
+
+@needs_proc
+def test_a_health_check_that_hangs_ends_with_all_its_processes(tmp_path, random_student, monkeypatch):
+    monkeypatch.setattr(engines, "HEALTH_CHECK_TIMEOUT_S", 5.0)
+    config = EvaluateConfig(python=worker_with_child(tmp_path, then="time.sleep(600)"))
+    choice = choose_engine(config, request_for(random_student, config), tmp_path)
+    assert choice.engine == "transformers"
+    assert "signal 9" in choice.reason
+    assert ends(int((tmp_path / "child").read_text()))
+
+
+@needs_proc
+def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student):
+    """The parent is killed without a chance to tidy up."""
+    config = EvaluateConfig(python=worker_with_child(tmp_path, then="time.sleep(600)"))
+    request = dataclasses.replace(request_for(random_student, config), engine="vllm")
+    write_request(tmp_path / "request.json", request)
+    source = (
+        "import sys; from lark_jax.evaluation.engines import run_generation; "
+        "from lark_jax.evaluation.worker.worker_request import read_request; "
+        "run_generation(read_request(sys.argv[1]), sys.argv[2], sys.argv[3])"
+    )
+    arguments = [str(tmp_path / "request.json"), config.python, str(tmp_path)]
+    parent = subprocess.Popen([sys.executable, "-c", source, *arguments], cwd=Path(__file__).resolve().parents[2])
+    while not (tmp_path / "child").exists():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    assert ends(int((tmp_path / "child").read_text()))

@@ -36,6 +36,12 @@ def chat(bigram_student):
     return load_chat_format(bigram_student)
 
 
+def evaluate(folder, model, benchmarks, chat, config=CONFIG, **options):
+    return evaluate_student(
+        "known", model, benchmarks, chat, config, folder / "results", generations_dir=folder / "generations", **options
+    )
+
+
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -45,13 +51,13 @@ def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat,
     config = replace(CONFIG, engine=engine)
     choice = engine_for(bigram_student, benchmarks, chat, config, tmp_path)
     assert choice.engine == engine
-    result = evaluate_student("known", bigram_student, benchmarks, chat, config, tmp_path, engine=choice)
+    result = evaluate(tmp_path, bigram_student, benchmarks, chat, config, engine=choice)
     digits, nines = result.benchmarks
     assert (digits.num_problems, digits.samples, digits.seeds) == (50, 5, (0, 1))
     assert (digits.num_unboxed, digits.num_cut, digits.mean_tokens) == (0, 0, 10.0)  # nine characters, end of turn
     assert nines.accuracy.mean == 0.0
 
-    rows = read_rows(tmp_path / "digits" / "samples.jsonl")
+    rows = read_rows(tmp_path / "results" / "digits" / "samples.jsonl")
     assert len(rows) == 2 * 50 * 5
     assert {row["text"] for row in rows} == {r"\boxed{7}", r"\boxed{8}"}
     assert {row["finish_reason"] for row in rows} == {"stop"}
@@ -65,13 +71,13 @@ def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat,
         assert accuracy == pytest.approx(len(solved) / 50)
     by_seed = [[row["text"] for row in rows if row["seed"] == seed] for seed in (0, 1)]
     assert by_seed[0] != by_seed[1]
-    assert read_student_result(tmp_path) == result
+    assert read_student_result(tmp_path / "results") == result
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, bigram_student, benchmarks, chat):
-    out_dir = tmp_path_factory.mktemp("evaluated")
-    return out_dir, evaluate_student("known", bigram_student, benchmarks, chat, CONFIG, out_dir)
+    folder = tmp_path_factory.mktemp("evaluated")
+    return folder, evaluate(folder, bigram_student, benchmarks, chat)
 
 
 @pytest.fixture
@@ -80,45 +86,55 @@ def copied(evaluated, tmp_path):
     return tmp_path / "out", evaluated[1]
 
 
-def test_a_finished_student_is_not_run_again(copied, bigram_student, benchmarks, chat, monkeypatch):
-    out_dir, result = copied
+@pytest.fixture
+def no_worker(monkeypatch):
+    """The engine must not be needed: where the worker starts on samples that are missing, the test fails."""
 
     def forbidden(*_):
         raise AssertionError("the worker was started")
 
     monkeypatch.setattr(runner, "run_generation", forbidden)
-    assert evaluate_student("known", bigram_student, benchmarks, chat, CONFIG, out_dir) == result
+
+
+@pytest.mark.usefixtures("no_worker")
+def test_a_finished_student_is_not_run_again(copied, bigram_student, benchmarks, chat):
+    folder, result = copied
+    assert evaluate(folder, bigram_student, benchmarks, chat) == result
     with pytest.raises(AssertionError, match="the worker was started"):
-        evaluate_student("known", bigram_student, benchmarks, chat, replace(CONFIG, top_p=0.5), out_dir)
+        evaluate(folder, bigram_student, benchmarks, chat, replace(CONFIG, top_p=0.5))
 
 
-def test_another_grader_grades_the_same_samples_again(copied, bigram_student, benchmarks, chat):
-    out_dir, result = copied
-    before = (out_dir / "generations.jsonl").read_bytes()
-    config = replace(CONFIG, grader="paper")
-    regraded = evaluate_student("known", bigram_student, benchmarks, chat, config, out_dir)
-    assert (out_dir / "generations.jsonl").read_bytes() == before
-    assert regraded.benchmarks == result.benchmarks
+def test_another_grader_grades_the_same_samples_in_an_empty_folder(copied, bigram_student, benchmarks, chat):
+    folder, result = copied
+    shutil.rmtree(folder / "results")  # as the pipeline does when a task's inputs change
+    path = folder / "generations" / "generations.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line.replace("boxed{7}", "boxed{ 7}") for line in lines))  # marks: these, not new ones
+    regraded = evaluate(folder, bigram_student, benchmarks, chat, replace(CONFIG, grader="paper"))
+    rows = read_rows(folder / "results" / "digits" / "samples.jsonl")
+    assert {row["text"] for row in rows} == {r"\boxed{ 7}", r"\boxed{8}"}
+    assert [b.accuracy for b in regraded.benchmarks] == [b.accuracy for b in result.benchmarks]
     assert regraded.fingerprint != result.fingerprint
 
 
 def test_other_weights_or_settings_discard_old_samples(copied, bigram_student, benchmarks, chat, capsys):
-    out_dir, result = copied
-    again = evaluate_student("known", bigram_student, benchmarks, chat, CONFIG, out_dir, model_fingerprint="other")
+    folder, result = copied
+    again = evaluate(folder, bigram_student, benchmarks, chat, model_fingerprint="other")
     assert "made under other settings or by other weights" in capsys.readouterr().err
     assert again.benchmarks == result.benchmarks
     assert again.fingerprint != result.fingerprint
 
 
 def test_a_partial_result_ends_with_the_same_files(copied, bigram_student, benchmarks, chat, tmp_path):
-    out_dir, result = copied
-    names = ("generations.jsonl", "digits/samples.jsonl", "nines/samples.jsonl", "summary.json")
-    expected = {name: (out_dir / name).read_bytes() for name in names}
-    lines = expected["generations.jsonl"].splitlines(keepends=True)
+    folder, result = copied
+    names = ("digits/samples.jsonl", "nines/samples.jsonl", "summary.json")
+    names = ("generations/generations.jsonl", *(f"results/{name}" for name in names))
+    expected = {name: (folder / name).read_bytes() for name in names}
+    lines = expected[names[0]].splitlines(keepends=True)
     restarted = tmp_path / "restarted"
-    restarted.mkdir()
-    (restarted / "generations.jsonl.partial").write_bytes(b"".join(lines[:20]) + lines[20][:-9])
-    assert evaluate_student("known", bigram_student, benchmarks, chat, CONFIG, restarted) == result
+    (restarted / "generations").mkdir(parents=True)
+    (restarted / "generations" / "generations.jsonl.partial").write_bytes(b"".join(lines[:20]) + lines[20][:-9])
+    assert evaluate(restarted, bigram_student, benchmarks, chat) == result
     assert {name: (restarted / name).read_bytes() for name in names} == expected
 
 
@@ -132,18 +148,12 @@ def test_a_given_engine_is_used_for_all_students(tmp_path, bigram_student, bench
     monkeypatch.setattr(runner, "run_generation", remember)
     config = replace(CONFIG, engine="auto")
     with pytest.raises(EvaluationError, match="enough"):
-        evaluate_student(
-            "s",
-            bigram_student,
-            benchmarks,
-            chat,
-            config,
-            tmp_path,
-            engine=EngineChoice("transformers", "chosen before"),
+        evaluate(
+            tmp_path, bigram_student, benchmarks, chat, config, engine=EngineChoice("transformers", "chosen before")
         )
     assert asked == ["transformers"]
 
 
 def test_benchmarks_of_one_name_are_refused(tmp_path, bigram_student, benchmarks, chat):
     with pytest.raises(EvaluationError, match="file names must differ"):
-        evaluate_student("s", bigram_student, benchmarks + benchmarks, chat, CONFIG, tmp_path)
+        evaluate(tmp_path, bigram_student, benchmarks + benchmarks, chat)

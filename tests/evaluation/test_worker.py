@@ -8,12 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 from lark_jax.evaluation.engines import WORKER, read_generations, run_generation
 from lark_jax.evaluation.worker.worker_request import read_request, write_request
+from lark_jax.students import export_student, load_student
+from lark_jax.students.parameters import flatten_parameters, replace_parameters
 
 MANY = 60  # prompts; more than one batch of the transformers engine
 
@@ -140,6 +145,22 @@ def test_samples_of_another_request_are_refused_and_kept(finished, run_fake, mak
     assert Path(request.output).with_name(name).read_bytes() == expected
 
 
+def test_tiny_models_compute_on_one_thread_unless_the_user_says_otherwise(
+    main, monkeypatch, tmp_path, random_student, make_request
+):
+    request = make_request(random_student, tmp_path / "out.jsonl", "vllm")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    main._limit_threads(request)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    with monkeypatch.context() as larger:
+        larger.setattr(main, "TINY_BYTES", 1000)
+        main._limit_threads(request)
+        assert "OMP_NUM_THREADS" not in os.environ
+    main._limit_threads(request)
+    assert os.environ.pop("OMP_NUM_THREADS") == "1"
+
+
 @pytest.mark.slow
 def test_a_killed_worker_resumes_to_the_same_bytes(tmp_path, random_student, make_request, engine):
     whole = make_request(random_student, tmp_path / "whole.jsonl", engine, num_prompts=MANY)
@@ -188,20 +209,37 @@ print("LOGPROBS", json.dumps([entry[t].logprob for entry, t in zip(output.prompt
 """
 
 
+def nudged(decoder):
+    """The decoder with other weights, as after training."""
+    graph, state = nnx.split(decoder)
+    noise = np.random.default_rng()
+    values = {
+        name: value + 0.05 * noise.standard_normal(value.shape, np.float32)
+        for name, value in flatten_parameters(state).items()
+    }
+    return nnx.merge(graph, replace_parameters(state, values))
+
+
+def torch_log_probabilities(folder, tokens):
+    """Of tokens[1:], by transformers in float64."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float64")
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(tokens[None]).logits[0, :-1], dim=-1)
+    return log_probs.gather(1, tokens[1:, None])[:, 0]
+
+
 @pytest.mark.slow
-def test_exported_student_has_the_same_log_probabilities_in_vllm(tmp_path, random_student, vllm_reason):
+def test_a_fine_tuned_export_has_the_same_log_probabilities_everywhere(tmp_path, random_student, vllm_reason):
     if vllm_reason:
         pytest.skip(vllm_reason)
-    import jax.numpy as jnp
-
-    from lark_jax.students import export_student, load_student
-
-    decoder, _ = load_student(random_student, dtype=jnp.float32)
+    decoder = nudged(load_student(random_student, dtype=jnp.float32)[0])
     export_student(decoder, random_student, tmp_path / "exported")
     tokens = torch.randint(0, 95, (300,))
-    model = transformers.AutoModelForCausalLM.from_pretrained(random_student, dtype="float64")
-    with torch.no_grad():
-        expected = torch.log_softmax(model(tokens[None]).logits[0, :-1], dim=-1).gather(1, tokens[1:, None])[:, 0]
+    logits = np.asarray(decoder.logits(jnp.asarray(tokens.numpy()[None])), np.float64)
+    log_probs = torch.log_softmax(torch.tensor(logits[0, :-1]), dim=-1)
+    expected = log_probs.gather(1, tokens[1:, None])[:, 0]  # of the student in memory, which no export has touched
+    assert (torch_log_probabilities(random_student, tokens) - expected).abs().max() > 0.1
+    assert (torch_log_probabilities(tmp_path / "exported", tokens) - expected).abs().max() < 2e-4
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

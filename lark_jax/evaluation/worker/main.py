@@ -8,16 +8,19 @@ again ends like one that was not.
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from worker_output import OutputFile
 from worker_request import Job, Request, Sample, read_request
 
 HEALTH_CHECK_TOKENS = 2
+TINY_BYTES = 32 << 20  # of weights: below, one thread computes a step in milliseconds
 PROGRESS_EVERY_S = 5.0
 Generate = Callable[[Request, Sequence[Job]], Iterator[tuple[Job, list[Sample]]]]
 
@@ -33,6 +36,7 @@ def main() -> int:
     _stay_offline()
     try:
         request = read_request(arguments.request)
+        _limit_threads(request)
         check_health(request) if arguments.health_check else run(request)
     except Exception as error:
         traceback.print_exc()
@@ -117,10 +121,22 @@ def _stay_offline() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
+def _limit_threads(request: Request) -> None:
+    """Before any engine is imported, which reads the variable once.
+
+    A tiny model's threads wait for each other longer than they compute: many times slower where cores are shared.
+    """
+    weight_bytes = sum(file.stat().st_size for file in Path(request.model).glob("*.safetensors"))
+    if weight_bytes < TINY_BYTES:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def _end_with_parent(parent: int) -> None:
     """An orphaned worker would hold the accelerator for hours."""
     while os.getppid() == parent:
         time.sleep(0.5)
+    if os.getpgrp() == os.getpid():  # not when started by hand, in the group of something else
+        os.killpg(0, signal.SIGKILL)  # the engine's own processes too
     os._exit(1)
 
 

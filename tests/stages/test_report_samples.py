@@ -1,0 +1,89 @@
+"""The answers on the report's page, read from the files that the evaluation leaves."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lark_jax import pipeline
+from lark_jax.config import Experiment, experiment_from_mapping
+from lark_jax.evaluation.runner import SampleRow
+from lark_jax.files import write_jsonl
+from lark_jax.pipeline import Outcome, Task
+from lark_jax.stages.layout import BASE, Layout
+from lark_jax.stages.report import gather
+
+SAMPLES, SEEDS = 3, (4, 9)
+
+
+def evaluation_task(layout: Layout, name: str, problems_of: dict[str, int]) -> Task:
+    """Leaves rows as the evaluation does; each row's text says what it is."""
+
+    def run(directory: Path) -> Outcome:
+        for benchmark, count in problems_of.items():
+            rows = [
+                SampleRow(
+                    str(problem),
+                    seed,
+                    sample,
+                    f"{name} {benchmark} {problem} {seed} {sample}",
+                    None,
+                    problem == 1,
+                    "",
+                    "stop",
+                    1,
+                )
+                for seed in SEEDS
+                for problem in range(count)
+                for sample in range(SAMPLES)
+            ]
+            write_jsonl(directory / benchmark / "samples.jsonl", [dataclasses.asdict(row) for row in rows])
+        summary = {"student": name, "engine": {"engine": "vllm", "reason": ""}, "benchmarks": [], "fingerprint": ""}
+        (directory / "summary.json").write_text(json.dumps(summary))
+        return Outcome(counts={})
+
+    return Task(f"evaluate/{name}", layout.evaluation(name), dict, run)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    for name, count in (("many", 5), ("single", 1)):
+        records = [{"problem": f"{name} asks {index}", "answer": str(index)} for index in range(count)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    return experiment_from_mapping(
+        {
+            "workdir": str(tmp_path / "run"),
+            "student": {"path": str(tmp_path / "student")},
+            "pool": {"path": "pool.jsonl"},
+            "select": {"methods": ("lark",), "budgets": (1, 2)},
+            "evaluate": {"benchmarks": tuple(str(tmp_path / f"{name}.json") for name in ("many", "single"))},
+        }
+    )
+
+
+def test_the_first_answers_of_every_evaluated_student_are_shown(experiment: Experiment) -> None:
+    layout = Layout.of(experiment)
+    names = (BASE, "lark_B2")  # lark_B1 was not evaluated
+    pipeline.run_tasks([evaluation_task(layout, name, {"many": 5, "single": 1}) for name in names])
+    shown = [
+        (s.student, s.benchmark, s.problem, s.gold, s.response, s.correct) for s in gather(experiment, layout).samples
+    ]
+    assert shown == [
+        (
+            label,
+            benchmark,
+            f"{benchmark} asks {problem}",
+            str(problem),
+            f"{name} {benchmark} {problem} 4 0",
+            problem == 1,
+        )
+        for benchmark, problem in (("many", 0), ("many", 1), ("single", 0))
+        for label, name in (("base", BASE), ("lark B=2", "lark_B2"))
+    ]
+
+
+def test_without_evaluation_there_are_no_answers_and_benchmarks_are_not_read(experiment: Experiment) -> None:
+    for path in experiment.evaluate.benchmarks:
+        Path(path).unlink()
+    assert gather(experiment, Layout.of(experiment)).samples == ()
