@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
+from lark_jax.errors import PipelineError
+from lark_jax.finetuning import CHECKPOINTS
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.stages.finetune import finetuned, training_examples
 from lark_jax.stages.layout import STUDENT, Layout, Run
@@ -21,6 +23,11 @@ def _export_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
 
     def export(directory: Path) -> Outcome:
         source = local_folder(experiment.student.path)
+        if not (layout.finetune(run) / CHECKPOINTS).is_dir():
+            raise PipelineError(
+                f"{layout.finetune(run)}: its checkpoints were deleted, so there is nothing to export; delete the "
+                "whole folder and run the stage 'finetune' again"
+            )
         chat = open_chat(experiment)
         examples = training_examples(experiment, chat, layout.selection(run))
         result = finetuned(experiment, chat, examples, layout.finetune(run), what=run.name)

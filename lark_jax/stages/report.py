@@ -63,7 +63,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
     return ReportContent(
         title=f"LARK: {Path(experiment.workdir).name}",
         settings=settings_from(experiment),
-        versions=tuple(Setting(name, version) for name, version in _environment(experiment, layout)),
+        versions=tuple(Setting(name, version) for name, version in _environment(layout)),
         results=tuple(_results(experiment, layout)),
         interval_note=f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples",
         curves=tuple(_curves(layout)),
@@ -73,10 +73,13 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
     )
 
 
-def _environment(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, str]]:
+def _environment(layout: Layout) -> Iterator[tuple[str, str]]:
+    """Versions of this process, the hardware of those that did the work, and the engine that generated."""
     yield from runtime.package_versions().items()
-    yield "hardware", runtime.hardware()
-    if "evaluate" in experiment.stages and read_manifest(layout.evaluation("engine")) is not None:
+    for directory in (layout.score, *(layout.finetune(run) for run in layout.runs)):
+        if (manifest := read_manifest(directory)) is not None:
+            yield f"hardware of {manifest.name}", manifest.hardware
+    if read_manifest(layout.evaluation("engine")) is not None:
         engine = engine_of(layout)
         yield "evaluation engine", f"{engine.engine} ({engine.reason})"
 
