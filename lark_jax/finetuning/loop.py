@@ -73,7 +73,8 @@ def finetune(
     called after the end, it returns the result at once. The number of devices may change in between.
 
     Args:
-      student: where training starts; any parameter dtype; left as it is. `config` decides the compute dtype and remat.
+      student: where training starts; any parameter dtype; left as it is, and let go before the first step. `config`
+        decides the compute dtype and remat.
       examples: from `weighted_examples`.
       pad_id: token that fills rows; it is never a target.
       what: label of the progress bar.
@@ -98,6 +99,7 @@ def finetune(
     with CheckpointStore(directory / CHECKPOINTS, run_identity(student, examples, config, seed)) as store:
         restored = store.restore_latest(abstract_state(model, optimizer, mesh))
         state, completed = restored or (initial_state(student, optimizer, mesh), 0)
+        del student, restored  # a second copy of the weights, unless the caller keeps the student
         sums = zero_sums(state.parameters, mesh)
         upcoming = prepared(completed) if completed < total_steps else None
         with (

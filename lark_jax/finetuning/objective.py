@@ -43,8 +43,8 @@ def weighted_cross_entropy(
     where its own loss is not finite.
 
     Args:
-      hidden: [..., d] final hidden states, any float dtype.
-      head: [V, d].
+      hidden: [..., d] final hidden states, any float dtype; the head is cast to it.
+      head: [V, d] of any float dtype, which its gradient keeps.
       targets: int [...].
       token_weights: [...] fp32; zero for prompt and padding.
       vocab_chunk: rows of the head per pass; need not divide V.
@@ -58,7 +58,8 @@ def weighted_cross_entropy(
         return _weighted_sum(hidden, head, targets, token_weights, vocab_chunk)
 
     def sum_over_rows(hidden: jax.Array, head: jax.Array, targets: jax.Array, token_weights: jax.Array) -> jax.Array:
-        head = lax.pcast(head, DATA, to="varying")  # its transpose is the one psum of the head's gradient
+        # Its transpose is the one psum of the head's gradient, in the head's own dtype: it is cast only behind this.
+        head = lax.pcast(head, DATA, to="varying")
         return lax.psum(_weighted_sum(hidden, head, targets, token_weights, vocab_chunk), DATA)
 
     rows, whole = PartitionSpec(DATA), PartitionSpec()
@@ -80,10 +81,10 @@ def _weighted_sum(
 def chunked_cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, *, vocab_chunk: int) -> jax.Array:
     """Cross-entropy (nats) of each token, fp32 [...]; differentiable by `hidden` [..., d] and `head` [V, d].
 
-    Gradients are formed from logit gradients in the operands' dtype, accumulated in fp32 and returned in the dtype of
-    each operand. Tokens are cut into blocks along the last axis before d only, so rows that are sharded over devices
-    stay where they are. Inside `shard_map`, `head` has to vary over the axes that `hidden` varies over. A target
-    outside the vocabulary gives NaN.
+    The head is cast to the dtype of `hidden`. Gradients are formed from logit gradients in that dtype, accumulated in
+    fp32 and returned in the dtype of each operand; that of a float32 head is never rounded. Tokens are cut into blocks
+    along the last axis before d only, so rows that are sharded over devices stay where they are. Inside `shard_map`,
+    `head` has to vary over the axes that `hidden` varies over. A target outside the vocabulary gives NaN.
 
     Raises:
       ValueError: shapes or dtypes do not fit together.
@@ -94,20 +95,26 @@ def chunked_cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array
     length = targets.shape[-1] if targets.ndim else 1
     hidden_btd = hidden.reshape(-1, length, hidden.shape[-1])
     targets_bt = targets.reshape(-1, length).astype(jnp.int32)
-    return _cross_entropy(hidden_btd, head, targets_bt, min(vocab_chunk, head.shape[0])).reshape(targets.shape)
+    chunk = min(vocab_chunk, head.shape[0])
+    return _cross_entropy(hidden_btd, head, targets_bt, chunk, head.dtype).reshape(targets.shape)
 
 
 _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _cross_entropy(hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, chunk: int) -> jax.Array:
-    return _forward(hidden_btd, head_vd, targets_bt, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _cross_entropy(
+    hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, chunk: int, head_dtype: jnp.dtype
+) -> jax.Array:
+    return _forward(hidden_btd, head_vd, targets_bt, chunk, head_dtype)[0]
 
 
 def _forward(
-    hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, chunk: int
+    hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, chunk: int, head_dtype: jnp.dtype
 ) -> tuple[jax.Array, _Residuals]:
+    """The residuals hold the cast head; the backward pass needs `head_dtype` for its gradient."""
+    del head_dtype
+    head_vd = head_vd.astype(hidden_btd.dtype)
     num_rows, length = targets_bt.shape
     block = _block_length(num_rows, length, chunk, head_vd.shape[0])
 
@@ -145,12 +152,13 @@ def _block_cross_entropy(
     return cross_entropy_bs, cross_entropy_bs + gold_bs
 
 
-def _backward(chunk: int, residuals: _Residuals, cotangent_bt: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(
+    chunk: int, head_dtype: jnp.dtype, residuals: _Residuals, cotangent_bt: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     """Vocabulary chunks outside, token blocks inside: each slice of the head's gradient is written once."""
     hidden_btd, head_vd, targets_bt, cross_entropy_bt, lse_bt = residuals
     (num_rows, length), vocab_size = targets_bt.shape, head_vd.shape[0]
     block = _block_length(num_rows, length, chunk, vocab_size)
-    compute_dtype = jnp.promote_types(hidden_btd.dtype, head_vd.dtype)
     Carry = tuple[jax.Array, jax.Array]
 
     def add_chunk(chunk_index: jax.Array, carry: Carry) -> Carry:
@@ -170,17 +178,17 @@ def _backward(chunk: int, residuals: _Residuals, cotangent_bt: jax.Array) -> tup
                 take(cross_entropy_bt, tokens, 1),
                 take(lse_bt, tokens, 1),
                 jnp.where(tokens.fresh[None, :], take(cotangent_bt, tokens, 1), 0.0),
-            ).astype(compute_dtype)
+            ).astype(hidden_btd.dtype)
             d_hidden_bsd = take(d_hidden_btd, tokens, 1) + contract(d_logits_bsc, (2,), fresh_head_cd, (0,))
             d_head_cd = d_head_cd + contract(d_logits_bsc, (0, 1), hidden_bsd, (0, 1))
             return put(d_hidden_btd, d_hidden_bsd, tokens, 1), d_head_cd
 
         d_head_cd = zeros_beside(head_cd.shape, jnp.float32, *residuals, cotangent_bt)
         d_hidden_btd, d_head_cd = lax.fori_loop(0, num_windows(length, block), add_block, (d_hidden_btd, d_head_cd))
-        return d_hidden_btd, put(d_head_vd, d_head_cd.astype(head_vd.dtype), columns, 0)
+        return d_hidden_btd, put(d_head_vd, d_head_cd.astype(head_dtype), columns, 0)
 
     d_hidden_btd = zeros_beside(hidden_btd.shape, jnp.float32, *residuals, cotangent_bt)
-    d_head_vd = zeros_beside(head_vd.shape, head_vd.dtype, *residuals, cotangent_bt)
+    d_head_vd = zeros_beside(head_vd.shape, head_dtype, *residuals, cotangent_bt)
     d_hidden_btd, d_head_vd = lax.fori_loop(0, num_windows(vocab_size, chunk), add_chunk, (d_hidden_btd, d_head_vd))
     return d_hidden_btd.astype(hidden_btd.dtype), d_head_vd, None
 

@@ -1,7 +1,8 @@
 """The two compiled functions of training: add one micro-batch's gradient, and apply an optimizer step.
 
 Parameters, Adam's moments and gradient sums are float32 and lie on the devices as `sharding.PARAMETER_SPECS` says,
-cut over `data` (FSDP). Rows are cut over `data` too. GSPMD gathers each layer where it is used.
+cut over `data` (FSDP). Rows are cut over `data` too. GSPMD gathers each layer where it is used, in the compute dtype;
+gradients are added up over devices in float32.
 """
 
 from collections.abc import Callable
@@ -74,8 +75,9 @@ def make_train_step(
     def loss_of_rows(parameters: Parameters, token_weights_bt: jax.Array, batch: Rows) -> jax.Array:
         model = nnx.merge(graph, replace_parameters(template, parameters))
         hidden_btd = jax.lax.with_sharding_constraint(model(batch.tokens_bt), rows(mesh))
-        # Gathered once here, in the compute dtype; else once in every pass over a chunk of the vocabulary.
-        head_vd = jax.lax.with_sharding_constraint(model.head_weight().astype(hidden_btd.dtype), replicated(mesh))
+        # Gathered once here, else once in every pass over a chunk of the vocabulary; as float32, so that the devices
+        # add up its gradient in float32.
+        head_vd = jax.lax.with_sharding_constraint(model.head_weight(), replicated(mesh))
         return weighted_cross_entropy(
             hidden_btd, head_vd, batch.targets_bt, token_weights_bt, vocab_chunk=vocab_chunk, mesh=mesh
         )

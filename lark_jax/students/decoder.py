@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from lark_jax.errors import ConfigError
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.attention import attend, matmul_precision
+from lark_jax.students.mixed_precision import add_bias, project, scale
 from lark_jax.students.rope import rotate, rotation_tables
 
 INITIALIZER_RANGE = 0.02  # standard deviation of fresh weights, HF's `initializer_range`
@@ -33,8 +34,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_size,), dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = jnp.einsum("...i,oi->...o", x, self.weight[...], precision=matmul_precision(x.dtype))
-        return out if self.bias is None else out + jnp.expand_dims(self.bias[...], range(out.ndim - 1))
+        out = project(x, self.weight[...])
+        return out if self.bias is None else add_bias(out, self.bias[...])
 
 
 class RMSNorm(nnx.Module):
@@ -47,7 +48,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x_fp32 = x.astype(jnp.float32)
         normed = x_fp32 * jax.lax.rsqrt(jnp.mean(x_fp32 * x_fp32, axis=-1, keepdims=True) + self.eps)
-        return jnp.expand_dims(self.weight[...], range(x.ndim - 1)) * normed.astype(x.dtype)
+        return scale(normed.astype(x.dtype), self.weight[...])
 
 
 class SelfAttention(nnx.Module):
@@ -117,7 +118,8 @@ class Decoder(nnx.Module):
     """A causal language model without its loss.
 
     Attributes:
-      dtype: of the computation; weights are cast to it layer by layer, where they are used.
+      dtype: of the computation; weights are cast to it layer by layer, where they are used. Their gradients are summed
+        over tokens and devices in float32.
       remat: "none", or "block": the backward pass recomputes each layer from its input.
       attention_backend: a key of `attention.BACKENDS`; None: chosen by row length.
     """
@@ -166,14 +168,14 @@ class Decoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
 
         def block(hidden_btd: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            layer = nnx.merge(graphdef, jax.tree.map(lambda weight: weight.astype(self.dtype), weights))
+            layer = nnx.merge(graphdef, weights)
             return layer(hidden_btd, rotation, segment_ids_bt, self.attention_backend), None
 
         block = jax.checkpoint(block, prevent_cse=False) if self.remat == "block" else block
         with jax.named_scope("layers"):
             hidden_btd, _ = jax.lax.scan(block, hidden_btd, stacked)
         with jax.named_scope("norm"):
-            return _cast(self.norm, self.dtype)(hidden_btd)
+            return self.norm(hidden_btd)
 
     def head_weight(self) -> jax.Array:
         """The output projection, [vocab_size, hidden_size] in the parameter dtype; the embedding where tied."""
@@ -207,8 +209,3 @@ def _positions(tokens_bt: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Ar
     starts = segment_ids_bt[:, 1:] != segment_ids_bt[:, :-1]
     starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)
     return index_bt - jax.lax.cummax(jnp.where(starts, index_bt, 0), axis=1)
-
-
-def _cast(norm: RMSNorm, dtype: jnp.dtype) -> RMSNorm:
-    graphdef, state = nnx.split(norm)
-    return nnx.merge(graphdef, jax.tree.map(lambda weight: weight.astype(dtype), state))

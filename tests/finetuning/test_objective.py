@@ -128,6 +128,20 @@ def test_bfloat16_operands_give_bfloat16_gradients_near_the_exact_ones(rng: np.r
         assert error < 2**-8
 
 
+@pytest.mark.usefixtures("short_blocks")
+def test_a_float32_head_under_bfloat16_compute_keeps_its_gradient_in_float32(rng: np.random.Generator) -> None:
+    """As a bf16 head, but for the last rounding."""
+    hidden, head, targets, weights = operands(rng, tokens=(4, 50), vocab_size=500, dim=32)
+    hidden, low_head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+    loss = functools.partial(weighted_cross_entropy, vocab_chunk=64)
+    ours, (d_hidden, d_head, _) = loss_and_gradients(loss, (hidden, head, targets, weights))
+    expected, (expected_hidden, expected_head, _) = loss_and_gradients(loss, (hidden, low_head, targets, weights))
+    assert (ours, d_head.dtype) == (expected, jnp.float32)
+    np.testing.assert_array_equal(d_hidden, expected_hidden)
+    np.testing.assert_array_equal(d_head.astype(jnp.bfloat16), expected_head)
+    assert np.any(d_head != expected_head.astype(jnp.float32))
+
+
 @pytest.mark.parametrize("target", [-100, 37])
 def test_a_token_of_weight_zero_cannot_spoil_anything(rng: np.random.Generator, target: int) -> None:
     """A target outside the vocabulary has loss NaN; with weight zero, loss and gradients are as if it were absent."""

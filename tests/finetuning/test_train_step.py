@@ -1,4 +1,5 @@
 import functools
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from tiny_run import ARCHITECTURE, CONFIG, PAD_ID, random_examples, tiny_student
 
 from lark_jax.config import MeshConfig
-from lark_jax.finetuning.data import Example, StepBatch, TrainingSet
+from lark_jax.finetuning.data import Example, MicroBatch, StepBatch, TrainingSet
 from lark_jax.finetuning.loop import run_step
 from lark_jax.finetuning.optimizer import make_optimizer
 from lark_jax.finetuning.step import (
@@ -23,6 +24,7 @@ from lark_jax.finetuning.step import (
     put_rows,
     zero_sums,
 )
+from lark_jax.pool.batching import BatchPlan, assemble
 from lark_jax.sharding import make_mesh
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import flatten_parameters
@@ -36,9 +38,9 @@ def mesh_of(num_devices: int) -> Mesh:
 
 
 @functools.cache
-def compiled(num_devices: int, remat: str = "none") -> TrainStep:
+def compiled(num_devices: int, remat: str = "none", dtype: str = "float32") -> TrainStep:
     """One set of compiled functions for all tests."""
-    student = Decoder(ARCHITECTURE, rngs=nnx.Rngs(0), remat=remat)
+    student = Decoder(ARCHITECTURE, dtype, rngs=nnx.Rngs(0), remat=remat)
     return make_train_step(student, OPTIMIZER, mesh_of(num_devices), vocab_chunk=48)
 
 
@@ -49,15 +51,24 @@ def summed(
     tokens_per_batch: int = 10_000,
     num_devices: int = 1,
     remat: str = "none",
+    dtype: str = "float32",
 ) -> tuple[float, Gradients, dict[int, float]]:
     """Loss, gradient and loss of each trajectory of one step, before the optimizer sees them."""
-    mesh, train_step = mesh_of(num_devices), compiled(num_devices, remat)
+    data, batch = TrainingSet(tuple(examples), len(members), seed=0), StepBatch(0, 0, tuple(members))
+    micro_batches = data.micro_batches(
+        batch, tokens_per_batch=tokens_per_batch, row_multiple=num_devices, pad_id=PAD_ID
+    )
+    return accumulated(tuple(micro_batches), num_devices=num_devices, remat=remat, dtype=dtype)
+
+
+def accumulated(
+    micro_batches: Sequence[MicroBatch], *, num_devices: int = 1, remat: str = "none", dtype: str = "float32"
+) -> tuple[float, Gradients, dict[int, float]]:
+    mesh, train_step = mesh_of(num_devices), compiled(num_devices, remat, dtype)
     parameters = initial_state(tiny_student(), OPTIMIZER, mesh).parameters
     sums = zero_sums(parameters, mesh)
-    data = TrainingSet(tuple(examples), len(members), seed=0)
     losses = {}
-    batch = StepBatch(0, 0, tuple(members))
-    for micro in data.micro_batches(batch, tokens_per_batch=tokens_per_batch, row_multiple=num_devices, pad_id=PAD_ID):
+    for micro in micro_batches:
         sums, losses_b = train_step.accumulate(parameters, sums, put_rows(micro, mesh))
         losses |= zip(micro.rows.row_ids_b.tolist(), np.asarray(losses_b).tolist(), strict=True)
     gradients = {name: np.asarray(value) for name, value in sums.gradients.items()}
@@ -123,12 +134,44 @@ def test_gradient_does_not_depend_on_micro_batches_or_devices(tokens_per_batch: 
     assert other_losses == pytest.approx(losses, rel=1e-5)
 
 
-def test_gradient_does_not_depend_on_order_within_the_batch() -> None:
+@pytest.mark.parametrize("order", [(1, 0, 3, 2), (2, 0, 3, 1)], ids=["within_micro_batches", "across_micro_batches"])
+def test_gradient_does_not_depend_on_the_order_of_rows(order: tuple[int, ...]) -> None:
     examples = random_examples(np.random.default_rng().integers(1 << 30), 2, 2)
-    shuffled = np.random.default_rng().permutation(4).tolist()
-    _, gradient, _ = summed(examples, range(4), tokens_per_batch=64)
-    _, other, _ = summed(examples, shuffled, tokens_per_batch=64)
-    assert_same_gradient(other, gradient)
+
+    def gradient_of(members: tuple[int, ...]) -> Gradients:
+        """Two micro-batches of two rows, in the order of `members`; the product's own plan sorts them by length."""
+        rendered = [example.rendered for example in examples]
+        micro_batches = []
+        for pair in (members[:2], members[2:]):
+            weights_b = np.array([examples[member].weight / 4 for member in pair], np.float32)
+            micro_batches.append(MicroBatch(assemble(rendered, BatchPlan(64, 2, pair), PAD_ID), weights_b))
+        return accumulated(micro_batches)[1]
+
+    assert_same_gradient(gradient_of(order), gradient_of((0, 1, 2, 3)))
+
+
+def test_with_bfloat16_compute_devices_add_up_their_gradients_in_float32() -> None:
+    """Every device has one of the eight rows. Sums that pass through bfloat16 differ by 2^-9, about 2e-3."""
+    examples = random_examples(np.random.default_rng().integers(1 << 30), 4, 2)
+    _, gradient, _ = summed(examples, range(8), dtype="bfloat16")
+    _, other, _ = summed(examples, range(8), num_devices=8, dtype="bfloat16")
+    assert_same_gradient(other, gradient, tolerance=1e-3)
+
+
+def test_with_bfloat16_compute_the_gradient_of_the_head_is_reduced_in_float32() -> None:
+    """Read before XLA's own passes: the CPU backend turns every bfloat16 all-reduce into float32."""
+    mesh = mesh_of(8)
+    parameters = initial_state(tiny_student(), OPTIMIZER, mesh).parameters
+    data = TrainingSet(random_examples(0, 4, 2), 8, seed=0)
+    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=1, row_multiple=8, pad_id=PAD_ID)
+    text = (
+        compiled(8, dtype="bfloat16")
+        .accumulate.lower(parameters, zero_sums(parameters, mesh), put_rows(micro, mesh))
+        .as_text()
+    )
+    reduced = re.findall(r'"stablehlo.(?:all_reduce|reduce_scatter)".*?\}\) : \(tensor<([^>]*)>', text, re.DOTALL)
+    assert f"{ARCHITECTURE.vocab_size}x{ARCHITECTURE.hidden_size}xf32" in reduced
+    assert not [kind for kind in reduced if kind.endswith("bf16")]
 
 
 def test_gradient_does_not_depend_on_remat() -> None:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,13 @@ import tiny_run
 from flax import nnx
 from tiny_run import ARCHITECTURE, CONFIG, random_examples, run, tiny_student, weights_of
 
+from lark_jax.config import MeshConfig
 from lark_jax.errors import TrainingError
-from lark_jax.finetuning import Example, FinetuneResult, read_metrics
+from lark_jax.finetuning import Example, FinetuneResult, finetune, loop, read_metrics
 from lark_jax.finetuning.data import TrainingSet
-from lark_jax.finetuning.loop import CHECKPOINTS
+from lark_jax.finetuning.loop import CHECKPOINTS, run_step
 from lark_jax.finetuning.step import trained_student
+from lark_jax.sharding import make_mesh
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import flatten_parameters
 
@@ -158,6 +162,30 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, epochs=2, checkpoint_every=1)
     run(tmp_path, config)
     assert sorted(int(path.name) for path in (tmp_path / CHECKPOINTS).iterdir()) == [9, 10]
+
+
+def test_only_the_caller_keeps_the_student_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parameters are a second copy of the weights."""
+    references: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def new_student() -> Decoder:
+        student = tiny_student()
+        references.extend(map(weakref.ref, flatten_parameters(nnx.state(student, nnx.Param)).values()))
+        return student
+
+    def watched_step(*arguments: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in references))
+        return run_step(*arguments)
+
+    monkeypatch.setattr(loop, "run_step", watched_step)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    config = dataclasses.replace(CONFIG, epochs=1)
+    finetune(
+        new_student(), random_examples(7, 1, 3), config, seed=11, mesh=mesh, pad_id=tiny_run.PAD_ID, directory=tmp_path
+    )
+    assert len(references) > 10
+    assert alive == [0]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_trajectories_named(tmp_path: Path) -> None:

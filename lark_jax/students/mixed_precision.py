@@ -1,0 +1,77 @@
+"""Products with master weights: computed in the dtype of the activations, gradients of the weights summed in float32.
+
+Casting a weight and leaving the rest to autodiff would round its gradient to the compute dtype on every device, before
+the devices add theirs up. Here a gradient is float32 from its first sum over tokens on.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lark_jax.students.attention import matmul_precision
+
+
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x W' in the dtype of `x`: [..., in] and W [out, in], of any float dtype, to [..., out]."""
+    return _project(x, _varying_as(x, weight))
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + b in the dtype of `x`: [..., d] and [d]. Spread first, then cast: so the gradient is cast, then summed."""
+    spread = jnp.broadcast_to(jnp.expand_dims(_varying_as(x, bias), range(x.ndim - 1)), x.shape)
+    return x + spread.astype(x.dtype)
+
+
+def scale(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x * w in the dtype of `x`: [..., d] and [d]."""
+    return _scale(x, _varying_as(x, weight))
+
+
+_Operands = tuple[jax.Array, jax.Array]
+
+
+@jax.custom_vjp
+def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), precision=matmul_precision(x.dtype))
+
+
+def _project_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, _Operands]:
+    return _project(x, weight), (x, weight)
+
+
+def _project_backward(operands: _Operands, d_out: jax.Array) -> _Operands:
+    x, weight = operands
+    tokens, precision = tuple(range(x.ndim - 1)), matmul_precision(x.dtype)
+    d_x = jnp.einsum("...o,oi->...i", d_out, weight.astype(x.dtype), precision=precision)
+    d_weight = lax.dot_general(
+        d_out, x, ((tokens, tokens), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    return d_x, d_weight.astype(weight.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+@jax.custom_vjp
+def _scale(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.expand_dims(weight.astype(x.dtype), range(x.ndim - 1)) * x
+
+
+def _scale_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, _Operands]:
+    return _scale(x, weight), (x, weight)
+
+
+def _scale_backward(operands: _Operands, d_out: jax.Array) -> _Operands:
+    x, weight = operands
+    d_weight = jnp.sum(d_out.astype(jnp.float32) * x.astype(jnp.float32), axis=range(x.ndim - 1))
+    return _scale(d_out, weight), d_weight.astype(weight.dtype)
+
+
+_scale.defvjp(_scale_forward, _scale_backward)
+
+
+def _varying_as(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Inside `shard_map`, a weight that all devices share: the transpose of this adds up its gradient, in its dtype."""
+    x_axes, weight_axes = (jax.typeof(array).manual_axis_type.varying for array in (x, weight))
+    axes = tuple(sorted(x_axes - weight_axes))
+    return lax.pcast(weight, axes, to="varying") if axes else weight
