@@ -4,6 +4,8 @@ Casting a weight and leaving the rest to autodiff would round its gradient to th
 the devices add theirs up. Here a gradient is float32 from its first sum over tokens on.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +15,7 @@ from lark_jax.students.attention import matmul_precision
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x W' in the dtype of `x`: [..., in] and W [out, in], of any float dtype, to [..., out]."""
-    return _project(x, _varying_as(x, weight))
+    return _project(x, _varying_as(x, weight), weight.dtype)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -30,23 +32,26 @@ def scale(x: jax.Array, weight: jax.Array) -> jax.Array:
 _Operands = tuple[jax.Array, jax.Array]
 
 
-@jax.custom_vjp
-def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), precision=matmul_precision(x.dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x: jax.Array, weight: jax.Array, weight_dtype: jnp.dtype) -> jax.Array:
+    return _project_forward(x, weight, weight_dtype)[0]
 
 
-def _project_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, _Operands]:
-    return _project(x, weight), (x, weight)
+def _project_forward(x: jax.Array, weight: jax.Array, weight_dtype: jnp.dtype) -> tuple[jax.Array, _Operands]:
+    """The residuals hold the cast weight: under FSDP a second cast would be a second gather in the backward pass."""
+    del weight_dtype
+    weight = weight.astype(x.dtype)
+    return jnp.einsum("...i,oi->...o", x, weight, precision=matmul_precision(x.dtype)), (x, weight)
 
 
-def _project_backward(operands: _Operands, d_out: jax.Array) -> _Operands:
+def _project_backward(weight_dtype: jnp.dtype, operands: _Operands, d_out: jax.Array) -> _Operands:
     x, weight = operands
     tokens, precision = tuple(range(x.ndim - 1)), matmul_precision(x.dtype)
-    d_x = jnp.einsum("...o,oi->...i", d_out, weight.astype(x.dtype), precision=precision)
+    d_x = jnp.einsum("...o,oi->...i", d_out, weight, precision=precision)
     d_weight = lax.dot_general(
         d_out, x, ((tokens, tokens), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
-    return d_x, d_weight.astype(weight.dtype)
+    return d_x, d_weight.astype(weight_dtype)
 
 
 _project.defvjp(_project_forward, _project_backward)
