@@ -19,7 +19,7 @@ fi
 
 echo "Setting up $venv with $("$python" --version) (a few minutes) ..."
 "$python" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+pip() { "$venv/bin/python" -m pip --quiet --quiet --disable-pip-version-check "$@"; }
 pip install --upgrade pip
 pip install -e '.[test,torch]'
 
