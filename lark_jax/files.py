@@ -36,7 +36,7 @@ def exclusive(lock: str | Path, what: str) -> Iterator[None]:
     """
     lock = Path(lock)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as stream:
+    with lock.open("a") as stream:  # opened for writing, left untouched
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
