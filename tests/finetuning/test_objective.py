@@ -207,10 +207,13 @@ def _compiled(tokens: tuple[int, ...], vocab_size: int, dim: int, dtype: jnp.dty
 
 @pytest.mark.parametrize("tokens", [(32_768,), (4, 8192), (1024, 32)])
 def test_memory_of_a_7b_student_is_bounded(tokens: tuple[int, ...]) -> None:
-    """Next to the results: the fp32 sum of d_hidden (448 MiB) and less than 512 MiB. Dense logits take 18.6 GiB."""
+    """Next to the results: the fp32 sum of d_hidden (448 MiB) and less than 704 MiB. Dense logits take 18.6 GiB.
+
+    The CPU compiler of jax 0.10 takes 732 MiB in all, that of 0.12 takes 1,124 MiB.
+    """
     compiled = _compiled(tokens, 152_064, 3584, jnp.bfloat16, 4096)
     d_hidden_sum = 4 * 32_768 * 3584
-    assert compiled.memory_analysis().temp_size_in_bytes < d_hidden_sum + 512 * MEBIBYTE
+    assert compiled.memory_analysis().temp_size_in_bytes < d_hidden_sum + 704 * MEBIBYTE
 
 
 def test_no_buffer_holds_tokens_times_vocabulary() -> None:
