@@ -155,7 +155,7 @@ def test_with_bfloat16_compute_devices_add_up_their_gradients_in_float32() -> No
     examples = random_examples(np.random.default_rng().integers(1 << 30), 4, 2)
     _, gradient, _ = summed(examples, range(8), dtype="bfloat16")
     _, other, _ = summed(examples, range(8), num_devices=8, dtype="bfloat16")
-    # Summed in bfloat16 they differ by 1e-2. The gradient of the key bias nearly cancels, which leaves 1e-4 of it.
+    # The gradient of the key bias nearly cancels, which leaves 1e-4 of it.
     assert_same_gradient(other, gradient, tolerance=1e-3)
 
 
