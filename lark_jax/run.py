@@ -1,5 +1,6 @@
 """Entry point: `python -m lark_jax.run --config=configs/NAME.py [--config.FIELD=VALUE ...]`."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     now, later = split_stages(values.get("stages"))
     if not later:
         sys.exit(execute(values))
-    if status := execute({**values, "stages": now}):
+    if status := execute(values, only=now):
         sys.exit(status)
     give_back_the_accelerator(later)
 
@@ -49,14 +50,19 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
     sys.exit(f"error: {' '.join(message.split())}")
 
 
-def execute(values: Mapping[str, Any]) -> int:
+def execute(values: Mapping[str, Any], only: tuple[str, ...] = ()) -> int:
     """Runs the experiment that `values` (a config file's content) describes; returns the process's exit status.
 
-    What the user can mend ends in one line on stderr and status 2; everything finished before stays.
+    With `only`, the whole experiment is checked and these stages of it are run. Without a stage that computes, JAX
+    sees the CPU alone, so that the accelerator is free for the evaluation engine. What the user can mend ends in one
+    line on stderr and status 2; everything finished before stays.
     """
     try:
         experiment = experiment_from_mapping(values)
         check_paths(experiment)
+        experiment = dataclasses.replace(experiment, stages=only or experiment.stages)
+        if not set(experiment.stages) & set(ACCELERATOR_STAGES):
+            jax.config.update("jax_platforms", "cpu")
         with files.exclusive(Path(experiment.workdir) / ".lock", f"config.workdir {experiment.workdir}"):
             runtime.start(compilation_cache=Path(experiment.workdir) / ".xla_cache")
             for task in earlier_tasks(experiment):
@@ -87,14 +93,11 @@ def split_stages(stages: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def give_back_the_accelerator(stages: tuple[str, ...]) -> NoReturn:
-    """Goes on with `stages` in this process's place, with a JAX that sees the CPU alone.
-
-    JAX keeps an accelerator's memory until its process ends; the evaluation engine needs it.
-    """
+    """Goes on with `stages` in this process's place: JAX keeps an accelerator's memory until its process ends."""
     sys.stdout.flush()
     sys.stderr.flush()
     command = [sys.executable, "-m", "lark_jax.run", *sys.argv[1:], f"--config.stages={','.join(stages)}"]
-    os.execve(sys.executable, command, {**os.environ, "JAX_PLATFORMS": "cpu"})
+    os.execv(sys.executable, command)
 
 
 def _fail(message: str) -> int:

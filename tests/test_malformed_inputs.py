@@ -351,6 +351,15 @@ def test_the_unbroken_experiment_runs(files: Files) -> None:
     assert execute(files.values) == 0
 
 
+def test_a_missing_benchmark_is_found_before_anything_is_computed(
+    files: Files, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = {**files.values, "stages": ("score", "evaluate"), "evaluate": {"benchmarks": ("nowhere.json",)}}
+    assert execute(values, only=("score",)) == EXIT_USER_ERROR
+    assert "config.evaluate.benchmarks: nowhere.json: no such file" in capfd.readouterr().err
+    assert not (Path(files.values["workdir"]) / "score").exists()
+
+
 def test_finished_stages_survive_a_later_error(files: Files) -> None:
     assert execute(files.values) == 0
     scores = Path(files.values["workdir"]) / "score" / "scores.parquet"
