@@ -151,7 +151,10 @@ def _prepare_directory(task: Task, inputs: Mapping[str, Any], existing: Manifest
 
 def _started_inputs(directory: Path) -> Mapping[str, Any] | None:
     path = directory / STARTED
-    return files.read_json(path)["inputs"] if path.is_file() else None
+    try:
+        return files.read_json(path)["inputs"] if path.is_file() else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise PipelineError(f"{path}: not readable ({error}); delete {directory} to compute it again") from error
 
 
 def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -34,6 +34,12 @@ class Worker:
         return Task("work", self.directory, lambda: self.inputs, run)
 
 
+def test_a_broken_start_record_says_what_to_delete(tmp_path: Path) -> None:
+    (tmp_path / "started.json").write_text("{")
+    with pytest.raises(PipelineError, match="delete"):
+        run_tasks([Task("work", tmp_path, dict, lambda _: Outcome(counts={}))])
+
+
 @pytest.fixture
 def worker(tmp_path: Path) -> Worker:
     return Worker(tmp_path / "work", {"seed": 1, "section": {"rate": 0.5, "names": ("a", "b")}})
