@@ -18,6 +18,7 @@ from lark_jax.errors import ConfigError
 
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 DTYPES = ("float32", "bfloat16")
+ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
 Section = TypeVar("Section")
 
 
@@ -57,12 +58,16 @@ class ScoreConfig:
     dtype: str = "bfloat16"  # of parameters and activations; statistics are always float32
     metrics: tuple[str, ...] = ()  # further columns; none is registered yet
     vocab_chunk: int = 4_096  # vocabulary rows per pass; the widest logits that ever exist
+    attention: str = "auto"  # by platform and row length, or one of ATTENTION_BACKENDS
+    parameters: str = "auto"  # of the student: "replicated", "gathered" layer by layer, or what fits
 
     def __post_init__(self) -> None:
         _require(self.tokens_per_batch >= 1, "score.tokens_per_batch", self.tokens_per_batch, "an integer >= 1")
         _require_one_of("score.dtype", self.dtype, DTYPES)
         _require(self.metrics == (), "score.metrics", self.metrics, "(): no further metric is registered yet")
         _require(self.vocab_chunk >= 1, "score.vocab_chunk", self.vocab_chunk, "an integer >= 1")
+        _require_one_of("score.attention", self.attention, ("auto", *ATTENTION_BACKENDS))
+        _require_one_of("score.parameters", self.parameters, ("auto", "replicated", "gathered"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +158,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         _require(self.data == -1 or self.data >= 1, "mesh.data", self.data, "-1 or an integer >= 1")
-        _require(self.tensor == 1, "mesh.tensor", self.tensor, "1: tensor parallelism is not available yet")
+        _require(self.tensor >= 1, "mesh.tensor", self.tensor, "an integer >= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +216,8 @@ class Experiment:
         _require(synthetic_given, "synthetic", None, 'a section, since "prepare" is among the stages')
         if "evaluate" in self.stages:
             _require(len(self.evaluate.benchmarks) > 0, "evaluate.benchmarks", (), "one or more benchmark files")
+        trains = {"prepare", "finetune"} & set(self.stages)
+        _require(not trains or self.mesh.tensor == 1, "mesh.tensor", self.mesh.tensor, "1 for fine-tuning, so far")
 
 
 def experiment_from_mapping(values: Mapping[str, Any]) -> Experiment:

@@ -27,6 +27,8 @@ def paper_recipe() -> ConfigDict:
     config.score.dtype = "bfloat16"  # C.3 "Precision"; statistics are float32
     config.score.metrics = ()
     config.score.vocab_chunk = 4_096  # vocabulary rows; memory only, results do not depend on it
+    config.score.attention = "auto"  # kernel by platform and row length; C.3: FlashAttention-2
+    config.score.parameters = "auto"  # "replicated" where they fit, else "gathered" layer by layer
 
     config.select = ConfigDict()
     config.select.methods = ("lark", "random", "grape")  # 5.1; the other baselines of C.2 are not available yet
