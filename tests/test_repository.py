@@ -20,7 +20,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 # From the bottom to the top: a module imports from its own layer and from those before it.
 LAYERS = (
     ("errors", "files", "config", "recipe"),
-    ("runtime", "sharding"),
+    ("runtime", "processes", "sharding"),
     ("pool",),
     ("students",),
     ("scoring",),
@@ -30,7 +30,7 @@ LAYERS = (
     ("report",),
     ("pipeline",),
     ("stages",),
-    ("run",),
+    ("run", "preflight"),
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 WORKER = PACKAGE / "evaluation" / "worker"  # programs for another virtualenv: siblings import each other by bare name
