@@ -3,13 +3,12 @@
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lark_jax import files, runtime
@@ -17,16 +16,14 @@ from lark_jax.errors import SelectionError
 from lark_jax.pool.batching import BatchPlan, TokenRows, assemble, padding_fraction, plan_batches
 from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
 from lark_jax.pool.records import Pool, SkippedRecord, Trajectory
-from lark_jax.scoring.reductions import TrajectoryMeans, trajectory_means
+from lark_jax.scoring.reductions import TrajectoryMeans
+from lark_jax.scoring.step import ScoreStep, make_score_step
 from lark_jax.scoring.table import CandidateScore, read_scores, skipped_score, write_scores
-from lark_jax.scoring.token_statistics import token_statistics
-from lark_jax.sharding import DATA, replicated, rows
+from lark_jax.sharding import DATA
 from lark_jax.students.decoder import Decoder
 
 TOKENS_PER_PART = 4_000_000  # a part is what a killed run loses at most
 BATCHES_IN_FLIGHT = 2  # dispatched before the oldest result is fetched
-
-ScoreStep = Callable[[TokenRows], TrajectoryMeans]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,37 +86,6 @@ def render_all(
     """Tokenizes every trajectory; a skipped record stands where one cannot be rendered faithfully."""
     stream = render_trajectories(chat, trajectories, max_length)
     return list(runtime.progress(stream, what="tokenize", total=len(trajectories), unit="trajectory"))
-
-
-def make_score_step(student: Decoder, mesh: Mesh, vocab_chunk: int) -> ScoreStep:
-    """Compiles the step: rows are split over `data`, parameters are replicated, nothing is communicated.
-
-    The step takes rows [R, T] (R a multiple of the `data` axis) and returns means [R], still on the devices.
-    """
-    graph, state = nnx.split(student)
-    state = jax.device_put(state, replicated(mesh))
-
-    def score_local_rows(
-        state: nnx.State, tokens_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array
-    ) -> TrajectoryMeans:
-        model = nnx.merge(graph, state)
-        hidden_btd = model(tokens_bt)
-        statistics = token_statistics(hidden_btd, model.head_weight(), targets_bt, vocab_chunk=vocab_chunk)
-        return trajectory_means(statistics, mask_bt)
-
-    sharded = jax.shard_map(
-        score_local_rows,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(DATA), PartitionSpec(DATA), PartitionSpec(DATA)),
-        out_specs=PartitionSpec(DATA),
-    )
-    compiled = jax.jit(sharded)
-
-    def step(batch: TokenRows) -> TrajectoryMeans:
-        arrays = jax.device_put((batch.tokens_bt, batch.targets_bt, batch.mask_bt), rows(mesh))
-        return compiled(state, *arrays)
-
-    return step
 
 
 def split_into_parts(plans: Sequence[BatchPlan], tokens_per_part: int = TOKENS_PER_PART) -> list[list[BatchPlan]]:
