@@ -1,157 +1,204 @@
-"""Tokens per second of scoring a pool: ours against transformers on torch, the same records in the same run.
+"""Scoring speed and memory: ours against the published method, the same rows, one run, one device.
 
-    python scripts/bench_scoring.py --student=FOLDER --pool=POOL.jsonl [--records=200] [--dtype=float32] [--out=F.json]
+    python scripts/bench_scoring.py --shape=qwen2.5-0.5b --lengths=512,2048,4096 --dtype=bfloat16 --out=F.json
+    python scripts/bench_scoring.py --student=FOLDER --pool=POOL.jsonl [--records=200] --out=F.json
 
-Peers, all computing the mean cross-entropy and Brier score of every trajectory:
-  torch, one by one   the published scorer's shape: batch 1, full logits in float32, exact Brier
-  torch, batched      the same in right-padded batches of our token budget
-  torch, top 50       the published approximation: Brier score over the 50 largest logits, batch 1
-Tokenization is done once before and not timed. Ours is timed with its compilation done (and reported apart).
+With --shape, a student of that size gets random weights and scores rows of random tokens; with --pool, real records
+are rendered and scored (evenly spaced ones, in our length buckets). The contestants (`scoring_contestants.py`):
+
+  ours                             all statistics, exact, in batches of --tokens_per_batch
+  ours, cross-entropy alone        what the other statistics cost
+  published                        transformers on torch, sdpa, one row at a time, full float32 logits, top-50 Brier
+  published, exact Brier and RSR   the same, exact, with clipped ranks
+
+Each runs in a process of its own, one after the other. Tokens are real tokens: prompt and answer, no padding. MFU is
+the model's analytic FLOPs per second over the device's own matmul rate in the same dtype, measured in the same run.
 """
 
 import argparse
-import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from scoring_contestants import CONTESTANTS, Request, Result
+from shapes import SHAPES
 
 from lark_jax import files, runtime
-from lark_jax.config import MeshConfig
 from lark_jax.pool import read_pool
-from lark_jax.pool.batching import TokenRows, assemble, plan_batches
+from lark_jax.pool.batching import assemble, plan_batches
 from lark_jax.pool.chat import RenderedTrajectory, load_chat_format
-from lark_jax.scoring.scorer import make_score_step, render_all
-from lark_jax.sharding import make_mesh
-from lark_jax.students import load_student
+from lark_jax.scoring.scorer import render_all
+from lark_jax.students import random_student, read_architecture, save_new_student
+from lark_jax.students.flops import forward_flops
 
-PUBLISHED_TOP = 50
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    name: str
-    seconds: float
-    tokens_per_second: float
-    losses: np.ndarray
+PROMPT_SHARE = 8  # random rows: one token in eight is prompt
+MATMUL_SIZE = 4_096
 
 
 def main() -> None:
     options = parse_arguments()
-    chat = load_chat_format(options.student, options.chat_template)
-    pool = read_pool(options.pool)
-    every = max(1, len(pool.trajectories) // options.records)
-    rendered = render_all(chat, pool.trajectories[::every][: options.records], options.max_length)
-    scorable = [item for item in rendered if isinstance(item, RenderedTrajectory)]
-    measurements = measure_all(Path(options.student), scorable, chat.pad_id, options)
-    print_report(measurements, scorable)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        student = Path(options.student or random_checkpoint(options.shape, options.dtype, Path(scratch)))
+        cases = pool_case(student, options) if options.pool else random_cases(student, options)
+        rate = matmul_rate(options.dtype)
+        print(f"{runtime.hardware()}; {options.dtype} matmul {rate / 1e12:.2f} TFLOP/s; {json.dumps(versions())}")
+        reports = [run_case(name, arrays, student, Path(scratch), rate, options) for name, arrays in cases]
     if options.out:
-        rows = [{"name": m.name, "seconds": m.seconds, "tokens_per_second": m.tokens_per_second} for m in measurements]
         document = {
-            "versions": runtime.package_versions(),
             "hardware": runtime.hardware(),
+            "versions": runtime.package_versions(),
             "options": vars(options),
-            "records": len(scorable),
-            "rows": rows,
+            "matmul_flops_per_second": rate,
+            "cases": reports,
         }
         files.write_json(options.out, document)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pool", required=True, help=".jsonl or .parquet")
-    parser.add_argument("--student", required=True, help="checkpoint folder; see scripts/make_random_student.py")
-    parser.add_argument("--chat_template", default=None, help="Jinja file, for tokenizers without a template")
-    parser.add_argument("--records", type=int, default=200, help="evenly spaced over the pool")
-    parser.add_argument("--max_length", type=int, default=2_048, help="tokens of prompt and answer")
-    parser.add_argument("--tokens_per_batch", type=int, default=8_192, help="padding included")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shape", choices=sorted(SHAPES), help="random weights in this shape")
+    source.add_argument("--student", help="checkpoint folder; see scripts/make_random_student.py")
+    parser.add_argument("--pool", help=".jsonl or .parquet; needs --student")
+    parser.add_argument("--chat_template", help="Jinja file, for tokenizers without a template")
+    parser.add_argument("--records", type=int, default=200, help="of the pool, evenly spaced")
+    parser.add_argument("--max_length", type=int, default=2_048, help="of the pool's records, in tokens")
+    parser.add_argument("--lengths", default="512,2048,4096", help="tokens of a random row")
+    parser.add_argument("--tokens", type=int, default=8_192, help="of each length, at least one row")
+    parser.add_argument("--tokens_per_batch", type=int, default=8_192, help="of ours, padding included")
     parser.add_argument("--vocab_chunk", type=int, default=4_096)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--out", default=None, help="JSON file for the figures")
-    return parser.parse_args()
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds; the median counts")
+    parser.add_argument("--scratch", help="folder for the random checkpoint; default: the system's")
+    parser.add_argument("--out", help="JSON file for the figures")
+    options = parser.parse_args()
+    if options.pool and not options.student:
+        parser.error("--pool needs --student, whose tokenizer renders it")
+    return options
 
 
-def measure_all(
-    student: Path, rendered: Sequence[RenderedTrajectory], pad_id: int, options: argparse.Namespace
-) -> list[Measurement]:
-    lengths = [len(item.prompt_tokens) + len(item.target_tokens) - 1 for item in rendered]
-    mesh = make_mesh(MeshConfig())
-    plans = plan_batches(lengths, options.tokens_per_batch, mesh.shape["data"])
-    batches = [assemble(rendered, plan, pad_id) for plan in plans]
-    singles = [one_row(item) for item in rendered]
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=getattr(torch, options.dtype)).eval()
-    student_model, _ = load_student(student, mesh=mesh, dtype=jnp.dtype(options.dtype))
-    step = make_score_step(student_model, mesh, options.vocab_chunk)
+def random_checkpoint(shape: str, dtype: str, scratch: Path) -> Path:
+    blank = scratch / "blank"
+    files.write_json(blank / "config.json", {**SHAPES[shape], "torch_dtype": dtype})
+    save_new_student(random_student(read_architecture(blank), 0, dtype), blank, scratch / "student")
+    return scratch / "student"
 
-    start = time.perf_counter()
-    for shape in {batch.tokens_bt.shape: batch for batch in batches}.values():
-        jax.block_until_ready(step(shape))
-    print(f"compiled in {time.perf_counter() - start:.1f} s")
-    scorers: list[tuple[str, Sequence[TokenRows], Callable[[TokenRows], np.ndarray]]] = [
-        ("ours", batches, lambda batch: np.asarray(step(batch).loss)),
-        ("torch, one by one", singles, lambda batch: torch_scores(model, batch, exact_brier)),
-        ("torch, batched", batches, lambda batch: torch_scores(model, batch, exact_brier)),
-        ("torch, top 50", singles, lambda batch: torch_scores(model, batch, published_brier)),
+
+def random_cases(student: Path, options: argparse.Namespace) -> list[tuple[str, dict[str, np.ndarray]]]:
+    generator = np.random.default_rng(0)
+    vocab_size = read_architecture(student).vocab_size
+    cases = []
+    for length in map(int, options.lengths.split(",")):
+        rows = max(1, options.tokens // length)
+        sequence = generator.integers(0, vocab_size, (rows, length + 1), dtype=np.int32)
+        mask = np.broadcast_to(np.arange(length) >= length // PROMPT_SHARE, (rows, length)).astype(np.float32)
+        arrays = {"tokens": sequence[:, :-1], "targets": sequence[:, 1:], "mask": mask}
+        cases.append((f"{rows} x {length} tokens", arrays))
+    return cases
+
+
+def pool_case(student: Path, options: argparse.Namespace) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """One case for every length bucket of the sampled records."""
+    chat = load_chat_format(student, options.chat_template)
+    pool = read_pool(options.pool)
+    every = max(1, len(pool.trajectories) // options.records)
+    rendered = render_all(chat, pool.trajectories[::every][: options.records], options.max_length)
+    scorable = [item for item in rendered if isinstance(item, RenderedTrajectory)]
+    by_length: dict[int, list] = {}
+    for plan in plan_batches([item.num_inputs for item in scorable], options.tokens_per_batch, 1):
+        by_length.setdefault(plan.length, []).append(assemble(scorable, plan, chat.pad_id))
+    cases = []
+    for length, batches in by_length.items():
+        real = np.concatenate([batch.row_ids_b >= 0 for batch in batches])
+        columns = {"tokens": "tokens_bt", "targets": "targets_bt", "mask": "mask_bt"}
+        arrays = {k: np.concatenate([getattr(b, v) for b in batches])[real] for k, v in columns.items()}
+        cases.append((f"{real.sum()} records of up to {length} tokens", arrays))
+    return cases
+
+
+def run_case(
+    name: str, arrays: dict[str, np.ndarray], student: Path, scratch: Path, rate: float, options: argparse.Namespace
+) -> dict:
+    np.savez(scratch / "rows.npz", **arrays)
+    length = arrays["tokens"].shape[1]
+    lengths = [int(row.nonzero()[0][-1]) + 1 for row in arrays["mask"]]
+    flops = sum(forward_flops(read_architecture(student), n) for n in lengths)
+    results = []
+    for contestant in CONTESTANTS:
+        request = Request(
+            contestant=contestant,
+            student=str(student),
+            rows=str(scratch / "rows.npz"),
+            dtype=options.dtype,
+            vocab_chunk=options.vocab_chunk,
+            rows_per_batch=max(1, options.tokens_per_batch // length),
+            rounds=options.rounds,
+        )
+        results.append(run_contestant(request, scratch))
+    print_case(name, results, sum(lengths), flops, rate)
+    rows = [
+        {**asdict(r), "tokens_per_second": sum(lengths) / r.seconds, "mfu": flops / r.seconds / rate} for r in results
     ]
-    return [measure(name, rows, score, sum(lengths)) for name, rows, score in scorers]
+    return {"case": name, "tokens": sum(lengths), "flops": flops, "results": rows}
 
 
-def one_row(item: RenderedTrajectory) -> TokenRows:
-    tokens = np.concatenate([item.prompt_tokens, item.target_tokens])
-    mask = np.arange(len(tokens) - 1) >= len(item.prompt_tokens) - 1
-    return TokenRows(tokens[None, :-1], tokens[None, 1:], mask[None].astype(np.float32), np.zeros(1, np.int32))
+def run_contestant(request: Request, scratch: Path) -> Result:
+    files.write_json(scratch / "request.json", asdict(request))
+    command = [sys.executable, str(Path(__file__).with_name("scoring_contestants.py"))]
+    runtime.say(f"{request.contestant}: {request.rounds} rounds")
+    done = subprocess.run(
+        [*command, f"--request={scratch / 'request.json'}"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"error: {request.contestant}: exit status {done.returncode}, see its message above")
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(
-    name: str, batches: Sequence[TokenRows], score: Callable[[TokenRows], np.ndarray], tokens: int
-) -> Measurement:
-    score(batches[-1])  # warm-up
-    start = time.perf_counter()
-    losses = [score(batch) for batch in runtime.progress(batches, what=name, total=len(batches), unit="batch")]
-    seconds = time.perf_counter() - start
-    flat = np.concatenate([loss[batch.row_ids_b >= 0] for loss, batch in zip(losses, batches, strict=True)])
-    return Measurement(name, seconds, tokens / seconds, np.sort(flat))
+def print_case(name: str, results: Sequence[Result], tokens: int, flops: float, rate: float) -> None:
+    ours = results[0]
+    print(f"\n{name}")
+    header = ("tokens/s", "ours / it", "MFU", "peak GiB", "its / ours", "above parameters", "max |dloss|")
+    print(f"{'':<32}" + "".join(f"{column:>18}" for column in header))
+    for r in results:
+        above = (r.peak_bytes - r.resident_bytes) / 2**30
+        difference = np.abs(np.array(r.losses) - np.array(ours.losses)).max()
+        values = (
+            f"{tokens / r.seconds:,.0f}",
+            f"{r.seconds / ours.seconds:.2f}",
+            f"{flops / r.seconds / rate:.1%}",
+            f"{r.peak_bytes / 2**30:.2f}",
+            f"{r.peak_bytes / ours.peak_bytes:.2f}",
+            f"{above:.2f} GiB",
+            f"{difference:.1e}",
+        )
+        print(f"{r.contestant:<32}" + "".join(f"{value:>18}" for value in values))
 
 
-def torch_scores(
-    model: PreTrainedModel, batch: TokenRows, brier: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> np.ndarray:
-    """Mean cross-entropy per row; the Brier score is computed and dropped."""
-    targets = torch.from_numpy(batch.targets_bt.astype(np.int64))
-    mask = torch.from_numpy(batch.mask_bt)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(batch.tokens_bt.astype(np.int64))).logits.float()
-        cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        brier(logits, targets)
-    return ((cross_entropy.view(mask.shape) * mask).sum(-1) / mask.sum(-1)).numpy()
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of one large square matmul, the best of several."""
+    size = MATMUL_SIZE if jax.default_backend() != "cpu" else MATMUL_SIZE // 2
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    multiply = jax.jit(lambda x, y: jnp.matmul(x, y))
+    multiply(a, a).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
-def exact_brier(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    probs = logits.softmax(-1)
-    gold = probs.gather(-1, targets[..., None])[..., 0]
-    return 1 - 2 * gold + probs.square().sum(-1)
-
-
-def published_brier(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    top, index = logits.topk(PUBLISHED_TOP, dim=-1)
-    probs = top.softmax(-1)
-    gold = (probs * (index == targets[..., None])).sum(-1)
-    return 1 - 2 * gold + probs.square().sum(-1)
-
-
-def print_report(measurements: Sequence[Measurement], rendered: Sequence[RenderedTrajectory]) -> None:
-    ours = measurements[0]
-    print(f"\n{len(rendered)} trajectories, {runtime.hardware()}, torch threads {torch.get_num_threads()}")
-    print(f"{'':<20}{'seconds':>10}{'tokens/s':>12}{'ours / it':>12}{'max |dloss|':>14}")
-    for m in measurements:
-        difference = np.abs(m.losses - ours.losses).max()
-        ratio = ours.tokens_per_second / m.tokens_per_second
-        print(f"{m.name:<20}{m.seconds:>10.2f}{m.tokens_per_second:>12.0f}{ratio:>12.2f}{difference:>14.1e}")
+def versions() -> dict[str, str]:
+    recorded = runtime.package_versions()
+    return {name: recorded[name] for name in ("python", "jax", "torch", "transformers") if name in recorded}
 
 
 if __name__ == "__main__":

@@ -41,20 +41,37 @@ def _project_forward(x: jax.Array, weight: jax.Array, weight_dtype: jnp.dtype) -
     """The residuals hold the cast weight: under FSDP a second cast would be a second gather in the backward pass."""
     del weight_dtype
     weight = weight.astype(x.dtype)
-    return jnp.einsum("...i,oi->...o", x, weight, precision=matmul_precision(x.dtype)), (x, weight)
+    return _contract("...i,oi->...o", x, weight), (x, weight)
 
 
 def _project_backward(weight_dtype: jnp.dtype, operands: _Operands, d_out: jax.Array) -> _Operands:
     x, weight = operands
-    tokens, precision = tuple(range(x.ndim - 1)), matmul_precision(x.dtype)
-    d_x = jnp.einsum("...o,oi->...i", d_out, weight, precision=precision)
+    tokens = tuple(range(x.ndim - 1))
     d_weight = lax.dot_general(
-        d_out, x, ((tokens, tokens), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        d_out,
+        x,
+        ((tokens, tokens), ((), ())),
+        precision=matmul_precision(x.dtype),
+        preferred_element_type=jnp.float32,
     )
-    return d_x, d_weight.astype(weight_dtype)
+    return _contract("...o,oi->...i", d_out, weight), d_weight.astype(weight_dtype)
 
 
 _project.defvjp(_project_forward, _project_backward)
+
+
+def _contract(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product in the dtype of `x`; sums are float32 on every platform.
+
+    XLA's CPU backend is two to three times faster at bfloat16 products that leave as float32 (384 against 146 GFLOP/s
+    on two cores). Accelerators round on the way out, at no cost.
+    """
+    multiply = functools.partial(jnp.einsum, subscripts, precision=matmul_precision(x.dtype))
+
+    def through_float32(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return multiply(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return lax.platform_dependent(x, weight, cpu=through_float32, default=multiply)
 
 
 @jax.custom_vjp
