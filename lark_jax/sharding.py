@@ -46,8 +46,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh((data, config.tensor), (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """The table's spec for parameter `name`, without the axes that do not divide its dimension.
+def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] = (DATA, TENSOR)) -> PartitionSpec:
+    """The table's spec for parameter `name`, reduced to those of `axes` that split its dimension evenly.
+
+    Args:
+      axes: mesh axes that parameters may be split over. (): every device holds all of them; (TENSOR,): layers are
+        split into columns and rows; (DATA, TENSOR): what is left is split over `data` too.
 
     Raises:
       KeyError: no row, or more than one row, of the table matches `name`.
@@ -55,14 +59,18 @@ def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     matches = [spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, name)]
     if len(matches) != 1:
         raise KeyError(f"{name}: {len(matches)} rows of PARAMETER_SPECS match, expected one")
-    axes = [
-        axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(matches[0], shape, strict=False)
-    ]
-    return PartitionSpec(*axes)
+
+    def splits(axis: str | None, size: int) -> bool:
+        return axis in axes and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+
+    return PartitionSpec(*(axis if splits(axis, size) else None for axis, size in zip(matches[0], shape, strict=False)))
 
 
-def parameter_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, parameter_spec(name, shape, mesh))
+def parameter_sharding(
+    name: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] = (DATA, TENSOR)
+) -> NamedSharding:
+    """See `parameter_spec`."""
+    return NamedSharding(mesh, parameter_spec(name, shape, mesh, axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

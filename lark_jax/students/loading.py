@@ -5,6 +5,7 @@ at the size of one tensor.
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jax.typing import DTypeLike
 
 from lark_jax.errors import CheckpointError
-from lark_jax.sharding import parameter_sharding
+from lark_jax.sharding import DATA, TENSOR, parameter_sharding
 from lark_jax.students.architecture import Architecture, read_architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.hf_names import EMBEDDING_KEY, HEAD_KEY, check_keys, hf_slots, is_repeated_head
@@ -33,6 +34,8 @@ def load_student(
     dtype: DTypeLike,
     param_dtype: DTypeLike | None = None,
     remat: str = "none",
+    parameter_axes: Sequence[str] = (DATA, TENSOR),
+    attention_backend: str | None = None,
 ) -> tuple[Decoder, Architecture]:
     """Loads a Qwen2, Qwen3, Llama or Mistral checkpoint.
 
@@ -42,6 +45,8 @@ def load_student(
       dtype: of the computation.
       param_dtype: of the parameters; None: `dtype`.
       remat: see `Decoder`.
+      parameter_axes: the mesh axes that split parameters; they are whole along the others. (): on every device.
+      attention_backend: see `Decoder`.
 
     Raises:
       CheckpointError: the folder is incomplete, unsupported, damaged, or does not match its `config.json`.
@@ -52,20 +57,21 @@ def load_student(
     check_keys(checkpoint.shapes(), architecture, folder)
     _check_repeated_head(checkpoint, architecture)
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
-    parameters = _read_parameters(checkpoint, architecture, mesh, param_dtype)
-    graphdef, state = nnx.split(abstract_decoder(architecture, dtype, param_dtype, remat=remat))
+    parameters = _read_parameters(checkpoint, architecture, mesh, tuple(parameter_axes), param_dtype)
+    options = {"remat": remat, "attention_backend": attention_backend}
+    graphdef, state = nnx.split(abstract_decoder(architecture, dtype, param_dtype, **options))
     return nnx.merge(graphdef, replace_parameters(state, parameters)), architecture
 
 
 def _read_parameters(
-    checkpoint: CheckpointFiles, architecture: Architecture, mesh: Mesh | None, dtype: np.dtype
+    checkpoint: CheckpointFiles, architecture: Architecture, mesh: Mesh | None, axes: Sequence[str], dtype: np.dtype
 ) -> dict[str, jax.Array]:
     headers: dict[str, dict[int | None, TensorHeader]] = {}
     for key, slot in hf_slots(architecture).items():
         headers.setdefault(slot.name, {})[slot.layer] = checkpoint.tensors[key]
     parameters = {}
     for name, shape in parameter_shapes(architecture).items():
-        sharding = _sharding(name, shape, mesh)
+        sharding = _sharding(name, shape, mesh, axes)
         if None in headers[name]:
             parameters[name] = _read_tensor(headers[name][None], sharding, dtype)
         else:
@@ -74,10 +80,10 @@ def _read_parameters(
     return parameters
 
 
-def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
+def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None, axes: Sequence[str]) -> Sharding:
     if mesh is None:
         return SingleDeviceSharding(jnp.zeros(()).device)
-    return parameter_sharding(name, shape, mesh)
+    return parameter_sharding(name, shape, mesh, axes)
 
 
 def _read_tensor(header: TensorHeader, sharding: Sharding, dtype: np.dtype) -> jax.Array:

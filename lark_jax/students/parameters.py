@@ -1,6 +1,7 @@
 """Flat dotted parameter names <-> NNX state, and the shapes of an architecture's parameters without allocating."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,10 @@ def replace_parameters(state: nnx.State, values: Mapping[str, jax.Array]) -> nnx
 
 
 def abstract_decoder(
-    architecture: Architecture, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32, **options: str
+    architecture: Architecture,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    **options: str | None,
 ) -> Decoder:
     """A decoder whose parameters are `jax.ShapeDtypeStruct`s; takes no memory."""
     return nnx.eval_shape(lambda: Decoder(architecture, dtype, param_dtype, rngs=nnx.Rngs(0), **options))
