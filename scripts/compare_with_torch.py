@@ -231,6 +231,7 @@ def candidate_score(teacher: str, rendered: RenderedTrajectory, scores: TokenSco
         loss=float(scores.cross_entropy.mean()),
         brier=float(scores.brier.mean()),
         mean_clipped_rank=float(np.minimum(scores.rank, MAX_RANK).mean()),
+        mean_rank=float(scores.rank.mean()),
         target_prob=float(target_prob.mean()),
         wrong_concentration=float((scores.brier - (1 - target_prob) ** 2).mean()),
     )

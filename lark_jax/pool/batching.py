@@ -6,7 +6,7 @@ shapes are ever compiled, also across calls.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,9 @@ def bucket_lengths(longest: int) -> tuple[int, ...]:
     return tuple(rungs[: bisect.bisect_left(rungs, longest) + 1])
 
 
-def plan_batches(lengths: Sequence[int], tokens_per_batch: int, row_multiple: int) -> tuple[BatchPlan, ...]:
+def plan_batches(
+    lengths: Sequence[int], tokens_per_batch: int, row_multiple: int, ladder: Sequence[int] | None = None
+) -> tuple[BatchPlan, ...]:
     """Puts every trajectory into exactly one batch, longest first.
 
     Trajectories are sorted by length (ties in the caller's order) and cut into batches: each batch takes the
@@ -62,6 +64,7 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int, row_multiple: in
       lengths: inputs of each trajectory, `RenderedTrajectory.num_inputs`.
       tokens_per_batch: inputs per device and batch, padding included.
       row_multiple: number of devices along which rows are split.
+      ladder: ascending row lengths, the last at least the longest of `lengths`; None: `bucket_lengths`.
 
     Returns:
       Plans with `rows = row_multiple * max(1, tokens_per_batch // length)`: a row longer than the budget still
@@ -71,16 +74,27 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int, row_multiple: in
         return ()
     if min(lengths) < 1:
         raise ValueError(f"plan_batches: trajectory {int(np.argmin(lengths))} has no inputs")
-    ladder = bucket_lengths(max(lengths))
+    ladder = bucket_lengths(max(lengths)) if ladder is None else ladder
+    if max(lengths) > ladder[-1]:
+        raise ValueError(f"plan_batches: {max(lengths)} inputs, the longest rung of the ladder has {ladder[-1]}")
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    plans = []
+    descending = [lengths[member] for member in order]
+    return tuple(
+        BatchPlan(length, rows, tuple(order[start : start + rows]))
+        for start, length, rows in cut_batches(descending, tokens_per_batch, row_multiple, ladder)
+    )
+
+
+def cut_batches(
+    descending: Sequence[int], tokens_per_batch: int, row_multiple: int, ladder: Sequence[int]
+) -> Iterator[tuple[int, int, int]]:
+    """(index of the first row, row length, rows) of each batch over rows sorted from longest to shortest."""
     start = 0
-    while start < len(order):
-        length = ladder[bisect.bisect_left(ladder, lengths[order[start]])]
+    while start < len(descending):
+        length = ladder[bisect.bisect_left(ladder, descending[start])]
         rows = row_multiple * max(1, tokens_per_batch // length)
-        plans.append(BatchPlan(length, rows, tuple(order[start : start + rows])))
+        yield start, length, rows
         start += rows
-    return tuple(plans)
 
 
 def padding_fraction(plans: Sequence[BatchPlan], lengths: Sequence[int]) -> float:

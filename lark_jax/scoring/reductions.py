@@ -16,6 +16,7 @@ class TrajectoryMeans(NamedTuple):
     loss: jax.Array  # length-normalized cross-entropy, nats (Algorithm 1, line 3)
     brier: jax.Array  # mean of ||pi_t - delta(y_t)||^2; brier / loss is rho_hat (Algorithm 1, line 4)
     mean_clipped_rank: jax.Array  # mean of min(rank, 100); divided by loss it is RSR (Appendix C.2)
+    mean_rank: jax.Array  # the same without the bound: RSR as r_max goes to infinity
     target_prob: jax.Array  # Figure 4, top
     wrong_concentration: jax.Array  # Figure 4, bottom
 
@@ -30,6 +31,7 @@ def trajectory_means(statistics: TokenStatistics, mask_bt: jax.Array) -> Traject
         loss=mean(statistics.cross_entropy),
         brier=mean(statistics.brier),
         mean_clipped_rank=mean(jnp.minimum(statistics.rank, MAX_RANK)),
+        mean_rank=mean(statistics.rank),
         target_prob=mean(statistics.target_prob),
         wrong_concentration=mean(statistics.wrong_concentration),
     )

@@ -179,6 +179,7 @@ def _scored(trajectory: Trajectory, rendered: RenderedTrajectory, means: Traject
         loss=loss,
         brier=brier,
         mean_clipped_rank=float(means.mean_clipped_rank[row]),
+        mean_rank=float(means.mean_rank[row]),
         target_prob=float(means.target_prob[row]),
         wrong_concentration=float(means.wrong_concentration[row]),
         status="ok" if finite else "skipped",

@@ -18,7 +18,7 @@ from lark_jax.files import atomic_path
 
 OK = "ok"
 SKIPPED = "skipped"
-STATISTICS = ("loss", "brier", "mean_clipped_rank", "target_prob", "wrong_concentration")
+STATISTICS = ("loss", "brier", "mean_clipped_rank", "mean_rank", "target_prob", "wrong_concentration")
 
 # float64 holds every float32 statistic exactly, so what is read back selects exactly as what was written.
 SCHEMA = pa.schema(
@@ -48,7 +48,8 @@ class CandidateScore:
     truncated: bool
     loss: float  # mean cross-entropy, nats
     brier: float  # mean Brier score, in [0, 2]
-    mean_clipped_rank: float
+    mean_clipped_rank: float  # mean of min(rank, 100)
+    mean_rank: float
     target_prob: float  # mean probability of the target token
     wrong_concentration: float  # mean of the sum of squared probabilities of the other tokens
     status: str = OK  # or SKIPPED
@@ -65,7 +66,7 @@ def skipped_score(problem_id: str, candidate_id: str, teacher: str, reason: str)
     """The row of a candidate that could not be scored."""
     nan = math.nan
     return CandidateScore(
-        problem_id, candidate_id, teacher, 0, 0, False, nan, nan, nan, nan, nan, status=SKIPPED, reason=reason
+        problem_id, candidate_id, teacher, 0, 0, False, nan, nan, nan, nan, nan, nan, status=SKIPPED, reason=reason
     )
 
 

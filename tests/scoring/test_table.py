@@ -12,7 +12,7 @@ from lark_jax.scoring.table import SCHEMA, SKIPPED, CandidateScore, read_scores,
 
 
 def _score(candidate_id: str = "c0", **changes) -> CandidateScore:
-    score = CandidateScore("p0", candidate_id, "teacher", 12, 345, False, 0.5, 0.25, 1.5, 0.75, 0.125)
+    score = CandidateScore("p0", candidate_id, "teacher", 12, 345, False, 0.5, 0.25, 1.5, 2.5, 0.75, 0.125)
     return dataclasses.replace(score, **changes)
 
 
@@ -35,6 +35,7 @@ candidate_scores = st.builds(
     loss=statistic,
     brier=statistic,
     mean_clipped_rank=statistic,
+    mean_rank=statistic,
     target_prob=statistic,
     wrong_concentration=statistic,
     status=st.sampled_from(["ok", "skipped"]),
@@ -72,6 +73,7 @@ def test_columns_are_those_of_the_contract_and_metrics_come_last(tmp_path):
         "loss",
         "brier",
         "mean_clipped_rank",
+        "mean_rank",
         "target_prob",
         "wrong_concentration",
         "status",

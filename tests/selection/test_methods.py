@@ -12,7 +12,7 @@ from lark_jax.selection.candidates import group_by_problem
 
 
 def _score(problem_id: str, candidate_id: str, loss: float = 1.0, **changes) -> CandidateScore:
-    score = CandidateScore(problem_id, candidate_id, "teacher", 5, 10, False, loss, 0.5, 2.0, 0.4, 0.1)
+    score = CandidateScore(problem_id, candidate_id, "teacher", 5, 10, False, loss, 0.5, 2.0, 3.0, 0.4, 0.1)
     return dataclasses.replace(score, **changes)
 
 

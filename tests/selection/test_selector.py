@@ -23,7 +23,7 @@ INVALID = [
 
 
 def _score(problem_id: str, candidate_id: str, loss: float, brier: float, **changes) -> CandidateScore:
-    score = CandidateScore(problem_id, candidate_id, f"t-{candidate_id}", 5, 10, False, loss, brier, 2.0, 0.4, 0.1)
+    score = CandidateScore(problem_id, candidate_id, f"t-{candidate_id}", 5, 10, False, loss, brier, 2.0, 3.0, 0.4, 0.1)
     return dataclasses.replace(score, **changes)
 
 

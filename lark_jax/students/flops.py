@@ -1,0 +1,66 @@
+"""Analytic cost of a forward pass, and what devices could do at best: the two sides of model FLOP utilisation."""
+
+from lark_jax.students.architecture import Architecture
+
+# Dense bfloat16 peak of one device (one JAX device, so half a TPU v2/v3 board is not in here), from the vendors' data
+# sheets, without sparsity. Keys are looked for in `jax.Device.device_kind`, in this order.
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("A100", 312e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("B200", 2_250e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device that is called `device_kind`; None for a kind that is not in the table."""
+    return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
+
+
+def forward_flops(architecture: Architecture, length: int, *, vocab: bool = True) -> float:
+    """FLOPs of one row of `length` tokens, 2 per multiply-add: matrix products, attention, head.
+
+    Attention is counted as causal: token t takes t + 1 products with keys and as many with values. Norms, rotations,
+    activations and the softmax are left out, as is usual.
+
+    Args:
+      vocab: whether every token is also multiplied by the head.
+    """
+    projections = 2.0 * architecture.num_layers * _layer_matrices(architecture)
+    head = 2.0 * architecture.vocab_size * architecture.hidden_size if vocab else 0.0
+    return length * (projections + head) + attention_flops(architecture, length)
+
+
+def attention_flops(architecture: Architecture, length: int) -> float:
+    """The part of `forward_flops` that grows with the square of `length`: q k' and p v over the lower triangle."""
+    pairs = length * (length + 1) / 2
+    return 4.0 * architecture.num_layers * architecture.num_heads * architecture.head_dim * pairs
+
+
+def parameter_count(architecture: Architecture) -> int:
+    """All parameters; a head that is tied to the embedding counts once."""
+    table = architecture.vocab_size * architecture.hidden_size
+    vectors = 2 * architecture.hidden_size
+    if architecture.attention_bias:
+        vectors += (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim
+    if architecture.qk_norm:
+        vectors += 2 * architecture.head_dim
+    layers = architecture.num_layers * (_layer_matrices(architecture) + vectors)
+    return layers + architecture.hidden_size + table * (1 if architecture.tie_word_embeddings else 2)
+
+
+def _layer_matrices(architecture: Architecture) -> int:
+    """Weights of one layer's matrices: q, k, v, o, gate, up, down."""
+    query = architecture.num_heads * architecture.head_dim
+    key_value = architecture.num_kv_heads * architecture.head_dim
+    attention = architecture.hidden_size * (2 * query + 2 * key_value)
+    return attention + 3 * architecture.hidden_size * architecture.intermediate_size

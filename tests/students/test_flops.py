@@ -1,0 +1,109 @@
+"""Analytic FLOPs against a count by hand, against the matrix products that are really traced, and against XLA's own."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lark_jax.students import Decoder
+from lark_jax.students.architecture import Architecture, RopeScaling
+from lark_jax.students.flops import attention_flops, forward_flops, parameter_count, peak_flops
+
+QWEN_7B = Architecture(
+    model_type="qwen2",
+    vocab_size=152_064,
+    hidden_size=3_584,
+    intermediate_size=18_944,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling=RopeScaling(),
+    max_position_embeddings=32_768,
+    tie_word_embeddings=False,
+    attention_bias=True,
+    qk_norm=False,
+)
+# Wide enough that what is not a matrix product hardly counts.
+SMALL = dataclasses.replace(
+    QWEN_7B,
+    vocab_size=640,
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+)
+
+
+def test_qwen2_5_7b_by_hand():
+    layer = 3584 * (3584 + 512 + 512 + 3584) + 3 * 3584 * 18944
+    head = 3584 * 152064
+    triangle = 1 + 2 + 3
+    expected = 3 * 2 * (28 * layer + head) + 28 * 28 * 128 * 2 * 2 * triangle
+    assert forward_flops(QWEN_7B, 3) == expected
+    assert forward_flops(QWEN_7B, 3, vocab=False) == expected - 3 * 2 * head
+
+
+def test_qwen2_5_7b_has_the_published_number_of_parameters():
+    assert parameter_count(QWEN_7B) == 7_615_616_512  # the sum over Qwen/Qwen2.5-7B's safetensors
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("norms_or_biases", [True, False])
+def test_parameters_are_those_of_the_decoder(tied: bool, norms_or_biases: bool):
+    architecture = dataclasses.replace(
+        SMALL, num_layers=3, tie_word_embeddings=tied, attention_bias=norms_or_biases, qk_norm=not norms_or_biases
+    )
+    decoder = nnx.eval_shape(lambda: Decoder(architecture, rngs=nnx.Rngs(0)))
+    held = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
+    assert parameter_count(architecture) == held
+
+
+@given(st.integers(1, 5_000))
+def test_causal_attention_costs_what_its_tokens_cost_one_by_one(length: int):
+    one_by_one = sum(2 * 2 * 28 * 28 * 128 * (token + 1) for token in range(length))
+    assert attention_flops(QWEN_7B, length) == one_by_one
+
+
+@pytest.mark.parametrize("length", [96, 160])
+def test_xla_counts_the_same_for_an_unrolled_dense_model(length: int):
+    """XLA counts the square that dense attention computes, and a few per cent of element-wise work on top."""
+    decoder = Decoder(SMALL, rngs=nnx.Rngs(0), attention_backend="dense")
+    graph, state = nnx.split(decoder)
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    forward = jax.jit(lambda state, tokens_bt: nnx.merge(graph, state).logits(tokens_bt))
+    counted = forward.lower(state, tokens).compile().cost_analysis()["flops"]
+    upper_triangle = 4 * SMALL.num_heads * SMALL.head_dim * (length**2 - length * (length + 1) / 2)
+    assert counted == pytest.approx(forward_flops(SMALL, length) + upper_triangle, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v5", 459),
+        ("TPU v6 lite", 918),
+    ],
+)
+def test_peaks_of_devices_as_jax_calls_them(device_kind: str, teraflops: float):
+    assert peak_flops(device_kind) == teraflops * 1e12
+
+
+def test_an_unknown_device_has_no_peak():
+    assert peak_flops("cpu") is None
