@@ -39,3 +39,7 @@ class EvaluationError(LarkError):
 
 class PipelineError(LarkError):
     """A stage's inputs are missing or its outputs belong to another experiment."""
+
+
+class PreflightError(LarkError):
+    """A step cannot be compiled ahead of time: no compiler for the hardware, or it refuses the program."""
