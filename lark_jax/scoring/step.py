@@ -1,46 +1,125 @@
-"""The compiled scoring step: rows of tokens -> means per trajectory."""
+"""The compiled scoring step: rows of tokens -> means per trajectory, everything inside one `shard_map`.
 
-from collections.abc import Callable
+Kernels see the arrays of one device, and every collective is written down: here, in `students.parallel` and in
+`token_statistics`.
+"""
+
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from lark_jax.pool.batching import TokenRows
+from lark_jax.scoring.parameter_axes import check_tensor_axis
 from lark_jax.scoring.reductions import TrajectoryMeans, trajectory_means
 from lark_jax.scoring.token_statistics import token_statistics
-from lark_jax.sharding import DATA, replicated, rows
+from lark_jax.sharding import DATA, parameter_sharding, parameter_spec
+from lark_jax.sharding import rows as rows_sharding
+from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
+from lark_jax.students.parallel import ParameterSplit
+from lark_jax.students.parameters import abstract_decoder, flatten_parameters, parameter_shapes, replace_parameters
 
 ScoreStep = Callable[[TokenRows], TrajectoryMeans]
 
 
-def make_score_step(student: Decoder, mesh: Mesh, vocab_chunk: int) -> ScoreStep:
-    """Compiles the step: rows are split over `data`, parameters are replicated, nothing is communicated.
+def make_score_step(student: Decoder, mesh: Mesh, vocab_chunk: int, *, parameter_axes: Sequence[str] = ()) -> ScoreStep:
+    """The step over `mesh`; it is compiled once for every shape of rows.
 
-    The step takes rows [R, T] (R a multiple of the `data` axis) and returns means [R], still on the devices.
+    It takes rows [R, T], R a multiple of the `data` axis, and returns means [R], whole on every device and not waited
+    for. Where the mesh spans several processes, each passes the same rows.
+
+    Args:
+      vocab_chunk: see `token_statistics`.
+      parameter_axes: mesh axes over which parameters are split, see `sharding.parameter_spec`; they are moved where
+        they lie otherwise.
+
+    Raises:
+      ConfigError: the mesh does not fit the student, see `check_tensor_axis`.
     """
+    compiled = _jitted_step(student, mesh, vocab_chunk, parameter_axes)
+    parameters = {
+        name: jax.device_put(value, parameter_sharding(name, value.shape, mesh, parameter_axes))
+        for name, value in flatten_parameters(nnx.state(student)).items()
+    }
+
+    def on_devices(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, rows_sharding(mesh), array.__getitem__)
+
+    def step(batch: TokenRows) -> TrajectoryMeans:
+        arrays = (on_devices(array) for array in (batch.tokens_bt, batch.targets_bt, batch.mask_bt))
+        return compiled(parameters, *arrays)
+
+    return step
+
+
+def lower_score_step(
+    architecture: Architecture,
+    mesh: Mesh,
+    *,
+    dtype: DTypeLike,
+    vocab_chunk: int,
+    parameter_axes: Sequence[str],
+    attention_backend: str | None,
+    rows: int,
+    length: int,
+) -> jax.stages.Lowered:
+    """The same step for rows [rows, length], lowered without any array; `mesh` may be of devices that are not there.
+
+    Args:
+      dtype: of parameters and computation.
+      rows: of the whole batch.
+
+    Raises:
+      ConfigError: the mesh does not fit the student, see `check_tensor_axis`.
+    """
+    student = abstract_decoder(architecture, dtype, dtype, attention_backend=attention_backend)
+    parameters = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(name, shape, mesh, parameter_axes))
+        for name, shape in parameter_shapes(architecture).items()
+    }
+    tokens_bt = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=rows_sharding(mesh))
+    mask_bt = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=rows_sharding(mesh))
+    return _jitted_step(student, mesh, vocab_chunk, parameter_axes).lower(parameters, tokens_bt, tokens_bt, mask_bt)
+
+
+def _jitted_step(student: Decoder, mesh: Mesh, vocab_chunk: int, parameter_axes: Sequence[str]) -> jax.stages.Wrapped:
+    """(parameters by name, tokens, targets, mask) -> means; of `student` only shapes are kept."""
+    check_tensor_axis(student.architecture, mesh)
     graph, state = nnx.split(student)
-    state = jax.device_put(state, replicated(mesh))
+    state = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), state)
+    shapes = parameter_shapes(student.architecture)
+    specs = {name: parameter_spec(name, shape, mesh, parameter_axes) for name, shape in shapes.items()}
+    split = ParameterSplit(specs)
+    head = student.head_name
 
     def score_local_rows(
-        state: nnx.State, tokens_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array
+        parameters: dict[str, jax.Array], tokens_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array
     ) -> TrajectoryMeans:
-        model = nnx.merge(graph, state)
-        hidden_btd = model(tokens_bt)
-        statistics = token_statistics(hidden_btd, model.head_weight(), targets_bt, vocab_chunk=vocab_chunk)
-        return trajectory_means(statistics, mask_bt)
+        model = nnx.merge(graph, replace_parameters(state, parameters))
+        hidden_btd = model(tokens_bt, split=split)
+        statistics = token_statistics(
+            hidden_btd,
+            split.head(head, model.head_weight()),
+            targets_bt,
+            vocab_chunk=vocab_chunk,
+            axis_name=split.vocabulary_axis(head),
+        )
+        means = trajectory_means(statistics, mask_bt)
+        # A few numbers per row: with them everywhere, every process can read the result.
+        return jax.tree.map(lambda mean_b: lax.all_gather(mean_b, DATA, tiled=True), means)
 
+    by_rows = PartitionSpec(DATA)
     sharded = jax.shard_map(
         score_local_rows,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(DATA), PartitionSpec(DATA), PartitionSpec(DATA)),
-        out_specs=PartitionSpec(DATA),
+        in_specs=(specs, by_rows, by_rows, by_rows),
+        out_specs=PartitionSpec(),
+        check_vma=False,  # attention kernels do not say over which axes their results vary
     )
-    compiled = jax.jit(sharded)
-
-    def step(batch: TokenRows) -> TrajectoryMeans:
-        arrays = jax.device_put((batch.tokens_bt, batch.targets_bt, batch.mask_bt), rows(mesh))
-        return compiled(state, *arrays)
-
-    return step
+    return jax.jit(sharded)

@@ -13,6 +13,7 @@ from lark_jax.errors import ConfigError
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.attention import attend, matmul_precision
 from lark_jax.students.mixed_precision import add_bias, project, scale
+from lark_jax.students.parallel import LOCAL, ParameterSplit
 from lark_jax.students.rope import rotate, rotation_tables
 
 INITIALIZER_RANGE = 0.02  # standard deviation of fresh weights, HF's `initializer_range`
@@ -106,12 +107,14 @@ class DecoderLayer(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
         segment_ids_bt: jax.Array | None,
         backend: str | None,
+        split: ParameterSplit,
     ) -> jax.Array:
         with jax.named_scope("self_attn"):
-            normed_btd = self.input_layernorm(hidden_btd)
-            hidden_btd = hidden_btd + self.self_attn(normed_btd, rotation, segment_ids_bt, backend)
+            out_btd = self.self_attn(self.input_layernorm(hidden_btd), rotation, segment_ids_bt, backend)
+            hidden_btd = hidden_btd + split.total("layers.self_attn.o_proj.weight", out_btd)
         with jax.named_scope("mlp"):
-            return hidden_btd + self.mlp(self.post_attention_layernorm(hidden_btd))
+            out_btd = self.mlp(self.post_attention_layernorm(hidden_btd))
+            return hidden_btd + split.total("layers.mlp.down_proj.weight", out_btd)
 
 
 class Decoder(nnx.Module):
@@ -151,31 +154,39 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, param_dtype)
         self.lm_head = None if architecture.tie_word_embeddings else Weight(table_shape, param_dtype, rngs)
 
-    def __call__(self, tokens_bt: jax.Array, segment_ids_bt: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, tokens_bt: jax.Array, segment_ids_bt: jax.Array | None = None, split: ParameterSplit = LOCAL
+    ) -> jax.Array:
         """Hidden states after the final norm.
 
         Args:
           tokens_bt: int [batch, time]; rows are padded on the right (causal attention never looks there).
           segment_ids_bt: int [batch, time] for packed rows: equal ids are one trajectory, contiguous; positions
             start again at zero in each. None: one trajectory a row.
+          split: inside `shard_map`, how the parameters are split over its axes; this device's parts take their place.
 
         Returns:
           hidden_btd: [batch, time, hidden_size] in `self.dtype`.
         """
         with jax.named_scope("embed_tokens"):
-            hidden_btd = self.embed_tokens.weight[...][tokens_bt].astype(self.dtype)
+            hidden_btd = split.embedded("embed_tokens.weight", self.embed_tokens.weight[...], tokens_bt, self.dtype)
         rotation = rotation_tables(self.architecture, _positions(tokens_bt, segment_ids_bt))
         graphdef, stacked = nnx.split(self.layers)
 
         def block(hidden_btd: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            layer = nnx.merge(graphdef, weights)
-            return layer(hidden_btd, rotation, segment_ids_bt, self.attention_backend), None
+            layer = nnx.merge(graphdef, split.gathered_layer(weights, self.dtype))
+            return layer(hidden_btd, rotation, segment_ids_bt, self.attention_backend, split), None
 
         block = jax.checkpoint(block, prevent_cse=False) if self.remat == "block" else block
         with jax.named_scope("layers"):
             hidden_btd, _ = jax.lax.scan(block, hidden_btd, stacked)
         with jax.named_scope("norm"):
             return self.norm(hidden_btd)
+
+    @property
+    def head_name(self) -> str:
+        """Dotted name of the output projection; the embedding where tied."""
+        return "embed_tokens.weight" if self.lm_head is None else "lm_head.weight"
 
     def head_weight(self) -> jax.Array:
         """The output projection, [vocab_size, hidden_size] in the parameter dtype; the embedding where tied."""
