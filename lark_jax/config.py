@@ -153,12 +153,43 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    """In several processes, scoring has one mesh per process, over its own devices, where the student fits there.
+
+    Then processes need not talk to each other. Where it does not fit, or data x tensor is given as the number of all
+    devices of all processes, one mesh spans them all.
+    """
+
     data: int = -1  # devices along which rows (and, in fine-tuning, parameters) are split; -1: the rest
     tensor: int = 1  # devices along which single layers are split
 
     def __post_init__(self) -> None:
         _require(self.data == -1 or self.data >= 1, "mesh.data", self.data, "-1 or an integer >= 1")
         _require(self.tensor >= 1, "mesh.tensor", self.tensor, "an integer >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of one run. Results do not depend on them, and no stage has them among its inputs."""
+
+    start: str = "auto"  # "auto": as one of several where the launcher says so; "never": alone
+    coordinator: str | None = None  # host:port of process 0; with the next two, where no launcher is recognised
+    num_processes: int | None = None
+    process_id: int | None = None  # 0 to num_processes - 1
+    connect_timeout: int = 300  # seconds for all processes to come
+    lost_timeout: int = 60  # seconds without a sign of life from one process after which the others end
+
+    def __post_init__(self) -> None:
+        _require_one_of("distributed.start", self.start, ("auto", "never"))
+        given = [value for value in (self.coordinator, self.num_processes, self.process_id) if value is not None]
+        _require(len(given) in (0, 3), "distributed", given, "coordinator, num_processes and process_id together")
+        if self.coordinator is not None and self.num_processes is not None and self.process_id is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            _require(bool(host) and port.isdecimal(), "distributed.coordinator", self.coordinator, "host:port")
+            _require(self.num_processes >= 1, "distributed.num_processes", self.num_processes, "an integer >= 1")
+            allowed = f"an integer from 0 to num_processes - 1 = {self.num_processes - 1}"
+            _require(0 <= self.process_id < self.num_processes, "distributed.process_id", self.process_id, allowed)
+        for name in ("connect_timeout", "lost_timeout"):
+            _require(getattr(self, name) >= 1, f"distributed.{name}", getattr(self, name), "an integer >= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +234,7 @@ class Experiment:
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     synthetic: SyntheticConfig | None = None
 
     def __post_init__(self) -> None:
@@ -227,6 +259,15 @@ def experiment_from_mapping(values: Mapping[str, Any]) -> Experiment:
       ConfigError: a field is unknown (with the nearest known name), missing, of the wrong type, or out of range.
     """
     return _section_from_mapping(Experiment, values, prefix="")
+
+
+def distributed_from_mapping(values: Mapping[str, Any]) -> DistributedConfig:
+    """The section `distributed` alone, which is needed before the others are looked at.
+
+    Raises:
+      ConfigError: as `experiment_from_mapping`, for this section.
+    """
+    return _converted(DistributedConfig, values.get("distributed", {}), "distributed")
 
 
 def _section_from_mapping(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:

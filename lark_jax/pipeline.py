@@ -7,16 +7,18 @@ continue; what other inputs left is removed first, and the inputs that changed a
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lark_jax import files, runtime
+from lark_jax import files, processes, runtime
 from lark_jax.errors import PipelineError
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
-FORMAT = 1  # of everything that tasks write; a release that changes any of it counts up, and old results run again
+FORMAT = 2  # of everything that tasks write; a release that changes any of it counts up, and old results run again
+SECONDS_TO_BE_SEEN = 60  # NFS keeps a folder's old listing for up to a minute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Task:
     inputs: Callable[[], Mapping[str, Any]]
     run: Callable[[Path], Outcome]
     scratch: tuple[str, ...] = ()  # folders inside that may be deleted once the task is finished
+    everywhere: bool = False  # all processes of the run take part in it; else the first alone
 
     @property
     def stage(self) -> str:
@@ -59,21 +62,53 @@ class Manifest:
 
 
 def run_tasks(tasks: Sequence[Task]) -> int:
-    """Runs what is not up to date, in order; returns how many tasks had to run."""
-    ran = 0
-    for task in tasks:
-        inputs = _as_json(task.inputs())
-        existing = read_manifest(task.directory)
-        if existing is not None and existing.inputs == inputs and _outputs_present(existing, task.directory):
-            runtime.say(f"{task.name}: up to date")
-            continue
-        _prepare_directory(task, inputs, existing)
-        runtime.say(f"{task.name}: running")
+    """Runs what is not up to date, in order; returns how many tasks had to run.
+
+    Called in every process with the same tasks. The first one decides what runs, prepares the folders and writes the
+    manifests; the others take part in the tasks that say so.
+    """
+    return sum([_run_if_needed(task) for task in tasks])
+
+
+def _run_if_needed(task: Task) -> bool:
+    inputs = _as_json(task.inputs()) if processes.is_first() else {}
+    runs = processes.decided_by_first(task.name, lambda: _needs_to_run(task, inputs))
+    if runs and task.everywhere:
+        _require_shared(task)
+        processes.barrier(f"{task.name}: all see its folder")
+    if runs and (task.everywhere or processes.is_first()):
         outcome = task.run(task.directory)
-        _write_manifest(task, inputs, outcome)
-        ran += 1
-        runtime.say(f"{task.name}: done" + _describe(outcome))
-    return ran
+        if processes.is_first():
+            _write_manifest(task, inputs, outcome)
+            runtime.say(f"{task.name}: done" + _describe(outcome))
+    return runs
+
+
+def _needs_to_run(task: Task, inputs: Mapping[str, Any]) -> bool:
+    """False, and says so, where the task is up to date; else its folder is ready."""
+    existing = read_manifest(task.directory)
+    if existing is not None and existing.inputs == inputs and _outputs_present(existing, task.directory):
+        runtime.say(f"{task.name}: up to date")
+        return False
+    _prepare_directory(task, inputs, existing)
+    runtime.say(f"{task.name}: running")
+    return True
+
+
+def _require_shared(task: Task) -> None:
+    """Waits until the first process's record is seen here: file systems over a network may take a while to show it.
+
+    Raises:
+      PipelineError: it is not; the working directory is not shared by all hosts.
+    """
+    deadline = time.monotonic() + SECONDS_TO_BE_SEEN
+    while not (task.directory / STARTED).is_file():
+        if time.monotonic() > deadline:
+            raise PipelineError(
+                f"{task.directory}: process {processes.label()} does not see what the first process wrote there; "
+                "config.workdir has to be a folder that all hosts share"
+            )
+        time.sleep(0.5)
 
 
 def require_current(task: Task) -> None:

@@ -73,6 +73,14 @@ def paper_recipe() -> ConfigDict:
     config.evaluate.tensor_parallel = 1  # C.3: one GPU per shard
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # all devices
+    config.mesh.data = -1  # all devices: of this process where the student fits there, else of all processes
     config.mesh.tensor = 1
+
+    config.distributed = ConfigDict()  # several processes as one run; never an input of a stage
+    config.distributed.start = "auto"  # as SLURM, Open MPI, a TPU slice or a Kubernetes job say; "never": alone
+    config.distributed.coordinator = config_dict.placeholder(str)  # host:port of process 0, where nothing says it
+    config.distributed.num_processes = config_dict.placeholder(int)
+    config.distributed.process_id = config_dict.placeholder(int)
+    config.distributed.connect_timeout = 300  # seconds for all processes to come
+    config.distributed.lost_timeout = 60  # seconds of silence after which a process counts as dead
     return config

@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,15 +13,17 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lark_jax import files, runtime
-from lark_jax.config import experiment_from_mapping
+from lark_jax import files, processes, runtime
+from lark_jax.clusters import ALONE, find_place
+from lark_jax.config import Experiment, distributed_from_mapping, experiment_from_mapping
 from lark_jax.errors import LarkError
 from lark_jax.pipeline import require_current, run_tasks
-from lark_jax.stages import ACCELERATOR_STAGES, Layout, check_paths, earlier_tasks, plan_tasks
+from lark_jax.stages import ACCELERATOR_STAGES, Layout, check_paths, check_stages, earlier_tasks, plan_tasks
 from lark_jax.stages.report import TABLE
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see configs/.")
 
+EXIT_BUG = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -30,9 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     values = CONFIG.value.to_dict()
     now, later = split_stages(values.get("stages"))
-    if not later:
-        sys.exit(execute(values))
-    if status := execute(values, only=now):
+    status = _execute_with_the_others(values, only=now if later else ())
+    if status or not later or not processes.is_first():
         sys.exit(status)
     give_back_the_accelerator(later)
 
@@ -54,32 +57,68 @@ def execute(values: Mapping[str, Any], only: tuple[str, ...] = ()) -> int:
     """Runs the experiment that `values` (a config file's content) describes; returns the process's exit status.
 
     With `only`, the whole experiment is checked and these stages of it are run. Without a stage that computes, JAX
-    sees the CPU alone, so that the accelerator is free for the evaluation engine. What the user can mend ends in one
-    line on stderr and status 2; everything finished before stays.
+    sees the CPU alone, so that the accelerator is free for the evaluation engine, and the first process goes alone.
+    What the user can mend ends in one line on stderr and status 2; everything finished before stays.
     """
     try:
-        experiment = experiment_from_mapping(values)
-        check_paths(experiment)
-        experiment = dataclasses.replace(experiment, stages=only or experiment.stages)
-        if not set(experiment.stages) & set(ACCELERATOR_STAGES):
+        distributed = distributed_from_mapping(values)
+        place = find_place(distributed, os.environ)
+        if not _uses_accelerator(only or split_stages(values.get("stages"))[0]):
+            if place.index > 0:
+                return 0
+            place = ALONE
             jax.config.update("jax_platforms", "cpu")
-        with files.exclusive(Path(experiment.workdir) / ".lock", f"config.workdir {experiment.workdir}"):
-            runtime.start(compilation_cache=Path(experiment.workdir) / ".xla_cache")
-            for task in earlier_tasks(experiment):
-                require_current(task)
-            ran = run_tasks(plan_tasks(experiment))
+        with processes.joined(place, distributed):
+            experiment = experiment_from_mapping(values)
+            check_paths(experiment)
+            experiment = dataclasses.replace(experiment, stages=only or experiment.stages)
+            check_stages(experiment, place.count)
+            ran = _run(experiment)
     except (LarkError, OSError) as error:
         return _fail(str(error))
     except jax.errors.JaxRuntimeError as error:
         return _fail(_explain_device_error(str(error)))
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        if processes.announce_failure("interrupted"):
+            print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     if ran == 0:
         runtime.say(f"nothing to do: {', '.join(experiment.stages)} up to date")
-    if "report" in experiment.stages:
+    if "report" in experiment.stages and processes.is_first():
         print((Layout.of(experiment).report / TABLE).read_text(encoding="utf-8"))
     return 0
+
+
+def _execute_with_the_others(values: Mapping[str, Any], only: tuple[str, ...]) -> int:
+    """`execute`, after which this process does not outlive a failure in the company of others."""
+    try:
+        status = execute(values, only)
+    except Exception:
+        if processes.count() == 1:
+            raise
+        traceback.print_exc()
+        processes.announce_failure("a bug, or a library that failed; its traceback is in this process's output")
+        status = EXIT_BUG
+    if status:
+        processes.end(status)
+    return status
+
+
+def _run(experiment: Experiment) -> int:
+    """Runs the experiment's stages; returns how many tasks had to run. The first process keeps other runs out."""
+    workdir = Path(experiment.workdir)
+    lock = files.exclusive(workdir / ".lock", f"config.workdir {workdir}") if processes.is_first() else nullcontext()
+    with lock:
+        runtime.start(compilation_cache=workdir / ".xla_cache")
+        if processes.is_first():
+            for task in earlier_tasks(experiment):
+                require_current(task)
+        return run_tasks(plan_tasks(experiment))
+
+
+def _uses_accelerator(stages: tuple[str, ...]) -> bool:
+    """Whether one of `stages` computes; stages that cannot be read count, until their validation says so."""
+    return not stages or bool(set(stages) & set(ACCELERATOR_STAGES))
 
 
 def split_stages(stages: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -101,7 +140,10 @@ def give_back_the_accelerator(stages: tuple[str, ...]) -> NoReturn:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Says what is wrong, unless another process has said the same."""
+    line = " ".join(message.split())
+    if processes.announce_failure(line):
+        print(f"error: {line}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 
 

@@ -4,13 +4,14 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 from tqdm import tqdm
 
+from lark_jax import processes
 from lark_jax.errors import ConfigError
 
 Item = TypeVar("Item")
@@ -38,9 +39,8 @@ def start(compilation_cache: str | Path) -> None:
     """Turns the persistent compilation cache on and prints what the run will use.
 
     Raises:
-      ConfigError: JAX finds no device, or the process is one of several.
+      ConfigError: JAX finds no device.
     """
-    _refuse_several_processes()
     jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
@@ -48,25 +48,22 @@ def start(compilation_cache: str | Path) -> None:
     except (RuntimeError, AssertionError) as error:  # JAX raises either, by backend
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise ConfigError(f"JAX finds no device (JAX_PLATFORMS={platforms!r}): {str(error).strip()}") from error
-    say(f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}")
-
-
-def _refuse_several_processes() -> None:
-    for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"):
-        if int(os.environ.get(variable) or 1) > 1:
-            raise ConfigError(
-                f"{variable}={os.environ[variable]}: this version runs in one process, which uses all devices of its "
-                "host; start one process"
-            )
+    say(f"{_describe(devices)}, jax {jax.__version__}")
 
 
 def say(message: str) -> None:
-    """One line of narration on stderr; tables and paths that a user may pipe go to stdout."""
-    print(f"[lark_jax] {message}", file=sys.stderr, flush=True)
+    """One line of narration on stderr, by the first process; tables and paths that a user may pipe go to stdout."""
+    if processes.is_first():
+        print(f"[lark_jax] {message}", file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """What every process says for itself, with its name."""
+    print(f"[{' '.join(['lark_jax', processes.label()]).strip()}] {message}", file=sys.stderr, flush=True)
 
 
 def progress_bar(*, what: str, total: int, unit: str, initial: int = 0) -> tqdm:
-    """A bar on stderr with rate and time left; where stderr is a file, it is redrawn every 10 s at most."""
+    """A bar on stderr, of the first process alone; where stderr is a file, it is redrawn every 10 s at most."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
         desc=what,
@@ -76,6 +73,7 @@ def progress_bar(*, what: str, total: int, unit: str, initial: int = 0) -> tqdm:
         initial=initial,
         mininterval=interval,
         file=sys.stderr,
+        disable=not processes.is_first(),
     )
 
 
@@ -100,5 +98,9 @@ def package_versions() -> dict[str, str]:
 
 def hardware() -> str:
     """One line: accelerator and host."""
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {os.cpu_count()} CPU cores"
+    return f"{_describe(jax.devices())}, {os.cpu_count()} CPU cores"
+
+
+def _describe(devices: Sequence[jax.Device]) -> str:
+    several = f", {processes.count()} processes" if processes.count() > 1 else ""
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){several}"

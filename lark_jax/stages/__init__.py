@@ -15,7 +15,7 @@ from lark_jax.stages.report import report_tasks
 from lark_jax.stages.score import score_tasks
 from lark_jax.stages.select import select_tasks
 
-__all__ = ["ACCELERATOR_STAGES", "Layout", "check_paths", "earlier_tasks", "plan_tasks"]
+__all__ = ["ACCELERATOR_STAGES", "Layout", "check_paths", "check_stages", "earlier_tasks", "plan_tasks"]
 
 PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
     "prepare": prepare_tasks,
@@ -30,6 +30,7 @@ PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
 
 # After these the accelerator is given back: an evaluation engine and JAX do not share one.
 ACCELERATOR_STAGES = ("prepare", "score", "select", "finetune", "export")
+ONE_PROCESS_STAGES = ("prepare", "finetune", "export")
 
 
 def plan_tasks(experiment: Experiment) -> list[Task]:
@@ -59,6 +60,21 @@ def check_paths(experiment: Experiment) -> None:
     for field, path in paths:
         if path is not None and root not in Path(path).resolve().parents and not Path(path).exists():
             raise ConfigError(f"config.{field}: {path}: no such file")
+
+
+def check_stages(experiment: Experiment, num_processes: int) -> None:
+    """Refuses what cannot run in several processes yet, before anything is read or compiled.
+
+    Raises:
+      ConfigError: names the stages that can.
+    """
+    alone = [stage for stage in experiment.stages if stage in ONE_PROCESS_STAGES]
+    if num_processes > 1 and alone:
+        others = [stage for stage in experiment.stages if stage not in ONE_PROCESS_STAGES]
+        raise ConfigError(
+            f"config.stages: {', '.join(alone)} run in one process so far, and this run has {num_processes}; use "
+            f"--config.stages={','.join(others) or 'score,select'} here, and one process for the rest"
+        )
 
 
 def _tasks(experiment: Experiment, stages: list[str]) -> list[Task]:

@@ -47,7 +47,7 @@ def report_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
             for path in manifests
             if path.parent != layout.report
         }
-        return {"settings": [[s.name, s.value] for s in settings_from(experiment)], "manifests": found}
+        return {"settings": [[s.name, s.value] for s in settings_of(experiment)], "manifests": found}
 
     def write(directory: Path) -> Outcome:
         content = gather(experiment, layout)
@@ -58,11 +58,16 @@ def report_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
     return [Task("report", layout.report, inputs, write)]
 
 
+def settings_of(experiment: Experiment) -> tuple[Setting, ...]:
+    """All fields but those of the processes, on which no result depends."""
+    return tuple(s for s in settings_from(experiment) if not s.name.startswith("distributed."))
+
+
 def gather(experiment: Experiment, layout: Layout) -> ReportContent:
     """Everything that the report shows, from the files of finished tasks; what did not run stays empty."""
     return ReportContent(
         title=f"LARK: {Path(experiment.workdir).name}",
-        settings=settings_from(experiment),
+        settings=settings_of(experiment),
         versions=tuple(Setting(name, version) for name, version in _environment(layout)),
         results=tuple(_results(experiment, layout)),
         interval_note=f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples",
