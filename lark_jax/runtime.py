@@ -62,15 +62,19 @@ def warn(message: str) -> None:
     print(f"[{' '.join(['lark_jax', processes.label()]).strip()}] {message}", file=sys.stderr, flush=True)
 
 
-def progress_bar(*, what: str, total: int, unit: str, initial: int = 0) -> tqdm:
-    """A bar on stderr, of the first process alone; where stderr is a file, it is redrawn every 10 s at most."""
+def progress_bar(*, what: str, total: int, unit: str, initial: int = 0, delay: float = 0.0) -> tqdm:
+    """A bar on stderr, of the first process alone, from `delay` seconds on.
+
+    Where stderr is a file, it is redrawn every 10 s at most.
+    """
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
         desc=what,
         total=total,
         unit=f" {unit}",
-        unit_scale=unit == "token",
+        unit_scale=unit in ("token", "B"),
         initial=initial,
+        delay=delay,
         mininterval=interval,
         file=sys.stderr,
         disable=not processes.is_first(),
