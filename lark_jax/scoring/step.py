@@ -5,6 +5,7 @@ Kernels see the arrays of one device, and every collective is written down: here
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def make_score_step(student: Decoder, mesh: Mesh, vocab_chunk: int, *, parameter
     return step
 
 
-def lower_score_step(
+def trace_score_step(
     architecture: Architecture,
     mesh: Mesh,
     *,
@@ -68,8 +69,10 @@ def lower_score_step(
     attention_backend: str | None,
     rows: int,
     length: int,
-) -> jax.stages.Lowered:
-    """The same step for rows [rows, length], lowered without any array; `mesh` may be of devices that are not there.
+) -> jax.stages.Traced:
+    """The same step for rows [rows, length], traced without any array; `mesh` may be of devices that are not there.
+
+    Its `jaxpr` has every collective; its `lower().compile()` is the program.
 
     Args:
       dtype: of parameters and computation.
@@ -85,7 +88,12 @@ def lower_score_step(
     }
     tokens_bt = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=rows_sharding(mesh))
     mask_bt = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=rows_sharding(mesh))
-    return _jitted_step(student, mesh, vocab_chunk, parameter_axes).lower(parameters, tokens_bt, tokens_bt, mask_bt)
+    return _jitted_step(student, mesh, vocab_chunk, parameter_axes).trace(parameters, tokens_bt, tokens_bt, mask_bt)
+
+
+def lower_score_step(architecture: Architecture, mesh: Mesh, **arguments: Any) -> jax.stages.Lowered:
+    """`trace_score_step`, lowered; takes the same arguments."""
+    return trace_score_step(architecture, mesh, **arguments).lower()
 
 
 def _jitted_step(student: Decoder, mesh: Mesh, vocab_chunk: int, parameter_axes: Sequence[str]) -> jax.stages.Wrapped:
