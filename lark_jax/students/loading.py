@@ -1,30 +1,38 @@
 """HF checkpoint folder -> decoder whose parameters lie on the devices of a mesh.
 
-Every process reads only the slices that its own devices hold, one HF tensor at a time, so that host memory stays
-at the size of one tensor.
+A process reads the rows that its own devices hold, once and in the order of the files. Beside the parameters it holds
+what is read ahead and what is under way to devices, each within a budget.
 """
 
-import functools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from lark_jax.errors import CheckpointError
+from lark_jax.runtime import progress_bar
 from lark_jax.sharding import DATA, TENSOR, parameter_sharding
 from lark_jax.students.architecture import Architecture, read_architecture
 from lark_jax.students.decoder import Decoder
-from lark_jax.students.hf_names import EMBEDDING_KEY, HEAD_KEY, check_keys, hf_slots, is_repeated_head
+from lark_jax.students.hf_names import EMBEDDING_KEY, HEAD_KEY, LAYERS, check_keys, hf_slots, is_repeated_head
 from lark_jax.students.hub import local_folder
 from lark_jax.students.parameters import abstract_decoder, parameter_shapes, replace_parameters
-from lark_jax.students.safetensors_folder import CheckpointFiles, TensorHeader, open_checkpoint
+from lark_jax.students.placement import Piece, Target, destination_for, pieces
+from lark_jax.students.reading_ahead import read_ahead
+from lark_jax.students.safetensors_folder import CheckpointFiles, TensorReader, open_checkpoint
 
-_ROWS_PER_COMPARISON = 4_096
+_PIECE_BYTES = 8 << 20
+_READ_AHEAD_BYTES = 256 << 20
+_TRANSFER_BYTES = 256 << 20
+_NUM_READERS = 4  # enough to keep a disk or a network file system busy
+_QUIET_SECONDS = 10.0
+_ROWS_PER_COMPARISON = 1_024
 
 
 def load_student(
@@ -57,27 +65,65 @@ def load_student(
     check_keys(checkpoint.shapes(), architecture, folder)
     _check_repeated_head(checkpoint, architecture)
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
-    parameters = _read_parameters(checkpoint, architecture, mesh, tuple(parameter_axes), param_dtype)
+    targets = {
+        name: Target(name, shape, name.startswith(LAYERS), param_dtype, _sharding(name, shape, mesh, parameter_axes))
+        for name, shape in parameter_shapes(architecture).items()
+    }
+    parameters = _read_parameters(checkpoint, _plan(checkpoint, architecture, targets), targets)
     options = {"remat": remat, "attention_backend": attention_backend}
     graphdef, state = nnx.split(abstract_decoder(architecture, dtype, param_dtype, **options))
     return nnx.merge(graphdef, replace_parameters(state, parameters)), architecture
 
 
+def _plan(checkpoint: CheckpointFiles, architecture: Architecture, targets: Mapping[str, Target]) -> list[Piece]:
+    """What this process reads, in the order of the files."""
+    slots = hf_slots(architecture)
+    order = {file: index for index, file in enumerate(checkpoint.files)}
+    headers = sorted((checkpoint.tensors[key] for key in slots), key=lambda header: (order[header.file], header.offset))
+    plan: list[Piece] = []
+    for header in headers:
+        slot = slots[header.key]
+        plan += pieces(header, targets[slot.name], slot.layer or 0, _PIECE_BYTES)
+    return plan
+
+
 def _read_parameters(
-    checkpoint: CheckpointFiles, architecture: Architecture, mesh: Mesh | None, axes: Sequence[str], dtype: np.dtype
+    checkpoint: CheckpointFiles, plan: Sequence[Piece], targets: Mapping[str, Target]
 ) -> dict[str, jax.Array]:
-    headers: dict[str, dict[int | None, TensorHeader]] = {}
-    for key, slot in hf_slots(architecture).items():
-        headers.setdefault(slot.name, {})[slot.layer] = checkpoint.tensors[key]
-    parameters = {}
-    for name, shape in parameter_shapes(architecture).items():
-        sharding = _sharding(name, shape, mesh, axes)
-        if None in headers[name]:
-            parameters[name] = _read_tensor(headers[name][None], sharding, dtype)
-        else:
-            per_layer = [headers[name][layer] for layer in range(shape[0])]
-            parameters[name] = _read_stacked(per_layer, shape, sharding, dtype)
-    return parameters
+    destinations = {name: destination_for(target) for name, target in targets.items()}
+    transfers = _Transfers(_TRANSFER_BYTES)
+    num_bytes = sum(piece.nbytes for piece in plan)
+    bar = progress_bar(what=f"load {checkpoint.folder.name}", total=num_bytes, unit="B", delay=_QUIET_SECONDS)
+    with bar, TensorReader(checkpoint.files) as reader:
+        fetched = read_ahead(
+            plan,
+            lambda piece: destinations[piece.target.name].fetch(piece, reader),
+            size=lambda piece: piece.host_bytes,
+            budget=_READ_AHEAD_BYTES,
+            num_threads=_NUM_READERS,
+        )
+        for piece, values in fetched:
+            transfers.add(destinations[piece.target.name].store(piece, values), piece.host_bytes)
+            bar.update(piece.nbytes)
+    return jax.block_until_ready({name: destination.finish() for name, destination in destinations.items()})
+
+
+class _Transfers:
+    """Host-to-device transfers under way, each of which holds its host memory: at most `budget` bytes together."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._held = budget, 0
+        self._under_way: deque[tuple[jax.Array, int]] = deque()
+
+    def add(self, transfer: jax.Array | None, host_bytes: int) -> None:
+        if transfer is None:
+            return
+        self._under_way.append((transfer, host_bytes))
+        self._held += host_bytes
+        while self._held > self._budget:
+            oldest, size = self._under_way.popleft()
+            jax.block_until_ready(oldest)
+            self._held -= size
 
 
 def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None, axes: Sequence[str]) -> Sharding:
@@ -86,44 +132,19 @@ def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None, axes: Sequen
     return parameter_sharding(name, shape, mesh, axes)
 
 
-def _read_tensor(header: TensorHeader, sharding: Sharding, dtype: np.dtype) -> jax.Array:
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        return header.read(index).astype(dtype, copy=False)
-
-    # Waiting keeps one tensor at a time in host memory; transfers would queue up otherwise.
-    return jax.block_until_ready(jax.make_array_from_callback(header.shape, sharding, read))
-
-
-def _read_stacked(
-    per_layer: list[TensorHeader], shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype
-) -> jax.Array:
-    stacked = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    layer_sharding = _without_leading_axis(sharding)
-    for layer, header in enumerate(per_layer):
-        stacked = _set_layer(stacked, _read_tensor(header, layer_sharding, dtype), layer)
-    return jax.block_until_ready(stacked)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, value, layer, axis=0)
-
-
-def _without_leading_axis(sharding: Sharding) -> Sharding:
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return sharding
-
-
 def _check_repeated_head(checkpoint: CheckpointFiles, architecture: Architecture) -> None:
     """A tied checkpoint may repeat its embedding under the head's name, but not differ from it."""
     if not is_repeated_head(HEAD_KEY, architecture) or HEAD_KEY not in checkpoint.tensors:
         return
     head, embedding = checkpoint.tensors[HEAD_KEY], checkpoint.tensors[EMBEDDING_KEY]
     equal = head.shape == embedding.shape and head.dtype == embedding.dtype
-    for start in range(0, head.shape[0] if equal else 0, _ROWS_PER_COMPARISON):
-        index = (slice(start, min(start + _ROWS_PER_COMPARISON, head.shape[0])), slice(None))
-        equal = equal and head.read(index).tobytes() == embedding.read(index).tobytes()
+    with TensorReader({head.file, embedding.file}) as reader:
+        for start in range(0, head.shape[0] if equal else 0, _ROWS_PER_COMPARISON):
+            shape = (min(_ROWS_PER_COMPARISON, head.shape[0] - start), *head.shape[1:])
+            both = np.empty((2, *shape), head.dtype)
+            reader.read_rows(head, start, both[0])
+            reader.read_rows(embedding, start, both[1])
+            equal = equal and both[0].tobytes() == both[1].tobytes()
     if not equal:
         raise CheckpointError(
             f"{head.file}: {HEAD_KEY} differs from {EMBEDDING_KEY}, but config.json says tie_word_embeddings=true"

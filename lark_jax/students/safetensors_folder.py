@@ -1,10 +1,18 @@
-"""The safetensors files of one HF checkpoint folder: which file holds which tensor, and slices of their content."""
+"""The safetensors files of one HF checkpoint folder: which file holds which tensor, and where in it.
 
-import functools
+The safetensors library checks each header against the file; content is read with `preadv`, not through a memory map,
+so that a file which shrinks meanwhile is an error and not a crash.
+"""
+
+import contextlib
+import io
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors needs to return it
@@ -15,6 +23,7 @@ from lark_jax.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_PREFIX_BYTES = 8  # a file starts with the size of its header
 _DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -24,17 +33,65 @@ _DTYPES: Mapping[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says about one tensor before any of its data is read."""
+    """What a file says about one tensor before any of its data is read. Content is row-major, from byte `offset` on."""
 
     key: str
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
+    offset: int
 
-    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or the part of it that `index` (one slice per axis) selects; only these bytes are read."""
-        index = tuple(slice(None) for _ in self.shape) if index is None else index
-        return _open(self.file).get_slice(self.key)[index]
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry of the leading axis."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The whole tensor."""
+        values = np.empty(self.shape, self.dtype)
+        with TensorReader((self.file,)) as reader:
+            reader.read_rows(self, 0, values)
+        return values
+
+
+class TensorReader:
+    """Reads tensors of `files`, each opened once. Threads may share a reader; close it, or use it in `with`.
+
+    Raises:
+      CheckpointError: a file cannot be opened.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        with contextlib.ExitStack() as stack:
+            self._streams = {file: stack.enter_context(_open_unbuffered(file)) for file in files}
+            self.close = stack.pop_all().close
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def read_rows(self, header: TensorHeader, start: int, out: np.ndarray) -> None:
+        """Fills `out`, C-contiguous and of the tensor's dtype, with the rows from `start` on; reads their bytes only.
+
+        Raises:
+          CheckpointError: the file cannot be read, or ends before the last of these rows.
+        """
+        descriptor, offset = self._streams[header.file].fileno(), header.offset + start * header.row_bytes
+        try:
+            num_missing = _fill(out, descriptor, offset)
+        except OSError as error:
+            raise CheckpointError(f"{header.file}: cannot read tensor {header.key} ({error})") from error
+        if num_missing:
+            raise CheckpointError(
+                f"{header.file}: ended {num_missing:,} bytes early while tensor {header.key} was read; "
+                "it was cut after it was opened: copy or download it again"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,31 +163,49 @@ def _is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
 
 
-def _headers(file: Path) -> list[TensorHeader]:
+def _headers(file: Path) -> Iterator[TensorHeader]:
     opened = _open(file)
-    headers = []
+    start, table = _header_table(file)
     for key in opened.keys():  # noqa: SIM118  a safetensors handle, not a mapping
         view = opened.get_slice(key)
         if view.get_dtype() not in _DTYPES:
             raise CheckpointError(f"{file}: tensor {key} has dtype {view.get_dtype()}; supported: {', '.join(_DTYPES)}")
-        headers.append(TensorHeader(key, file, tuple(view.get_shape()), _DTYPES[view.get_dtype()]))
-    return headers
+        offset = start + table[key]["data_offsets"][0]
+        yield TensorHeader(key, file, tuple(view.get_shape()), _DTYPES[view.get_dtype()], offset)
 
 
 def _open(file: Path) -> safe_open:
-    stat = file.stat()
-    return _open_version(file, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=1)
-def _open_version(file: Path, mtime_ns: int, size: int) -> safe_open:
-    """Maps the file into memory; the last one stays mapped because neighbouring tensors are read one by one."""
-    del mtime_ns, size
+    """Checks the header against the file: sizes, offsets without gaps, the file's length."""
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file}: not a readable safetensors file, perhaps truncated ({reason})") from error
+
+
+def _header_table(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data starts, and the header that `_open` has checked: the library tells everything but offsets."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(_PREFIX_BYTES), "little")
+        return _PREFIX_BYTES + size, json.loads(stream.read(size))
+
+
+def _open_unbuffered(file: Path) -> io.FileIO:
+    try:
+        return io.FileIO(file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be opened ({error})") from error
+
+
+def _fill(out: np.ndarray, descriptor: int, offset: int) -> int:
+    """Reads into `out` from byte `offset` on; returns how many bytes the file lacks."""
+    view = out.reshape(-1, copy=False).view(np.uint8).data
+    while view.nbytes:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            break
+        view, offset = view[count:], offset + count
+    return view.nbytes
 
 
 def _no_weights_message(folder: Path) -> str:

@@ -1,4 +1,6 @@
 import json
+import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,14 @@ from safetensors.numpy import load_file, save_file
 from lark_jax.config import MeshConfig
 from lark_jax.errors import CheckpointError
 from lark_jax.sharding import make_mesh
-from lark_jax.students import load_student
+from lark_jax.students import load_student, loading
+from lark_jax.students.hf_names import hf_slots
 from lark_jax.students.parameters import flatten_parameters
-from lark_jax.students.safetensors_folder import TensorHeader
+from lark_jax.students.placement import DeviceDestination, HostDestination
+from lark_jax.students.safetensors_folder import TensorReader
 
 DIVISIBLE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 312, "num_attention_heads": 4}
+MEMORIES = [HostDestination, DeviceDestination]
 
 
 def parameters_of(student):
@@ -73,21 +78,72 @@ def test_parameters_that_the_mesh_does_not_divide_stay_whole(make_checkpoint):
         np.testing.assert_array_equal(value, expected[name])
 
 
-def test_loading_reads_one_layer_slice_of_one_device_at_a_time(make_checkpoint, monkeypatch):
+def test_every_byte_of_the_weights_is_read_once_whatever_the_layout(make_checkpoint, monkeypatch):
+    folder = make_checkpoint("qwen2-untied", **DIVISIBLE)
+    num_bytes = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    read, read_rows = [], TensorReader.read_rows
+
+    def spy(reader, header, start, out):
+        read.append(out.nbytes)
+        read_rows(reader, header, start, out)
+
+    monkeypatch.setattr(TensorReader, "read_rows", spy)
+    mesh = make_mesh(MeshConfig(tensor=2))
+    for axes in ((), ("tensor",), ("data", "tensor")):
+        load_student(folder, mesh=mesh, dtype="bfloat16", parameter_axes=axes)
+        assert sum(read) == num_bytes, axes
+        read.clear()
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layouts_hold_the_same_bytes(dtype, memory, make_checkpoint, monkeypatch):
+    monkeypatch.setattr(loading, "destination_for", memory)
+    monkeypatch.setattr(loading, "_PIECE_BYTES", 5_000)
+    folder = make_checkpoint("qwen2-untied", **DIVISIBLE)
+    tensors = load_file(folder / "model.safetensors")
+    mesh = make_mesh(MeshConfig(tensor=2))
+    for axes in ((), ("tensor",), ("data", "tensor")):
+        student, architecture = load_student(folder, mesh=mesh, dtype=dtype, parameter_axes=axes)
+        parameters = parameters_of(student)
+        for key, slot in hf_slots(architecture).items():
+            value = np.asarray(parameters[slot.name])
+            value = value if slot.layer is None else value[slot.layer]
+            assert value.tobytes() == tensors[key].astype(jnp.dtype(dtype)).tobytes(), (key, axes)
+        assert parameters["layers.mlp.up_proj.weight"].sharding.num_devices == 8
+        num_parts = 8 // np.prod([mesh.shape[axis] for axis in mesh.shape if axis not in axes], dtype=int)
+        up_proj = parameters["layers.mlp.up_proj.weight"]
+        assert up_proj.addressable_shards[0].data.size == up_proj.size // num_parts
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_file_cut_while_it_is_read_ends_in_one_line(memory, make_checkpoint, monkeypatch):
+    folder = make_checkpoint("qwen3")
+    open_whole = loading.open_checkpoint
+
+    def open_and_cut(path):
+        checkpoint = open_whole(path)
+        os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size * 2 // 3)
+        return checkpoint
+
+    monkeypatch.setattr(loading, "destination_for", memory)
+    monkeypatch.setattr(loading, "open_checkpoint", open_and_cut)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: ended [\d,]+ bytes early while tensor model"
+    ) as caught:
+        load_student(folder, dtype="float32")
+    assert "\n" not in str(caught.value)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
+
+
+def test_an_update_of_donated_parameters_does_not_reach_what_other_devices_share(make_checkpoint):
     folder = make_checkpoint("qwen2-tied", **DIVISIBLE)
-    read_sizes = []
-    read = TensorHeader.read
-
-    def spy(header, index=None):
-        part = read(header, index)
-        read_sizes.append((header.key, part.size, np.prod(header.shape)))
-        return part
-
-    monkeypatch.setattr(TensorHeader, "read", spy)
-    load_student(folder, mesh=make_mesh(MeshConfig()), dtype="float32")
-    large = [(size, whole) for key, size, whole in read_sizes if "proj.weight" in key or "embed" in key]
-    assert len(large) == 8 * (7 * 3 + 1)
-    assert all(size == whole // 8 for size, whole in large)
+    student, _ = load_student(folder, mesh=make_mesh(MeshConfig()), dtype="float32", parameter_axes=())
+    before = {name: np.array(value) for name, value in parameters_of(student).items()}
+    double = jax.jit(lambda values: jax.tree.map(lambda value: 2 * value, values), donate_argnums=0)
+    for name, value in double(parameters_of(student)).items():
+        for shard in value.addressable_shards:
+            np.testing.assert_array_equal(shard.data, 2 * before[name])
 
 
 def test_a_repeated_tied_head_is_accepted_only_when_equal(make_checkpoint):
