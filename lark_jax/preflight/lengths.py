@@ -1,0 +1,108 @@
+"""How long the rows of a pool are: counted, given, or assumed; and the steps that they are cut into."""
+
+import collections
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from lark_jax import runtime
+from lark_jax.config import Experiment
+from lark_jax.errors import ConfigError
+from lark_jax.pool import read_pool
+from lark_jax.pool.batching import plan_batches
+from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.pool.ladder import choose_ladder
+
+MOST_PADDING = 0.05  # of all tokens, as scoring aims at
+ASSUMED_TRAJECTORIES = 165_000  # 5,000 problems x 33, the paper's pool
+ASSUMED_MEAN = 6_000  # tokens; about a billion together
+ASSUMED_SPREAD = 0.9  # standard deviation of the logarithm
+ASSUMED_CLASSES = 64
+GIVEN = re.compile(r"\d+:\d+(,\d+:\d+)*")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Inputs of every row of a pool (prompt and target tokens less one), and where they come from."""
+
+    inputs: tuple[int, ...]
+    source: str
+
+    @property
+    def longest(self) -> int:
+        return max(self.inputs)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.inputs)
+
+
+def find_lengths(experiment: Experiment, given: str | None) -> Lengths:
+    """Lengths as `given`, else of the experiment's pool where pool and tokenizer are on this machine, else assumed.
+
+    Raises:
+      ConfigError: `given` is not of the form length:count,length:count.
+      PoolError, TemplateError, CheckpointError: the pool or the tokenizer is there and cannot be used.
+    """
+    longest = experiment.student.max_length - 1
+    if given is not None:
+        return _given(given, longest)
+    if not Path(experiment.pool.path).exists():
+        return _assumed(longest, f"{experiment.pool.path} is not here")
+    if not (Path(experiment.student.path) / "tokenizer_config.json").is_file():
+        return _assumed(longest, f"no tokenizer in {experiment.student.path}")
+    return _counted(experiment)
+
+
+def plan_steps(lengths: Lengths, tokens_per_batch: int, row_multiple: int) -> tuple[tuple[int, int, int], ...]:
+    """(rows per device, length, steps) of every compiled shape, longest rows first.
+
+    Args:
+      row_multiple: devices along which rows are split.
+    """
+    ladder = choose_ladder([np.asarray(lengths.inputs)], tokens_per_batch, row_multiple, MOST_PADDING)
+    plans = plan_batches(lengths.inputs, tokens_per_batch, row_multiple, ladder)
+    steps = collections.Counter((plan.rows // row_multiple, plan.length) for plan in plans)
+    return tuple((rows, length, count) for (rows, length), count in sorted(steps.items(), key=lambda item: -item[0][1]))
+
+
+def _given(text: str, longest: int) -> Lengths:
+    pairs = [tuple(map(int, pair.split(":"))) for pair in text.split(",")] if GIVEN.fullmatch(text) else []
+    if not pairs or min(min(pair) for pair in pairs) < 1:
+        raise ConfigError(f"--lengths={text}: expected length:count pairs, e.g. --lengths=8192:1000,32768:20")
+    inputs = tuple(min(length, longest) for length, count in pairs for _ in range(count))
+    return Lengths(inputs, f"--lengths={text}")
+
+
+def _counted(experiment: Experiment) -> Lengths:
+    pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
+    chat = load_chat_format(experiment.student.path, experiment.student.chat_template)
+    stream = render_trajectories(chat, pool.trajectories, experiment.student.max_length)
+    rendered = runtime.progress(stream, what="tokenize", total=len(pool.trajectories), unit="trajectory")
+    inputs = tuple(item.num_inputs for item in rendered if isinstance(item, RenderedTrajectory))
+    if not inputs:
+        raise ConfigError(f"{experiment.pool.path}: no trajectory can be rendered, so there are no lengths to plan for")
+    return Lengths(inputs, f"{experiment.pool.path}, tokenized")
+
+
+def _assumed(longest: int, reason: str) -> Lengths:
+    """A log-normal pool of the paper's size; of each class the length at its middle."""
+    inputs: list[int] = []
+    for number in range(ASSUMED_CLASSES):
+        normal = NormalDist().inv_cdf((number + 0.5) / ASSUMED_CLASSES)
+        length = ASSUMED_MEAN * math.exp(ASSUMED_SPREAD * normal - ASSUMED_SPREAD**2 / 2)
+        count = _share(ASSUMED_TRAJECTORIES, number)
+        inputs += [min(longest, round(length))] * count
+    return Lengths(
+        tuple(inputs),
+        f"assumed, since {reason}: {ASSUMED_TRAJECTORIES:,} trajectories of about {ASSUMED_MEAN:,} tokens "
+        f"(log-normal, spread {ASSUMED_SPREAD}), as in the paper; give --lengths=LENGTH:COUNT,...",
+    )
+
+
+def _share(total: int, number: int) -> int:
+    return total * (number + 1) // ASSUMED_CLASSES - total * number // ASSUMED_CLASSES

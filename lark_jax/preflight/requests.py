@@ -1,0 +1,151 @@
+"""What is asked of the compiler, what it answers, and the child process in between.
+
+A compiler for absent hardware wants its own environment before JAX is imported, and can end the process that called
+it. So each program is compiled in a child: a frozen request goes in as JSON, a frozen answer comes back.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lark_jax.errors import PreflightError
+from lark_jax.preflight.collectives import Collective
+from lark_jax.students.architecture import Architecture, RopeScaling
+
+WORKER = "lark_jax.preflight.worker"
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",  # the compilers are plug-ins; no accelerator of this machine is opened
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask the cloud which TPU this machine has
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu otherwise lets one process in at a time
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileRequest:
+    """One program: a step, its shapes and its layout, for one kind of hardware.
+
+    Attributes:
+      step: a key of `worker.STEPS`.
+      topology: canonical name, see `topologies.parse_topology`.
+      data, tensor: the mesh; data = -1: what `tensor` leaves of the topology.
+      parameters: "replicated", "gathered" or "auto", as `config.score.parameters`.
+      attention: as `config.score.attention`.
+      rows_per_device: along `data`.
+      length: tokens of a row.
+    """
+
+    step: str
+    architecture: Architecture
+    topology: str
+    data: int
+    tensor: int
+    dtype: str
+    parameters: str
+    attention: str
+    vocab_chunk: int
+    rows_per_device: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes per device. Arguments are parameters and rows of tokens, as the compiler lays them out."""
+
+    parameters: int  # without the compiler's padding
+    arguments: int
+    output: int
+    temporary: int
+    code: int
+    total: int
+    available: int
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileAnswer:
+    """What became of a request.
+
+    Attributes:
+      parameter_axes: mesh axes over which parameters are split.
+      data, tensor: devices along the axes of the mesh.
+      meshes: equal ones side by side, one per host; 1: one mesh over all devices.
+      attention: the backend that was compiled.
+      rows_per_device, length: as requested.
+      collectives: of one execution.
+      short_collectives: of one execution with rows of `short_length`, to tell what grows with the rows.
+      compile_seconds: of lowering and compiling.
+      compiler: its package and version.
+    """
+
+    memory: Memory
+    parameter_axes: tuple[str, ...]
+    data: int
+    tensor: int
+    meshes: int
+    attention: str
+    rows_per_device: int
+    length: int
+    collectives: tuple[Collective, ...]
+    short_collectives: tuple[Collective, ...]
+    short_length: int
+    compile_seconds: float
+    compiler: str
+
+
+def compile_in_child(request: CompileRequest) -> CompileAnswer:
+    """Compiles in a process of its own.
+
+    Raises:
+      PreflightError: no compiler for this hardware is installed, it refuses the program, or it crashed.
+    """
+    with tempfile.TemporaryDirectory(prefix="lark_jax_preflight_") as folder:
+        answer_file = Path(folder) / "answer.json"
+        finished = subprocess.run(
+            [sys.executable, "-m", WORKER, str(answer_file)],
+            input=json.dumps(dataclasses.asdict(request)),
+            env={**os.environ, **ENVIRONMENT},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if not answer_file.is_file():
+            raise PreflightError(
+                f"the compiler for {request.topology} ended with status {finished.returncode}: "
+                f"{_last_line(finished.stderr)}"
+            )
+        answer = json.loads(answer_file.read_text(encoding="utf-8"))
+    if "error" in answer:
+        raise PreflightError(answer["error"])
+    return answer_from_json(answer)
+
+
+def request_from_json(values: dict[str, Any]) -> CompileRequest:
+    architecture = values["architecture"]
+    scaling = RopeScaling(**architecture["rope_scaling"])
+    return CompileRequest(**{**values, "architecture": Architecture(**{**architecture, "rope_scaling": scaling})})
+
+
+def answer_from_json(values: dict[str, Any]) -> CompileAnswer:
+    return CompileAnswer(
+        **{
+            **values,
+            "memory": Memory(**values["memory"]),
+            "parameter_axes": tuple(values["parameter_axes"]),
+            "collectives": tuple(Collective(**item) for item in values["collectives"]),
+            "short_collectives": tuple(Collective(**item) for item in values["short_collectives"]),
+        }
+    )
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"

@@ -1,0 +1,189 @@
+"""The child process: request on stdin, answer into the file that is its argument. See `requests`."""
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from lark_jax.config import MeshConfig
+from lark_jax.errors import LarkError, PreflightError
+from lark_jax.preflight.collectives import collectives_of
+from lark_jax.preflight.requests import CompileAnswer, CompileRequest, Memory, request_from_json
+from lark_jax.preflight.topologies import Topology, parse_topology
+from lark_jax.scoring.mesh_choice import fits_one_process
+from lark_jax.scoring.parameter_axes import choose_parameter_axes, parameter_bytes_per_device
+from lark_jax.scoring.step import trace_score_step
+from lark_jax.sharding import DATA, TENSOR, make_mesh
+from lark_jax.students.attention import default_backend
+
+SHORT_LENGTH = 128
+_OUT_OF_MEMORY = (
+    re.compile(r"total memory required for [^(]*\(([\d.]+)([KMGT])\)"),
+    re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_INSTALL = {"tpu": "pip install 'lark_jax[preflight]'", "cuda": "pip install 'lark_jax[gpu]'"}
+_PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "jax-cuda13-plugin")}
+
+TraceStep = Callable[[CompileRequest, Mesh, tuple[str, ...], str, int], jax.stages.Traced]
+
+
+def trace_score(
+    request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str, length: int
+) -> jax.stages.Traced:
+    return trace_score_step(
+        request.architecture,
+        mesh,
+        dtype=request.dtype,
+        vocab_chunk=request.vocab_chunk,
+        parameter_axes=parameter_axes,
+        attention_backend=attention,
+        rows=request.rows_per_device * mesh.shape[DATA],
+        length=length,
+    )
+
+
+# What preflight compiles, by stage.
+STEPS: Mapping[str, TraceStep] = {"score": trace_score}
+
+
+def answer(request: CompileRequest) -> CompileAnswer:
+    """Compiles `request`.
+
+    Raises:
+      PreflightError: no compiler for this hardware is installed, or it refuses the program.
+      ConfigError: the mesh does not fit the hardware or the student.
+    """
+    topology = parse_topology(request.topology)
+    dtype = jnp.dtype(request.dtype)
+    mesh, meshes = _mesh(request, topology)
+    parameter_axes = choose_parameter_axes(request.architecture, mesh, dtype, request.parameters, topology.memory_bytes)
+    attention = _attention(request, topology)
+    trace = STEPS[request.step]
+    traced = trace(request, mesh, parameter_axes, attention, request.length)
+    short = trace(request, mesh, parameter_axes, attention, min(SHORT_LENGTH, request.length))
+    parameters = parameter_bytes_per_device(request.architecture, mesh, dtype, parameter_axes)
+    start = time.monotonic()
+    memory = _compiled_memory(traced, topology, parameters)
+    return CompileAnswer(
+        memory=memory,
+        parameter_axes=parameter_axes,
+        data=mesh.shape[DATA],
+        tensor=mesh.shape[TENSOR],
+        meshes=meshes,
+        attention=attention,
+        rows_per_device=request.rows_per_device,
+        length=request.length,
+        collectives=collectives_of(traced.jaxpr, mesh.shape),
+        short_collectives=collectives_of(short.jaxpr, mesh.shape),
+        short_length=min(SHORT_LENGTH, request.length),
+        compile_seconds=time.monotonic() - start,
+        compiler=_compiler(topology.platform),
+    )
+
+
+def _mesh(request: CompileRequest, topology: Topology) -> tuple[Mesh, int]:
+    """The mesh that scoring with one process per host would take, and how many of them there are."""
+    config = MeshConfig(request.data, request.tensor)
+    everywhere = _devices(topology)
+    if topology.num_hosts == 1:
+        return make_mesh(config, everywhere), 1
+    local = _devices(topology.one_host())
+    alone = fits_one_process(
+        request.architecture,
+        config,
+        jnp.dtype(request.dtype),
+        request.parameters,
+        local=local,
+        everywhere=everywhere,
+        device_memory_bytes=topology.memory_bytes,
+    )
+    return (make_mesh(config, local), topology.num_hosts) if alone else (make_mesh(config, everywhere), 1)
+
+
+def _devices(topology: Topology) -> list[jax.Device]:
+    if not _compiler(topology.platform):
+        raise PreflightError(
+            f"--topology={topology.name}: no compiler for this hardware is installed: {_INSTALL[topology.platform]}"
+        )
+    try:
+        return list(topologies.get_topology_desc(**topology.description()).devices)
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
+        reason = " ".join(str(error).split())[:300]
+        raise PreflightError(f"--topology={topology.name}: {_compiler(topology.platform)} refuses: {reason}") from error
+
+
+def _attention(request: CompileRequest, topology: Topology) -> str:
+    if request.attention != "auto":
+        return request.attention
+    platform = {"cuda": "gpu"}.get(topology.platform, topology.platform)
+    return default_backend(request.length, platform, jnp.dtype(request.dtype), request.architecture.head_dim)
+
+
+def _compiled_memory(traced: jax.stages.Traced, topology: Topology, parameters: int) -> Memory:
+    try:
+        analysis = traced.lower().compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        total = out_of_memory_bytes(str(error))
+        if total is None:
+            raise PreflightError(
+                f"{topology.name}: the compiler fails: {' '.join(str(error).split())[:300]}"
+            ) from error
+        # The compiler gives up with the total alone; rows of tokens are small beside parameters.
+        return Memory(parameters, parameters, 0, max(0, total - parameters), 0, total, topology.memory_bytes)
+    total = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.generated_code_size_in_bytes
+    )
+    return Memory(
+        parameters=parameters,
+        arguments=analysis.argument_size_in_bytes,
+        output=analysis.output_size_in_bytes,
+        temporary=analysis.temp_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+        total=total,
+        available=topology.memory_bytes,
+    )
+
+
+def out_of_memory_bytes(message: str) -> int | None:
+    """Bytes that a program would need, from the message with which a TPU compiler refuses it; None: another error."""
+    for pattern in _OUT_OF_MEMORY:
+        if found := pattern.search(message):
+            return int(float(found[1]) * _UNITS[found[2]])
+    return None
+
+
+def _compiler(platform: str) -> str:
+    """Package and version of the installed compiler; empty where there is none."""
+    for package in _PACKAGES[platform]:
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def main(answer_file: str) -> None:
+    request = request_from_json(json.load(sys.stdin))
+    try:
+        values = dataclasses.asdict(answer(request))
+    except LarkError as error:
+        values = {"error": " ".join(str(error).split())}
+    Path(answer_file).write_text(json.dumps(values), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
