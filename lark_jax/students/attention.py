@@ -1,31 +1,44 @@
 """Causal grouped-query attention behind one function, with a registry of backends."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from lark_jax.errors import ConfigError
 from lark_jax.students.blockwise_attention import blockwise_attention
+from lark_jax.students.cudnn_attention import cudnn_attention, cudnn_refusal
 from lark_jax.students.dense_attention import dense_attention
+from lark_jax.students.manual_axes import inside_shard_map
+from lark_jax.students.splash_attention import splash_attention, splash_refusal
 
 # Measured on a CPU (4 heads of 32, forward and backward): about equal here, dense 2x slower at 512, 6x at 2,048.
 LONGEST_DENSE_ROW = 256
+LONGEST_DENSE_ROW_BESIDE_KERNELS = 128  # one block of a kernel
+KERNELS: Mapping[str, str] = {"gpu": "cudnn", "tpu": "splash"}  # by platform, as `jax.default_backend()` names it
+
+# q_bthd, k_bskd, v_bskd, segment_ids_bt, precision -> out_bthd
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Precision], jax.Array]
 
 
-class Backend(Protocol):
-    def __call__(
-        self,
-        q_bthd: jax.Array,
-        k_bskd: jax.Array,
-        v_bskd: jax.Array,
-        segment_ids_bt: jax.Array | None,
-        precision: Precision,
-    ) -> jax.Array: ...
+def no_refusal(dtype: jnp.dtype, head_dim: int, packed: bool) -> None:
+    """The refusal of a backend that computes everything."""
+    del dtype, head_dim, packed
 
 
-BACKENDS: Mapping[str, Backend] = {"dense": dense_attention, "blockwise": blockwise_attention}
+class Backend(NamedTuple):
+    attention: Attention
+    refusal: Callable[[jnp.dtype, int, bool], str | None]  # dtype, head_dim, with segment ids? -> why not, or None
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "dense": Backend(dense_attention, no_refusal),
+    "blockwise": Backend(blockwise_attention, no_refusal),
+    "cudnn": Backend(cudnn_attention, cudnn_refusal),
+    "splash": Backend(splash_attention, splash_refusal),
+}
 
 
 def attend(
@@ -43,26 +56,89 @@ def attend(
       k_bskd: [batch, time, num_kv_heads, head_dim].
       v_bskd: as `k_bskd`.
       segment_ids: int [batch, time]; tokens of different segments do not see each other. None: one segment a row.
-      backend: a key of `BACKENDS`; None: `default_backend(time)`.
+      backend: a key of `BACKENDS`; None: `default_backend` for this machine. On several TPU devices the Pallas kernel
+        runs inside `shard_map` only, since the compiler cannot partition it.
 
     Returns:
       [batch, time, num_heads, head_dim] in the dtype of `q_bthd`; scores and softmax are fp32.
 
     Raises:
-      ValueError: unknown backend.
+      ValueError: unknown backend, or one that cannot compute this (dtype, head_dim, segment ids).
+      ConfigError: the backend is not installed.
     """
-    backend = default_backend(q_bthd.shape[1]) if backend is None else backend
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
+    _, time, _, head_dim = q_bthd.shape
+    packed = segment_ids is not None
+    if backend is None:
+        backend = default_backend(time, _platform(), q_bthd.dtype, head_dim, packed=packed)
+    refusal = _backend(backend).refusal(q_bthd.dtype, head_dim, packed)
+    if refusal is not None:
+        able = (name for name, other in BACKENDS.items() if other.refusal(q_bthd.dtype, head_dim, packed) is None)
+        raise ValueError(f"attention backend {backend!r} {refusal}; these can: {', '.join(able)}")
     with jax.named_scope(f"attention_{backend}"):
-        return BACKENDS[backend](q_bthd, k_bskd, v_bskd, segment_ids, matmul_precision(q_bthd.dtype))
+        attention = BACKENDS[backend].attention
+        return attention(q_bthd, k_bskd, v_bskd, segment_ids, matmul_precision(q_bthd.dtype))
 
 
-def default_backend(length: int) -> str:
-    """For rows of `length` tokens."""
-    return "dense" if length <= LONGEST_DENSE_ROW else "blockwise"
+def default_backend(length: int, platform: str, dtype: jnp.dtype, head_dim: int, *, packed: bool = False) -> str:
+    """For rows of `length` tokens.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      packed: rows have segment ids.
+    """
+    kernel = KERNELS.get(platform)
+    if kernel is None or BACKENDS[kernel].refusal(jnp.dtype(dtype), head_dim, packed) is not None:
+        return "dense" if length <= LONGEST_DENSE_ROW else "blockwise"
+    return "dense" if length <= LONGEST_DENSE_ROW_BESIDE_KERNELS else kernel
+
+
+def describe_backend(
+    backend: str | None, lengths: Sequence[int], platform: str, dtype: jnp.dtype, head_dim: int
+) -> str:
+    """One line on what `attend` will use for rows of these lengths, without segment ids.
+
+    Args:
+      backend: as in `attend`.
+
+    Raises:
+      ConfigError: `backend` cannot run on this platform, or not for this student.
+    """
+    if backend is not None:
+        _check_runs_here(backend, platform, jnp.dtype(dtype), head_dim)
+        return f"attention: {backend}"
+    rows_of: dict[str, list[int]] = {}
+    for length in sorted(lengths):
+        rows_of.setdefault(default_backend(length, platform, dtype, head_dim), []).append(length)
+    uses = [f"{name} (rows of {_interval(rows)} tokens)" for name, rows in rows_of.items()]
+    return f"attention: {', '.join(uses)}"
 
 
 def matmul_precision(dtype: jnp.dtype) -> Precision:
     """fp32 inputs are multiplied as fp32 on every platform (GPUs would take TF32, TPUs bfloat16)."""
     return Precision.HIGHEST if dtype == jnp.float32 else Precision.DEFAULT
+
+
+def _backend(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def _platform() -> str:
+    """The platform whose kernels can be called at this point of a trace."""
+    platform = jax.default_backend()
+    partitioned_by_the_compiler = not inside_shard_map() and jax.device_count() > 1
+    return "cpu" if platform == "tpu" and partitioned_by_the_compiler else platform
+
+
+def _check_runs_here(backend: str, platform: str, dtype: jnp.dtype, head_dim: int) -> None:
+    home = next((where for where, kernel in KERNELS.items() if kernel == backend), platform)
+    if home != platform:
+        raise ConfigError(f"attention backend {backend!r} runs on {home}, not on {platform}; use 'auto' or 'blockwise'")
+    refusal = _backend(backend).refusal(dtype, head_dim, False)
+    if refusal is not None:
+        raise ConfigError(f"attention backend {backend!r} {refusal}; use 'auto' or 'blockwise'")
+
+
+def _interval(rows: Sequence[int]) -> str:
+    return f"{rows[0]:,}" if rows[0] == rows[-1] else f"{rows[0]:,} to {rows[-1]:,}"

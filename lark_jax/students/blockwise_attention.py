@@ -41,8 +41,8 @@ def blockwise_attention(
     q_btkgd = q_bthd.reshape(batch, time, num_kv_heads, num_heads // num_kv_heads, head_dim)
     block = _block_size(time)
     # Padding lies after every real token: real queries never see it.
-    q_btkgd, k_bskd, v_bskd = (_pad_time(x, block) for x in (q_btkgd, k_bskd, v_bskd))
-    segment_ids_bt = None if segment_ids_bt is None else _pad_time(segment_ids_bt, block)
+    q_btkgd, k_bskd, v_bskd = (pad_time(x, block) for x in (q_btkgd, k_bskd, v_bskd))
+    segment_ids_bt = None if segment_ids_bt is None else pad_time(segment_ids_bt, block)
     out_btkgd = _attention(block, precision, q_btkgd, k_bskd, v_bskd, segment_ids_bt)
     return out_btkgd[:, :time].reshape(batch, time, num_heads, head_dim)
 
@@ -179,7 +179,8 @@ def _take_block(x: jax.Array, index: jax.Array, block: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=1)
 
 
-def _pad_time(x: jax.Array, block: int) -> jax.Array:
+def pad_time(x: jax.Array, multiple: int) -> jax.Array:
+    """Zeros after the time axis, which is the second, up to a multiple of `multiple`."""
     padding = [(0, 0)] * x.ndim
-    padding[1] = (0, -x.shape[1] % block)
+    padding[1] = (0, -x.shape[1] % multiple)
     return jnp.pad(x, padding)

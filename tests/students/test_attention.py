@@ -1,15 +1,26 @@
-"""Every attention backend against a dense float64 NumPy reference."""
+"""The backends in plain jnp against a dense float64 NumPy reference, and the choice among all of them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_reference import random_inputs, random_segments, reference
 from jax.sharding import AxisType, PartitionSpec
 
-from lark_jax.students import blockwise_attention
-from lark_jax.students.attention import BACKENDS, LONGEST_DENSE_ROW, attend, default_backend
+from lark_jax.config import ATTENTION_BACKENDS
+from lark_jax.errors import ConfigError
+from lark_jax.students import attention, blockwise_attention
+from lark_jax.students.attention import (
+    BACKENDS,
+    LONGEST_DENSE_ROW,
+    LONGEST_DENSE_ROW_BESIDE_KERNELS,
+    attend,
+    default_backend,
+    describe_backend,
+)
 
 BLOCK = 32
+PORTABLE = ("blockwise", "dense")
 
 
 @pytest.fixture
@@ -18,35 +29,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blockwise_attention, "LARGEST_BLOCK", BLOCK)
 
 
-def reference(q, k, v, segments=None):
-    """Loops over rows and heads; float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    batch, time, num_heads, head_dim = q.shape
-    allowed = np.broadcast_to(np.tril(np.ones((time, time), bool)), (batch, time, time))
-    if segments is not None:
-        allowed = allowed & (segments[:, :, None] == segments[:, None, :])
-    out = np.empty_like(q)
-    for b in range(batch):
-        for h in range(num_heads):
-            kv = h // (num_heads // k.shape[2])
-            scores = np.where(allowed[b], q[b, :, h] @ k[b, :, kv].T / np.sqrt(head_dim), -np.inf)
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            out[b, :, h] = weights @ v[b, :, kv] / weights.sum(axis=-1, keepdims=True)
-    return out
-
-
-def random_inputs(time, num_heads=2, num_kv_heads=1, head_dim=6, batch=2, scale=2.0):
-    rng = np.random.default_rng()
-    shapes = [(batch, time, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
-    return [jnp.asarray(scale * rng.normal(size=shape), jnp.float32) for shape in shapes]
-
-
-def random_segments(time, batch=2, num_segments=5):
-    return np.sort(np.random.default_rng().integers(0, num_segments, (batch, time)), axis=1).astype(np.int32)
-
-
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", PORTABLE)
 @pytest.mark.parametrize("time", [1, 2, 17, BLOCK, BLOCK + 1, 4 * BLOCK + 13])
 @pytest.mark.parametrize("packed", [False, True])
 def test_equals_dense_float64(backend, time, packed):
@@ -59,7 +43,7 @@ def test_equals_dense_float64(backend, time, packed):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", PORTABLE)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (3, 3), (6, 2), (5, 1), (8, 4)])
 def test_query_heads_share_key_heads_in_order(backend, num_heads, num_kv_heads):
     q, k, v = random_inputs(BLOCK + 1, num_heads, num_kv_heads)
@@ -67,7 +51,7 @@ def test_query_heads_share_key_heads_in_order(backend, num_heads, num_kv_heads):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_bf16_differs_from_float64_by_bf16_rounding_only(backend):
     q, k, v = (x.astype(jnp.bfloat16) for x in random_inputs(5 * BLOCK - 3, 4, 2))
     out = attend(q, k, v, backend=backend)
@@ -76,7 +60,7 @@ def test_bf16_differs_from_float64_by_bf16_rounding_only(backend):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_large_scores_do_not_overflow(backend):
     q, k, v = random_inputs(3 * BLOCK + 5, scale=40.0)
     out = attend(q, k, v, backend=backend)
@@ -124,7 +108,7 @@ def test_blockwise_memory_grows_with_time_and_not_with_its_square():
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_works_inside_shard_map(backend):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     q, k, v = random_inputs(2 * BLOCK + 3, batch=8)
@@ -144,6 +128,69 @@ def test_unknown_backend_is_refused_by_name():
         attend(*random_inputs(4), backend="sparse")
 
 
-def test_long_rows_never_take_the_dense_backend():
-    assert default_backend(LONGEST_DENSE_ROW) == "dense"
-    assert default_backend(LONGEST_DENSE_ROW + 1) == default_backend(32_768) == "blockwise"
+def test_the_configuration_knows_every_backend():
+    assert set(BACKENDS) == set(ATTENTION_BACKENDS)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("head_dim", [16, 60, 64, 128, 192])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_default_can_compute_what_it_is_asked_for(platform, dtype, head_dim, packed):
+    for length in (1, 128, 129, 256, 257, 32_768):
+        backend = default_backend(length, platform, dtype, head_dim, packed=packed)
+        assert BACKENDS[backend].refusal(jnp.dtype(dtype), head_dim, packed) is None
+        assert backend in {"cpu": PORTABLE, "gpu": (*PORTABLE, "cudnn"), "tpu": (*PORTABLE, "splash")}[platform]
+        assert backend != "dense" or length <= LONGEST_DENSE_ROW
+
+
+def test_long_bf16_rows_take_the_kernel_of_the_platform():
+    def chosen(platform, dtype=jnp.bfloat16, length=32_768):
+        return default_backend(length, platform, dtype, 128)
+
+    assert [chosen(platform) for platform in ("cpu", "gpu", "tpu")] == ["blockwise", "cudnn", "splash"]
+    assert [chosen(platform, jnp.float32) for platform in ("cpu", "gpu", "tpu")] == ["blockwise"] * 3
+    short = LONGEST_DENSE_ROW_BESIDE_KERNELS
+    assert [chosen(platform, length=short) for platform in ("cpu", "gpu", "tpu")] == ["dense"] * 3
+    assert [chosen(platform, length=short + 1) for platform in ("cpu", "gpu", "tpu")] == ["dense", "cudnn", "splash"]
+
+
+def test_the_tpu_kernel_is_not_chosen_where_the_compiler_would_have_to_partition_it(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    called = {"outside": [], "inside": []}
+
+    def record(where, name):
+        return BACKENDS[name]._replace(attention=lambda q, *_: called[where].append(name) or q)
+
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_inputs(300, batch=8))
+    monkeypatch.setattr(attention, "BACKENDS", {name: record("outside", name) for name in BACKENDS})
+    jax.eval_shape(attend, q, k, v)
+    monkeypatch.setattr(attention, "BACKENDS", {name: record("inside", name) for name in BACKENDS})
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("data")
+    jax.eval_shape(jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows), q, k, v)
+    assert called == {"outside": ["blockwise"], "inside": ["splash"]}
+
+
+def test_the_choice_is_described_for_the_log():
+    line = describe_backend(None, [16_384, 64, 128, 512], "gpu", jnp.bfloat16, 128)
+    assert line == "attention: dense (rows of 64 to 128 tokens), cudnn (rows of 512 to 16,384 tokens)"
+    assert describe_backend("blockwise", [64, 512], "gpu", jnp.float32, 128) == "attention: blockwise"
+    assert describe_backend(None, [512], "cpu", jnp.bfloat16, 64) == "attention: blockwise (rows of 512 tokens)"
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "dtype", "head_dim", "message"),
+    [
+        ("cudnn", "tpu", jnp.bfloat16, 128, "'cudnn' runs on gpu, not on tpu"),
+        ("splash", "cpu", jnp.bfloat16, 128, "'splash' runs on tpu, not on cpu"),
+        ("cudnn", "gpu", jnp.float32, 128, "'cudnn' computes in bfloat16 or float16, not float32"),
+        ("cudnn", "gpu", jnp.bfloat16, 192, "multiple of 8 up to 128, not 192"),
+        ("splash", "tpu", jnp.float32, 128, "'splash' computes in bfloat16, not float32"),
+    ],
+)
+def test_a_configured_backend_that_cannot_run_is_refused_in_one_line(backend, platform, dtype, head_dim, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        describe_backend(backend, [512], platform, dtype, head_dim)
+    assert "\n" not in str(error.value)
+    assert "'blockwise'" in str(error.value)
