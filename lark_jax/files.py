@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    # Process ids repeat: hosts that share a file system may write the same file at the same time.
+    temporary = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
     try:
         yield temporary
         _flush_to_disk(temporary)

@@ -43,6 +43,9 @@ class Share:
         return item % self.count == self.index
 
 
+EVERYTHING = Share()
+
+
 def index() -> int:
     """0 to count() - 1. Touches no device."""
     return int(distributed.global_state.process_id)

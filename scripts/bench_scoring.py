@@ -34,8 +34,7 @@ from shapes import SHAPES
 from lark_jax import files, runtime
 from lark_jax.pool import read_pool
 from lark_jax.pool.batching import assemble, plan_batches
-from lark_jax.pool.chat import RenderedTrajectory, load_chat_format
-from lark_jax.scoring.scorer import render_all
+from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
 from lark_jax.students import random_student, read_architecture, save_new_student
 from lark_jax.students.flops import forward_flops
 
@@ -110,7 +109,7 @@ def pool_case(student: Path, options: argparse.Namespace) -> list[tuple[str, dic
     chat = load_chat_format(student, options.chat_template)
     pool = read_pool(options.pool)
     every = max(1, len(pool.trajectories) // options.records)
-    rendered = render_all(chat, pool.trajectories[::every][: options.records], options.max_length)
+    rendered = list(render_trajectories(chat, pool.trajectories[::every][: options.records], options.max_length))
     scorable = [item for item in rendered if isinstance(item, RenderedTrajectory)]
     by_length: dict[int, list] = {}
     for plan in plan_batches([item.num_inputs for item in scorable], options.tokens_per_batch, 1):

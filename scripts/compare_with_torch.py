@@ -24,11 +24,10 @@ from transformers import AutoModelForCausalLM
 from lark_jax import files, runtime
 from lark_jax.errors import LarkError, PoolError
 from lark_jax.pool import read_pool
-from lark_jax.pool.chat import RenderedTrajectory, load_chat_format
+from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
 from lark_jax.pool.records import Pool, SkippedRecord
 from lark_jax.scoring import CandidateScore, token_statistics
 from lark_jax.scoring.reductions import MAX_RANK
-from lark_jax.scoring.scorer import render_all
 from lark_jax.scoring.table import skipped_score
 from lark_jax.selection import METHODS, select_trajectories
 from lark_jax.students import load_student
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     pool = first_problems(read_pool(options.pool), options.problems)
     chat = load_chat_format(options.student, options.chat_template)
-    rendered = render_all(chat, pool.trajectories, options.max_length)
+    rendered = list(render_trajectories(chat, pool.trajectories, options.max_length))
     refused = [item for item in rendered if isinstance(item, SkippedRecord)]
     print(f"{len(rendered)} trajectories of {len(pool.by_problem())} problems, {len(refused)} refused")
     if len(refused) == len(rendered):

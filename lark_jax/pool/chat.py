@@ -31,6 +31,7 @@ from lark_jax.pool.template import (
 
 __all__ = [
     "ChatFormat",
+    "Prompts",
     "Reason",
     "RenderRefusal",
     "RenderedTrajectory",
@@ -40,7 +41,7 @@ __all__ = [
     "render_trajectory",
 ]
 
-_Prompts = dict[tuple[Message, ...], tuple[str, np.ndarray]]  # texts and tokens of prompts seen before
+Prompts = dict[tuple[Message, ...], tuple[str, np.ndarray]]  # texts and tokens of prompts seen before
 _ENCODED_TOGETHER = 256  # trajectories per call of the tokenizer, which works on them in parallel
 
 
@@ -126,13 +127,14 @@ def render_trajectory(chat: ChatFormat, trajectory: Trajectory, max_length: int)
 
 
 def render_trajectories(
-    chat: ChatFormat, trajectories: Iterable[Trajectory], max_length: int
+    chat: ChatFormat, trajectories: Iterable[Trajectory], max_length: int, prompts: Prompts | None = None
 ) -> Iterator[RenderedTrajectory | SkippedRecord]:
     """`render_trajectory` over many, in order; a refusal becomes a SkippedRecord whose reason starts with its name.
 
-    Several times faster than one by one: prompts are rendered once per problem, answers tokenized in parallel.
+    Several times faster than one by one: prompts are rendered once per problem, answers tokenized in parallel. Who
+    calls it for one pool piece by piece passes the same `prompts` each time, empty at first; they are added there.
     """
-    prompts: _Prompts = {}
+    prompts = {} if prompts is None else prompts
     remaining = iter(trajectories)
     while group := list(islice(remaining, _ENCODED_TOGETHER)):
         parts = [_try_parts(chat, trajectory, max_length, prompts) for trajectory in group]
@@ -147,7 +149,7 @@ def render_trajectories(
 
 
 def _try_parts(
-    chat: ChatFormat, trajectory: Trajectory, max_length: int, prompts: _Prompts
+    chat: ChatFormat, trajectory: Trajectory, max_length: int, prompts: Prompts
 ) -> tuple[np.ndarray, str] | RenderRefusal:
     try:
         return _parts(chat, trajectory, max_length, prompts)
@@ -155,7 +157,7 @@ def _try_parts(
         return refusal
 
 
-def _parts(chat: ChatFormat, trajectory: Trajectory, max_length: int, prompts: _Prompts) -> tuple[np.ndarray, str]:
+def _parts(chat: ChatFormat, trajectory: Trajectory, max_length: int, prompts: Prompts) -> tuple[np.ndarray, str]:
     """Prompt tokens and completion text; looks the prompt up in `prompts` and adds it there."""
     if trajectory.prompt not in prompts:
         prompt_text = _prompt_text(chat, trajectory.prompt)

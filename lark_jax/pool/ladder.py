@@ -8,15 +8,41 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-# (up to this length, rungs are multiples of). Flash kernels work in tiles of 128; where a tile would be more than an
-# eighth of the row, padding costs more than a tile that is not full.
-GRAIN = ((512, 32), (1_024, 64))
-COARSEST_GRAIN = 128
+from lark_jax.pool.batching import cut_batches
+
+GRAIN = 128  # rungs are multiples of it: the tile of the flash kernels
+SHORT_ROW = 1_024  # up to here a tile would be more than an eighth of the row: padding costs more than half a tile
+SHORT_GRAIN = 32
+MOST_RUNGS = 64
+NOT_WORTH_A_RUNG = 0.005  # of padding, where the bound is out of reach
+
+
+def choose_ladder(
+    lengths: Sequence[int], tokens_per_batch: int, row_multiple: int, most_padding: float
+) -> tuple[int, ...]:
+    """The shortest ladder under which the batches of `plan_batches` are padded by at most the share `most_padding`.
+
+    All padding counts: up to the rung, up to the longest row of a batch, and empty rows in the last batch. Where no
+    ladder is good enough, because there are few batches, the shortest that is nearly as good as the best.
+
+    Args:
+      lengths: inputs of each row, at least one.
+      tokens_per_batch: see `plan_batches`; likewise `row_multiple`.
+    """
+    descending = sorted(lengths, reverse=True)
+    padding: dict[tuple[int, ...], float] = {}
+    for ladder in best_ladders(lengths, MOST_RUNGS):
+        cuts = cut_batches(descending, tokens_per_batch, row_multiple, ladder)
+        padding[ladder] = 1 - sum(descending) / sum(length * rows for _, length, rows in cuts)
+        if padding[ladder] <= most_padding:
+            return ladder
+    good_enough = min(padding.values()) + NOT_WORTH_A_RUNG
+    return next(ladder for ladder, share in padding.items() if share <= good_enough)
 
 
 def round_up(length: int) -> int:
     """The shortest rung that may be built for `length` inputs."""
-    grain = next((grain for end, grain in GRAIN if length <= end), COARSEST_GRAIN)
+    grain = SHORT_GRAIN if length <= SHORT_ROW else GRAIN
     return -(-length // grain) * grain
 
 

@@ -1,36 +1,33 @@
-"""One forward pass per trajectory: a `jit` + `shard_map` step over length-bucketed rows, resumable part by part."""
+"""One forward pass per trajectory: parts are rendered ahead, batches are kept in flight, results are kept on disk."""
 
-import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from lark_jax import files, runtime
-from lark_jax.errors import SelectionError
-from lark_jax.pool.batching import BatchPlan, TokenRows, assemble, padding_fraction, plan_batches
-from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
-from lark_jax.pool.records import Pool, SkippedRecord, Trajectory
+from lark_jax import processes, runtime
+from lark_jax.errors import PipelineError, SelectionError
+from lark_jax.pool.batching import TokenRows, assemble
+from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory
+from lark_jax.pool.records import Pool, Trajectory
+from lark_jax.processes import EVERYTHING, Share
+from lark_jax.scoring.ahead import computed_ahead
+from lark_jax.scoring.part_files import Finished, NoRecord, PartRecord, read_finished, read_part
 from lark_jax.scoring.reductions import TrajectoryMeans
 from lark_jax.scoring.step import ScoreStep, make_score_step
-from lark_jax.scoring.table import CandidateScore, read_scores, skipped_score, write_scores
+from lark_jax.scoring.table import CandidateScore
+from lark_jax.scoring.throughput import Progress, Stopwatch, Throughput
+from lark_jax.scoring.workload import RenderedPart, ScoreOptions, Workload, plan_workload, render_part
 from lark_jax.sharding import DATA
 from lark_jax.students.decoder import Decoder
 
-TOKENS_PER_PART = 4_000_000  # a part is what a killed run loses at most
 BATCHES_IN_FLIGHT = 2  # dispatched before the oldest result is fetched
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreOptions:
-    max_length: int  # tokens of prompt and answer
-    tokens_per_batch: int  # per device
-    vocab_chunk: int
 
 
 def score_pool(
@@ -44,125 +41,125 @@ def score_pool(
 ) -> tuple[CandidateScore, ...]:
     """Scores every trajectory of `pool` under `student`; one entry per trajectory, in pool order.
 
-    Finished parts are kept in `parts_directory`, in a folder named by what they hold, and taken over by the next call
-    that cuts the pool into the same batches; on another number of devices the scores are computed again. A call with
-    another student needs another `parts_directory`. A trajectory that cannot be rendered, or whose loss is not
-    finite, has status "skipped" and its reason.
+    Finished work is kept in `parts_directory`, in a folder named by what decides the batches, and taken over by the
+    next call; on another number of devices the scores are computed again. A call with another student needs another
+    `parts_directory`. A trajectory that cannot be rendered, or whose loss is not finite, has status "skipped" and its
+    reason. Several workers: `plan_workload`, then `score_share` in each, then `assemble_scores`.
     """
-    rendered = render_all(chat, pool.trajectories, options.max_length)
-    scorable = [index for index, item in enumerate(rendered) if isinstance(item, RenderedTrajectory)]
-    trajectories = [item for item in rendered if isinstance(item, RenderedTrajectory)]
-    lengths = [item.num_inputs for item in trajectories]
-    plans = plan_batches(lengths, options.tokens_per_batch, mesh.shape[DATA])
-    runtime.say(_describe(plans, lengths))
-    parts = split_into_parts(plans)
-    folder = parts_directory / _hash_of_parts(parts, trajectories)
-    step = make_score_step(student, mesh, options.vocab_chunk)
-
-    scores: list[CandidateScore | None] = [
-        skipped_score(trajectory.problem_id, trajectory.candidate_id, trajectory.teacher, item.reason)
-        if isinstance(item, SkippedRecord)
-        else None
-        for trajectory, item in zip(pool.trajectories, rendered, strict=True)
-    ]
-    with runtime.progress_bar(what="score", total=sum(lengths), unit="token") as bar:
-        for number, part in enumerate(parts):
-            path = folder / f"part-{number:05d}.parquet"
-            members = [member for plan in part for member in plan.members]
-            part_scores = _finished_part(path, [trajectories[member] for member in members])
-            if part_scores is None:
-                part_scores = _score_part(step, part, trajectories, pool, scorable, chat.pad_id, bar)
-                write_scores(path, part_scores)
-            else:
-                bar.update(sum(lengths[member] for member in members))
-            for member, score in zip(members, part_scores, strict=True):
-                scores[scorable[member]] = score
-    return tuple(score for score in scores if score is not None)
+    workload = plan_workload(pool, chat, options, row_multiple=mesh.shape[DATA], directory=parts_directory)
+    runtime.say(f"to score: {workload}")
+    runtime.say(f"scored {score_share(student, workload, mesh=mesh)}")
+    return assemble_scores(workload)
 
 
-def render_all(
-    chat: ChatFormat, trajectories: Sequence[Trajectory], max_length: int
-) -> list[RenderedTrajectory | SkippedRecord]:
-    """Tokenizes every trajectory; a skipped record stands where one cannot be rendered faithfully."""
-    stream = render_trajectories(chat, trajectories, max_length)
-    return list(runtime.progress(stream, what="tokenize", total=len(trajectories), unit="trajectory"))
+def score_share(
+    student: Decoder, workload: Workload, *, mesh: Mesh, share: Share = EVERYTHING, writes: bool = True
+) -> Throughput:
+    """Scores the parts of a worker's share that are not finished yet, and leaves one file for each.
+
+    Workers with their own meshes need not know of each other. In a mesh that spans several processes, each of them
+    calls this with the same share; the first one says what is finished already, and one of them `writes`.
+
+    Raises:
+      ConfigError: the mesh does not fit the student.
+      PipelineError: token counts of the workload are not those of its texts.
+    """
+    finished = _agree_on_finished(workload, mesh, share)
+    options = workload.options
+    step = make_score_step(student, mesh, options.vocab_chunk, parameter_axes=options.parameter_axes)
+    watch = Stopwatch(step)
+    with Progress(workload, share, finished, student.architecture, mesh) as progress, ExitStack() as records:
+        todo = _todo(workload, share, finished, records, writes=writes)
+        for batch, means in _pipelined(watch, todo):
+            batch.record.add(batch.number, batch.scores(workload, means))
+            if batch.is_last:
+                batch.record.finish()
+            progress.advance(batch.rendered.part, batch.number, watch)
+        throughput = progress.throughput(watch)
+    return throughput
 
 
-def split_into_parts(plans: Sequence[BatchPlan], tokens_per_part: int = TOKENS_PER_PART) -> list[list[BatchPlan]]:
-    """Consecutive batches grouped until a part holds `tokens_per_part` tokens, padding included."""
-    parts: list[list[BatchPlan]] = []
-    tokens = tokens_per_part
-    for plan in plans:
-        if tokens >= tokens_per_part:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(plan)
-        tokens += plan.rows * plan.length
-    return parts
+def assemble_scores(workload: Workload) -> tuple[CandidateScore, ...]:
+    """The scores of all parts, by whichever worker, in pool order.
+
+    Raises:
+      PipelineError: parts are missing or not readable; names them.
+    """
+    scores: dict[int, CandidateScore] = {}
+    missing = []
+    for part in workload.parts:
+        try:
+            scores.update(zip(part.members, read_part(workload, part), strict=True))
+        except (PipelineError, SelectionError) as error:
+            missing.append(str(error))
+    if missing:
+        raise PipelineError(
+            f"{len(missing)} of {len(workload.parts)} parts of the score table are missing; run the workers that they "
+            f"belong to again (of n workers, number i has the parts i, i + n, ...): {'; '.join(missing[:3])}"
+        )
+    return tuple(scores[index] for index in range(len(workload.pool.trajectories)))
 
 
-def _describe(plans: Sequence[BatchPlan], lengths: Sequence[int]) -> str:
-    num_shapes = len({(plan.rows, plan.length) for plan in plans})
-    return f"{len(plans):,} batches of {num_shapes} shapes, {padding_fraction(plans, lengths):.1%} padding"
+@dataclass(frozen=True)
+class _Batch:
+    """One batch on its way through the student, and where its scores go."""
+
+    rendered: RenderedPart
+    number: int  # within its part
+    is_last: bool  # of those of its part that are still to do
+    record: PartRecord | NoRecord
+
+    def token_rows(self, pad_id: int) -> TokenRows:
+        return assemble(self.rendered.rows, self.rendered.part.batches[self.number], pad_id)
+
+    def scores(self, workload: Workload, means: TrajectoryMeans) -> list[CandidateScore]:
+        part = self.rendered.part
+        members = part.batches[self.number].members
+        return [
+            _scored(workload.pool.trajectories[part.members[member]], self.rendered.rows[member], means, row)
+            for row, member in enumerate(members)
+        ]
 
 
-def _hash_of_parts(parts: Sequence[Sequence[BatchPlan]], trajectories: Sequence[RenderedTrajectory]) -> str:
-    """16 hex digits over every batch, and the ids and lengths of the trajectories that the batches refer to."""
-    batches = [[dataclasses.asdict(plan) for plan in part] for part in parts]
-    rows = [
-        (item.problem_id, item.candidate_id, len(item.prompt_tokens), len(item.target_tokens)) for item in trajectories
-    ]
-    return files.sha256_of_json([batches, rows])[:16]
+def _agree_on_finished(workload: Workload, mesh: Mesh, share: Share) -> Finished:
+    if not mesh.is_multi_process:
+        return read_finished(workload, share)
+    name = f"scored before, {workload.folder.name}"
+    return Finished.from_json(processes.decided_by_first(name, lambda: read_finished(workload, share).to_json()))
 
 
-def _finished_part(path: Path, expected: Sequence[RenderedTrajectory]) -> tuple[CandidateScore, ...] | None:
-    """The scores of an interrupted run's part; None where there are none of exactly these trajectories, in order."""
-    if not path.is_file():
-        return None
-    try:
-        scores = read_scores(path)
-    except SelectionError as error:
-        runtime.say(f"{error}; scoring this part again")
-        return None
-    names = [(score.problem_id, score.candidate_id) for score in scores]
-    if names != [(item.problem_id, item.candidate_id) for item in expected]:
-        runtime.say(f"{path}: holds other trajectories than expected; scoring this part again")
-        return None
-    return scores
+def _todo(
+    workload: Workload, share: Share, finished: Finished, records: ExitStack, *, writes: bool
+) -> Iterator[tuple[_Batch, TokenRows]]:
+    """Every batch of the share that is not finished, rendered; a part without such batches is closed on the way."""
+    prompts: Prompts = {}
+    parts = [part for part in workload.parts if share.takes(part.number) and part.number not in finished.parts]
+    for rendered in computed_ahead(lambda part: render_part(workload, part, prompts), parts):
+        known = finished.batches.get(rendered.part.number, frozenset())
+        record = PartRecord(workload, rendered, known) if writes else NoRecord()
+        records.enter_context(record)
+        numbers = [number for number in range(len(rendered.part.batches)) if number not in known]
+        if not numbers:
+            record.finish()
+        for number in numbers:
+            batch = _Batch(rendered, number, number == numbers[-1], record)
+            yield batch, batch.token_rows(workload.chat.pad_id)
 
 
-def _score_part(
-    step: ScoreStep,
-    part: Sequence[BatchPlan],
-    trajectories: Sequence[RenderedTrajectory],
-    pool: Pool,
-    scorable: Sequence[int],
-    pad_id: int,
-    bar: tqdm,
-) -> tuple[CandidateScore, ...]:
-    """Scores in the order of the part's members; `bar` moves with every batch."""
-    by_member: dict[int, CandidateScore] = {}
-    for batch, means in _pipelined(step, (assemble(trajectories, plan, pad_id) for plan in part)):
-        for row, member in enumerate(batch.row_ids_b):
-            if member >= 0:
-                trajectory = pool.trajectories[scorable[member]]
-                by_member[int(member)] = _scored(trajectory, trajectories[member], means, row)
-                bar.update(trajectories[member].num_inputs)
-    return tuple(by_member[member] for plan in part for member in plan.members)
-
-
-def _pipelined(step: ScoreStep, batches: Iterator[TokenRows]) -> Iterator[tuple[TokenRows, TrajectoryMeans]]:
-    """Runs `step` over `batches`, fetching a result only when later batches are already on their way."""
-    in_flight: deque[tuple[TokenRows, TrajectoryMeans]] = deque()
-    for batch in batches:
-        in_flight.append((batch, step(batch)))
+def _pipelined(
+    step: ScoreStep, batches: Iterator[tuple[_Batch, TokenRows]]
+) -> Iterator[tuple[_Batch, TrajectoryMeans]]:
+    """Runs `step` over batches, fetching a result only when later batches are already on their way to the devices."""
+    in_flight: deque[tuple[_Batch, TrajectoryMeans]] = deque()
+    for batch, rows in batches:
+        in_flight.append((batch, step(rows)))
         if len(in_flight) > BATCHES_IN_FLIGHT:
             yield _fetched(*in_flight.popleft())
     while in_flight:
         yield _fetched(*in_flight.popleft())
 
 
-def _fetched(batch: TokenRows, means: TrajectoryMeans) -> tuple[TokenRows, TrajectoryMeans]:
+def _fetched(batch: _Batch, means: TrajectoryMeans) -> tuple[_Batch, TrajectoryMeans]:
     return batch, jax.tree.map(np.asarray, means)
 
 

@@ -1,0 +1,60 @@
+"""Inputs of every trajectory, counted in chunks that are kept on disk."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lark_jax import files, runtime
+from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories
+from lark_jax.pool.records import Pool, Trajectory
+from lark_jax.processes import Share
+
+CHARACTERS_PER_CHUNK = 4_000_000  # seconds of work; what a killed run counts again
+
+
+def count_inputs(pool: Pool, chat: ChatFormat, max_length: int, *, folder: Path, share: Share) -> tuple[int, ...]:
+    """`RenderedTrajectory.num_inputs` of each trajectory, in pool order; 0 for one that cannot be rendered.
+
+    Each chunk becomes a file in `folder`, which must be of this pool, tokenizer and `max_length` alone. Workers begin
+    at different chunks and take over what others have counted by the time that they come there.
+    """
+    chunks = list(_chunks(pool.trajectories))
+    counted: dict[int, list[int]] = {}
+    prompts: Prompts = {}
+    with runtime.progress_bar(what="count tokens", total=len(pool.trajectories), unit="trajectory", delay=2.0) as bar:
+        first = len(chunks) * share.index // share.count
+        for number in [*range(first, len(chunks)), *range(first)]:
+            path = folder / f"{number:05d}.json"
+            known = _read(path, len(chunks[number]))
+            if known is None:
+                items = render_trajectories(chat, chunks[number], max_length, prompts)
+                known = [item.num_inputs if isinstance(item, RenderedTrajectory) else 0 for item in items]
+                files.write_json(path, known)
+            counted[number] = known
+            bar.update(len(known))
+    return tuple(length for number in range(len(chunks)) for length in counted[number])
+
+
+def _chunks(trajectories: Sequence[Trajectory]) -> Iterator[Sequence[Trajectory]]:
+    start = characters = 0
+    for end, trajectory in enumerate(trajectories, start=1):
+        characters += sum(len(message.content) for message in trajectory.messages)
+        if characters >= CHARACTERS_PER_CHUNK or end == len(trajectories):
+            yield trajectories[start:end]
+            start, characters = end, 0
+
+
+def _read(path: Path, expected: int) -> list[int] | None:
+    if not path.is_file():
+        return None
+    try:
+        lengths = files.read_json(path)
+    except (ValueError, OSError):
+        lengths = None
+    if (
+        isinstance(lengths, list)
+        and len(lengths) == expected
+        and all(type(length) is int and length >= 0 for length in lengths)
+    ):
+        return lengths
+    runtime.warn(f"{path}: damaged; counting these tokens again")
+    return None
