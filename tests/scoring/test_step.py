@@ -1,0 +1,393 @@
+"""The scoring step gives the same means in every layout of the parameters, and holds and moves no more than it says."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from lark_jax.config import MeshConfig
+from lark_jax.errors import ConfigError
+from lark_jax.pool.batching import TokenRows
+from lark_jax.scoring.reductions import MAX_RANK, TrajectoryMeans
+from lark_jax.scoring.step import lower_score_step, make_score_step
+from lark_jax.scoring.token_statistics.reference import ReferenceStatistics, statistics_from_logits
+from lark_jax.sharding import DATA, TENSOR, make_mesh
+from lark_jax.students import Decoder, load_student, random_student, save_new_student
+from lark_jax.students.architecture import Architecture, architecture_from_config
+from lark_jax.students.parameters import parameter_shapes
+
+CONFIG = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+STUDENTS = {
+    "qwen2-untied": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3-tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "llama3-untied": {"model_type": "llama", "tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE},
+    # 319 is prime: no device count divides the vocabulary. 90 is not a multiple of 4, 60 not of 8.
+    "uneven": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "vocab_size": 319,
+        "hidden_size": 60,
+        "intermediate_size": 90,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    data: int
+    tensor: int
+    parameter_axes: tuple[str, ...]
+
+    def mesh(self) -> Mesh:
+        return make_mesh(MeshConfig(self.data, self.tensor), jax.devices()[: self.data * self.tensor])
+
+
+LAYOUTS = {
+    "replicated": Layout(8, 1, ()),
+    "tensor 2": Layout(1, 2, (TENSOR,)),
+    "tensor 4": Layout(1, 4, (TENSOR,)),
+    "gathered": Layout(8, 1, (DATA, TENSOR)),
+    "gathered, tensor 2": Layout(4, 2, (DATA, TENSOR)),
+    "replicated, tensor 4": Layout(2, 4, (TENSOR,)),
+}
+ONE_DEVICE = Layout(1, 1, ())
+EVERYWHERE = {name: layout for name, layout in LAYOUTS.items() if layout.data * layout.tensor == 8}
+ROWS, LENGTH = 8, 33
+NEAR_TIE = 1e-4  # logits: far above what float32 rounds, far below what separates two tokens as a rule
+
+
+def _architecture(**fields: object) -> Architecture:
+    return architecture_from_config({**CONFIG, **fields})
+
+
+def _student(architecture: Architecture, seed: int, dtype: str = "float32") -> Decoder:
+    """Weights of a size at which attention, biases and norms matter and losses differ from that of a guess."""
+    graph, state = nnx.split(random_student(architecture, seed, dtype))
+    rng = np.random.default_rng(seed)
+
+    def drawn(path: tuple[str, ...], weight: nnx.Variable) -> nnx.Variable:
+        mean, std = (1.0, 0.3) if "norm" in path[-2] else (0.0, 0.15)
+        values = mean + std * rng.standard_normal(weight[...].shape)
+        return weight.replace(jax.numpy.asarray(values, dtype))
+
+    return nnx.merge(graph, nnx.map_state(drawn, state))
+
+
+def _rows(vocab_size: int, seed: int) -> TokenRows:
+    rng = np.random.default_rng(seed)
+    tokens_bt, targets_bt = rng.integers(0, vocab_size, (2, ROWS, LENGTH)).astype(np.int32)
+    mask_bt = (rng.random((ROWS, LENGTH)) < 0.6).astype(np.float32)
+    mask_bt[:, 0] = 1.0
+    return TokenRows(tokens_bt, targets_bt, mask_bt, np.arange(ROWS, dtype=np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    student: Decoder
+    rows: TokenRows
+    one_device: TrajectoryMeans
+
+    def means(self, layout: Layout) -> TrajectoryMeans:
+        return _means(self.student, self.rows, layout)
+
+
+def _means(student: Decoder, rows: TokenRows, layout: Layout) -> TrajectoryMeans:
+    step = make_score_step(student, layout.mesh(), 100, parameter_axes=layout.parameter_axes)
+    return jax.tree.map(np.asarray, step(rows))
+
+
+@functools.cache
+def _case(name: str) -> Case:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    architecture = _architecture(**STUDENTS[name])
+    student, rows = _student(architecture, seed), _rows(architecture.vocab_size, seed)
+    return Case(student, rows, _means(student, rows, ONE_DEVICE))
+
+
+def _reference(case: Case) -> tuple[np.ndarray, ReferenceStatistics]:
+    logits = nnx.jit(lambda student, tokens: student.logits(tokens))(case.student, case.rows.tokens_bt)
+    logits = np.asarray(logits, np.float64)
+    return logits, statistics_from_logits(logits, case.rows.targets_bt)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_one_device_gives_the_means_of_dense_float64_statistics(name: str) -> None:
+    case = _case(name)
+    mask_bt = case.rows.mask_bt.astype(np.float64)
+    _, statistics = _reference(case)
+    for found_b, values_bt in (
+        (case.one_device.loss, statistics.cross_entropy),
+        (case.one_device.brier, statistics.brier),
+        (case.one_device.target_prob, statistics.target_prob),
+        (case.one_device.wrong_concentration, statistics.wrong_concentration),
+    ):
+        np.testing.assert_allclose(found_b, (values_bt * mask_bt).sum(-1) / mask_bt.sum(-1), rtol=3e-5)
+    assert np.abs(case.one_device.loss - math.log(case.student.architecture.vocab_size)).min() > 0.05
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_layout_gives_the_scores_of_one_device(name: str, layout: str) -> None:
+    case = _case(name)
+    found, expected = case.means(LAYOUTS[layout]), case.one_device
+    for field in ("loss", "brier", "target_prob", "wrong_concentration"):
+        np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=1e-5, err_msg=field)
+    # Each near-tie can move one rank by one.
+    logits, _ = _reference(case)
+    gold = np.take_along_axis(logits, case.rows.targets_bt[..., None], -1)
+    near_bt = (np.abs(logits - gold) < NEAR_TIE).sum(-1) - 1
+    moved_b = (near_bt * case.rows.mask_bt).sum(-1)
+    for field in ("mean_rank", "mean_clipped_rank"):
+        difference = np.abs(getattr(found, field) - getattr(expected, field)) * case.rows.mask_bt.sum(-1)
+        assert (difference <= moved_b + 1e-5 * MAX_RANK * LENGTH).all(), field
+    assert moved_b.mean() < 1, "so many near-ties that the comparison says little"
+
+
+@functools.cache
+def _rounded_case() -> tuple[Decoder, TokenRows, TrajectoryMeans]:
+    """A bfloat16 student, rows, and their means computed in float32 from the same weights."""
+    student = _student(_architecture(**STUDENTS["qwen2-untied"]), 3, "bfloat16")
+    rows = _rows(student.architecture.vocab_size, 4)
+    _, state = nnx.split(student)
+    graph, _ = nnx.split(_student(student.architecture, 3))
+    widened = nnx.merge(graph, jax.tree.map(lambda weight: weight.astype("float32"), state))
+    return student, rows, _means(widened, rows, ONE_DEVICE)
+
+
+@pytest.mark.parametrize("layout", ["tensor 4", "gathered", "gathered, tensor 2"])
+def test_bfloat16_stays_near_the_float32_scores(layout: str) -> None:
+    student, rows, expected = _rounded_case()
+    found = _means(student, rows, LAYOUTS[layout])
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-2)
+    np.testing.assert_allclose(found.brier, expected.brier, rtol=1e-2)
+
+
+def test_results_are_whole_on_every_device() -> None:
+    case = _case("qwen3-tied")
+    for layout in (LAYOUTS["replicated"], LAYOUTS["gathered, tensor 2"]):
+        step = make_score_step(case.student, layout.mesh(), 100, parameter_axes=layout.parameter_axes)
+        for mean_b in step(case.rows):
+            assert mean_b.shape == (ROWS,)
+            assert mean_b.sharding.is_fully_replicated
+
+
+def _compile(architecture: Architecture, layout: Layout, dtype: str = "float32", length: int = LENGTH):
+    lowered = lower_score_step(
+        architecture,
+        layout.mesh(),
+        dtype=dtype,
+        vocab_chunk=100,
+        parameter_axes=layout.parameter_axes,
+        attention_backend="dense",
+        rows=ROWS,
+        length=length,
+    )
+    return lowered.compile()
+
+
+def _is_matrix(name: str) -> bool:
+    return not name.endswith(("norm.weight", ".bias"))
+
+
+@pytest.mark.parametrize("name", ["qwen2-untied", "qwen3-tied"])
+@pytest.mark.parametrize("layout", EVERYWHERE)
+def test_every_large_parameter_is_split_as_loaded_and_as_compiled(name: str, layout: str, tmp_path: Path) -> None:
+    architecture = _architecture(**STUDENTS[name])
+    mesh, axes = EVERYWHERE[layout].mesh(), EVERYWHERE[layout].parameter_axes
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **STUDENTS[name]}))
+    save_new_student(random_student(architecture, 0, "float32"), tmp_path, tmp_path / "student")
+    student, _ = load_student(tmp_path / "student", mesh=mesh, dtype="float32", parameter_axes=axes)
+    loaded = {".".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(nnx.state(student))}
+    compiled = _compile(architecture, EVERYWHERE[layout]).input_shardings[0][0]
+    shapes = parameter_shapes(architecture)
+    assert set(loaded) == set(compiled) == set(shapes)
+    for parameter, shape in shapes.items():
+        by_load = {shard.data.shape for shard in loaded[parameter].addressable_shards}
+        assert by_load == {compiled[parameter].shard_shape(shape)}
+        if _is_matrix(parameter):
+            assert math.prod(compiled[parameter].shard_shape(shape)) == math.prod(shape) // ways, parameter
+
+
+# Twelve layers whose weights outweigh by far the activations of a few tokens.
+DEEP = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 1024, "vocab_size": 128, "head_dim": 16}
+
+
+def test_memory_of_a_device_falls_with_the_number_that_share_the_parameters() -> None:
+    architecture = _architecture(model_type="llama", tie_word_embeddings=False, **DEEP)
+    whole = 4 * sum(math.prod(shape) for shape in parameter_shapes(architecture).values())
+    one_layer = whole / 12
+    rows = 3 * 4 * ROWS * 16
+    replicated = _compile(architecture, LAYOUTS["replicated"], length=16).memory_analysis()
+    assert whole <= replicated.argument_size_in_bytes <= whole + rows
+    for layout in ("gathered", "gathered, tensor 2"):
+        memory = _compile(architecture, LAYOUTS[layout], length=16).memory_analysis()
+        assert whole / 8 <= memory.argument_size_in_bytes <= 1.02 * whole / 8 + rows
+        assert memory.temp_size_in_bytes < replicated.temp_size_in_bytes + 2 * one_layer
+    tensor = _compile(architecture, LAYOUTS["replicated, tensor 4"], length=16).memory_analysis()
+    assert tensor.argument_size_in_bytes <= 1.02 * whole / 4 + rows
+
+
+GATHER = re.compile(r"= f32\[([\d,]+)\].* all-gather(?:-start)?\(.*op_name=\"([^\"]*)\"")
+
+
+def test_weights_are_gathered_one_layer_at_a_time_and_the_table_never() -> None:
+    architecture = _architecture(model_type="llama", tie_word_embeddings=False, **DEEP)
+    text = _compile(architecture, LAYOUTS["gathered"], length=16).as_text()
+    gathers = [(tuple(map(int, shape.split(","))), where) for shape, where in GATHER.findall(text)]
+    in_loop = [shape for shape, where in gathers if "/while/body/" in where]
+    matrices = [shape for name, shape in parameter_shapes(architecture).items() if name.startswith("layers.")]
+    expected = sorted(math.prod(shape[1:]) for shape in matrices if len(shape) == 3)
+    assert sorted(math.prod(shape) for shape in in_loop) == expected
+    large = [shape for shape, where in gathers if "/while/body/" not in where and math.prod(shape) > ROWS]
+    assert [math.prod(shape) for shape in large] == [128 * 128], "the head, once; the embedding table not at all"
+
+
+@pytest.mark.parametrize("layout", ["replicated", "tensor 2"])
+def test_no_weight_is_moved_where_parameters_are_not_split_over_data(layout: str) -> None:
+    architecture = _architecture(model_type="llama", tie_word_embeddings=False, **DEEP)
+    text = _compile(architecture, LAYOUTS[layout], length=16).as_text()
+    assert all(math.prod(map(int, shape.split(","))) <= ROWS for shape, _ in GATHER.findall(text))
+    assert "all-to-all" not in text
+
+
+@pytest.mark.parametrize("tensor", [4, 8])
+def test_a_tensor_axis_that_would_cut_heads_is_refused_in_one_line(tensor: int) -> None:
+    student = random_student(_architecture(model_type="llama", num_key_value_heads=2), 0, "float32")
+    mesh = make_mesh(MeshConfig(tensor=tensor))
+    with pytest.raises(
+        ConfigError, match=rf"config\.mesh\.tensor: .* 2 key-value heads \(1, 2\), got {tensor}"
+    ) as caught:
+        make_score_step(student, mesh, 100, parameter_axes=(TENSOR,))
+    assert "\n" not in str(caught.value)
+
+
+def _run_children(program: str, arguments: list[list[str]], **environment: str) -> list[str]:
+    """Runs one child for each list of arguments, all at once; their outputs."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_", "TPU_"))}
+    root = str(Path(__file__).resolve().parents[2])
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *words],
+            env={**inherited, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for words in arguments
+    ]
+    outputs = [child.communicate(timeout=500) for child in children]
+    for child, (_, errors) in zip(children, outputs, strict=True):
+        assert child.returncode == 0, errors[-3_000:]
+    return [output for output, _ in outputs]
+
+
+COMPILE_FOR_TPU = """
+import json, sys
+from jax.experimental import topologies
+from lark_jax.config import MeshConfig
+from lark_jax.scoring.step import lower_score_step
+from lark_jax.sharding import make_mesh
+from lark_jax.students.architecture import architecture_from_config
+
+architecture = architecture_from_config(json.loads(sys.argv[1]))
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+for tensor, axes in ((1, ()), (4, ("tensor",)), (2, ("data", "tensor"))):
+    mesh = make_mesh(MeshConfig(tensor=tensor), devices)
+    lowered = lower_score_step(
+        architecture, mesh, dtype="bfloat16", vocab_chunk=512, parameter_axes=axes, attention_backend="blockwise",
+        rows=4, length=256,
+    )
+    print(tensor, lowered.compile().memory_analysis().argument_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_every_layout_compiles_for_a_tpu_that_is_not_there() -> None:
+    pytest.importorskip("libtpu")
+    config = {**CONFIG, **STUDENTS["qwen2-untied"], "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 2048}
+    config |= {"head_dim": 64}
+    (output,) = _run_children(COMPILE_FOR_TPU, [[json.dumps(config)]], TPU_SKIP_MDS_QUERY="1")
+    arguments = {int(tensor): int(size) for tensor, size in map(str.split, output.splitlines())}
+    shapes = parameter_shapes(architecture_from_config(config))
+    whole = 2 * sum(math.prod(shape) for shape in shapes.values())
+    assert arguments[1] >= whole
+    assert max(arguments[4], arguments[2]) < 0.3 * whole
+
+
+SCORE_TOGETHER = """
+import sys
+import jax, numpy as np
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+from lark_jax.config import MeshConfig
+from lark_jax.pool.batching import TokenRows
+from lark_jax.scoring.step import make_score_step
+from lark_jax.sharding import make_mesh
+from lark_jax.students import load_student
+
+mesh = make_mesh(MeshConfig(tensor=2))
+assert mesh.size == 8 and len(mesh.local_devices) == 4
+arrays = np.load(sys.argv[4])
+for axes in ((), ("tensor",), ("data", "tensor")):
+    student, _ = load_student(sys.argv[3], mesh=mesh, dtype="float32", parameter_axes=axes)
+    means = make_score_step(student, mesh, 100, parameter_axes=axes)(TokenRows(**arrays))
+    print("losses", *map(float, np.asarray(means.loss)))
+"""
+
+
+@pytest.mark.slow
+def test_a_mesh_over_two_processes_gives_the_same_scores_in_both(tmp_path: Path) -> None:
+    name = "qwen2-untied"
+    case = _case(name)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **STUDENTS[name]}))
+    save_new_student(case.student, tmp_path, tmp_path / "student")
+    np.savez(tmp_path / "rows.npz", **dataclasses.asdict(case.rows))
+    port = str(_free_port())
+    words = [[str(index), port, str(tmp_path / "student"), str(tmp_path / "rows.npz")] for index in (0, 1)]
+    first, second = _run_children(SCORE_TOGETHER, words, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert _losses(first) == _losses(second)
+    assert len(_losses(first)) == 3
+    for loss_b in _losses(first):
+        np.testing.assert_allclose(loss_b, case.one_device.loss, rtol=1e-5)
+
+
+def _losses(output: str) -> list[list[float]]:
+    """Other lines are of the library through which the processes talk."""
+    lines = (line.split() for line in output.splitlines())
+    return [[float(word) for word in words[1:]] for words in lines if words[:1] == ["losses"]]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
