@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lark_jax import files
 from lark_jax.errors import PipelineError
@@ -71,8 +72,9 @@ class Workload:
         return [self.lengths[member] for member in part.members]
 
     @property
-    def num_shapes(self) -> int:
-        return len({batch.length for part in self.parts for batch in part.batches})
+    def ladder(self) -> tuple[int, ...]:
+        """Row lengths of the batches, ascending; each is one shape."""
+        return tuple(sorted({batch.length for part in self.parts for batch in part.batches}))
 
     @property
     def padding(self) -> float:
@@ -80,11 +82,21 @@ class Workload:
         planned = sum(batch.rows * batch.length for part in self.parts for batch in part.batches)
         return 1.0 - sum(self.lengths) / planned if planned else 0.0
 
+    def notes(self) -> dict[str, Any]:
+        """For a manifest."""
+        batches = sum(len(part.batches) for part in self.parts)
+        return {
+            "tokens": sum(self.lengths),
+            "padding": round(self.padding, 5),
+            "batches": batches,
+            "row_lengths": self.ladder,
+        }
+
     def __str__(self) -> str:
         batches = sum(len(part.batches) for part in self.parts)
         return (
             f"{len(self.lengths):,} trajectories, {sum(self.lengths):,} tokens; {batches:,} batches of "
-            f"{self.num_shapes} shapes in {len(self.parts):,} parts, {self.padding:.2%} padding"
+            f"{len(self.ladder)} shapes in {len(self.parts):,} parts, {self.padding:.2%} padding"
         )
 
 

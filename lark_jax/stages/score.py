@@ -1,21 +1,44 @@
 """Stage "score": one forward pass per trajectory, `score/scores.parquet`."""
 
 import dataclasses
-import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
+from lark_jax import processes, runtime
 from lark_jax.config import Experiment
-from lark_jax.errors import PoolError
-from lark_jax.pipeline import Outcome, Task
+from lark_jax.errors import PipelineError, PoolError
+from lark_jax.pipeline import SECONDS_TO_BE_SEEN, Outcome, Task
 from lark_jax.pool import Pool, read_pool
-from lark_jax.scoring import CandidateScore, ScoreOptions, score_pool, write_scores
-from lark_jax.sharding import make_mesh
+from lark_jax.processes import EVERYTHING, Share
+from lark_jax.scoring import (
+    CandidateScore,
+    ScoreOptions,
+    Workload,
+    assemble_scores,
+    plan_workload,
+    score_share,
+    write_scores,
+)
+from lark_jax.scoring.parameter_axes import (
+    REPLICATED_SHARE,
+    choose_parameter_axes,
+    parameter_bytes_per_device,
+    smallest_device_memory,
+)
+from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.stages.layout import Layout
-from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
+from lark_jax.stages.student import notes_on, open_chat, student_inputs
+from lark_jax.students import Decoder, load_student, local_folder, read_architecture
+from lark_jax.students.architecture import Architecture
+from lark_jax.students.attention import describe_backend
 
 SCORES = "scores.parquet"
+PARTS = "parts"
 
 
 def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -31,21 +54,115 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
     def run(directory: Path) -> Outcome:
         pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
         chat = open_chat(experiment)
-        mesh = make_mesh(experiment.mesh)
-        student = open_student(experiment, mesh, experiment.score.dtype)
+        place = choose_place(experiment, read_architecture(local_folder(experiment.student.path)))
         options = ScoreOptions(
             max_length=experiment.student.max_length,
             tokens_per_batch=experiment.score.tokens_per_batch,
             vocab_chunk=experiment.score.vocab_chunk,
+            parameter_axes=place.parameter_axes,
         )
-        parts = directory / "parts"
-        scores = score_pool(student, pool, chat, mesh=mesh, options=options, parts_directory=parts)
+        workload = plan_workload(
+            pool,
+            chat,
+            options,
+            row_multiple=place.mesh.shape[DATA],
+            directory=directory / PARTS,
+            share=Share(processes.index(), processes.count()),
+        )
+        student = _open_student(experiment, place)
+        _narrate(place, workload, student)
+        throughput = score_share(student, workload, mesh=place.mesh, share=place.share, writes=place.writes)
+        processes.barrier("score: all parts are written")
+        if not processes.is_first():
+            return Outcome(counts={})  # the first process reports for all
+        runtime.say(f"scored {throughput}")
+        scores = _assemble_when_seen(workload)
         refuse_if_nothing_scored(scores)
         write_scores(directory / SCORES, scores)
-        shutil.rmtree(parts, ignore_errors=True)
-        return dataclasses.replace(outcome_of(pool, scores), notes=notes_on(chat))
+        notes = {**notes_on(chat), "batches": workload.notes(), "throughput": throughput.notes()}
+        return dataclasses.replace(outcome_of(pool, scores), notes=notes)
 
-    return [Task("score", layout.score, inputs, run)]
+    return [Task("score", layout.score, inputs, run, scratch=(PARTS,), everywhere=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process scores, and what."""
+
+    mesh: Mesh
+    parameter_axes: tuple[str, ...]
+    share: Share
+    writes: bool
+
+
+def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
+    """A mesh over the devices of this process and its share of the work, or one mesh that spans all processes.
+
+    The latter where the configured mesh asks for it, or the student does not fit the devices of one process.
+
+    Raises:
+      ConfigError: the configured mesh matches neither.
+    """
+    dtype, parameters = experiment.score.dtype, experiment.score.parameters
+
+    def decide() -> list[Any]:
+        alone = processes.count() == 1 or _fits_one_process(experiment, architecture)
+        mesh = make_mesh(experiment.mesh, jax.local_devices() if alone else jax.devices())
+        axes = choose_parameter_axes(architecture, mesh, dtype, parameters, smallest_device_memory(mesh))
+        return [alone, axes]
+
+    alone, axes = processes.decided_by_first("score: mesh", decide)
+    mesh = make_mesh(experiment.mesh, jax.local_devices() if alone else jax.devices())
+    if alone:
+        return Place(mesh, tuple(axes), Share(processes.index(), processes.count()), writes=True)
+    return Place(mesh, tuple(axes), EVERYTHING, writes=processes.is_first())
+
+
+def _fits_one_process(experiment: Experiment, architecture: Architecture) -> bool:
+    config, devices = experiment.mesh, len(jax.local_devices())
+    if config.data != -1:
+        return config.data * config.tensor == devices
+    if devices % config.tensor:
+        return False
+    mesh = make_mesh(config, jax.local_devices())
+    memory = smallest_device_memory(mesh)
+    if memory is None or experiment.score.parameters == "replicated":
+        return True
+    split = parameter_bytes_per_device(architecture, mesh, experiment.score.dtype, (DATA, TENSOR))
+    return split <= REPLICATED_SHARE * memory
+
+
+def _open_student(experiment: Experiment, place: Place) -> Decoder:
+    backend = experiment.score.attention
+    student, _ = load_student(
+        local_folder(experiment.student.path),
+        mesh=place.mesh,
+        dtype=experiment.score.dtype,
+        parameter_axes=place.parameter_axes,
+        attention_backend=None if backend == "auto" else backend,
+    )
+    return student
+
+
+def _narrate(place: Place, workload: Workload, student: Decoder) -> None:
+    runtime.say(f"to score: {workload}")
+    platform = place.mesh.devices.flat[0].platform
+    head_dim = student.architecture.head_dim
+    runtime.say(describe_backend(student.attention_backend, workload.ladder, platform, student.dtype, head_dim))
+    split = f"split over {' and '.join(place.parameter_axes)}" if place.parameter_axes else "whole on every device"
+    runtime.say(f"parameters: {split}")
+
+
+def _assemble_when_seen(workload: Workload) -> tuple[CandidateScore, ...]:
+    """File systems over a network may show what another process wrote only after a while."""
+    deadline = time.monotonic() + (SECONDS_TO_BE_SEEN if processes.count() > 1 else 0)
+    while True:
+        try:
+            return assemble_scores(workload)
+        except PipelineError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(1)
 
 
 def refuse_if_nothing_scored(scores: tuple[CandidateScore, ...]) -> None:
