@@ -77,7 +77,7 @@ def ours(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
     from lark_jax.students import load_student
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    student, _ = load_student(request.student, mesh=mesh, dtype=jnp.dtype(request.dtype))
+    student, _ = load_student(request.student, mesh=mesh, dtype=jnp.dtype(request.dtype), parameter_axes=())
     step = make_score_step(student, mesh, request.vocab_chunk)
 
     def score() -> tuple[np.ndarray, np.ndarray]:
