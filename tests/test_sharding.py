@@ -1,5 +1,7 @@
 """The mesh has the devices it was asked for, and one row of the table fits every parameter."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,31 @@ def test_a_dimension_that_the_devices_do_not_divide_stays_whole(size: int) -> No
     mesh = make_mesh(MeshConfig())
     assert DATA not in tuple(parameter_spec("layers.mlp.down_proj.weight", (2, size, 8), mesh))
     assert DATA in tuple(parameter_spec("layers.mlp.down_proj.weight", (2, 8 * size, 8), mesh))
+
+
+@pytest.mark.parametrize(("axes", "ways"), [((), 1), ((TENSOR,), 2), ((DATA,), 4), ((DATA, TENSOR), 8)])
+@pytest.mark.parametrize("name", DECODER_SHAPES)
+def test_parameters_are_split_over_the_chosen_axes_alone(name: str, axes: tuple[str, ...], ways: int) -> None:
+    mesh = make_mesh(MeshConfig(tensor=2))
+    shape = DECODER_SHAPES[name]
+    sharding = parameter_sharding(name, shape, mesh, axes)
+    assert {axis for axis in sharding.spec if axis} <= set(axes)
+    size = math.prod(sharding.shard_shape(shape))
+    if name.endswith("norm.weight"):
+        assert size == math.prod(shape)
+    elif name.endswith(".bias"):
+        assert size == math.prod(shape) // (2 if TENSOR in axes else 1)
+    else:
+        assert size == math.prod(shape) // ways
+
+
+def test_products_of_a_layer_need_one_sum_over_tensor_each() -> None:
+    """Outputs of q, k, v, gate and up are split; o and down take them as inputs."""
+    mesh = make_mesh(MeshConfig(tensor=2))
+    for name, shape in DECODER_SHAPES.items():
+        spec = tuple(parameter_spec(name, shape, mesh, (TENSOR,)))
+        if name.endswith("proj.weight"):
+            assert spec.index(TENSOR) == (2 if "o_proj" in name or "down_proj" in name else 1)
 
 
 @pytest.mark.parametrize(
