@@ -6,8 +6,8 @@ import jax
 from jax.typing import DTypeLike
 
 from lark_jax.config import MeshConfig
-from lark_jax.scoring.parameter_axes import REPLICATED_SHARE, choose_parameter_axes, parameter_bytes_per_device
-from lark_jax.sharding import make_mesh
+from lark_jax.scoring.parameter_axes import REPLICATED_SHARE, parameter_bytes_per_device
+from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students.architecture import Architecture
 
 
@@ -24,8 +24,8 @@ def fits_one_process(
     """Whether each process can score its share on a mesh of its own devices, without talking to the others.
 
     It can where `config` does not ask for the devices of all processes (data x tensor), the `tensor` axis divides its
-    own devices, and the parameters, in the layout that `choose_parameter_axes` takes there, leave as much room on a
-    device as replicated ones have to.
+    own devices, and the parameters, split over all of these, leave as much room on a device as replicated ones have
+    to. Parameters that shall be "replicated" take the same room on any mesh.
 
     Args:
       dtype, requested, device_memory_bytes: as for `choose_parameter_axes`.
@@ -38,8 +38,7 @@ def fits_one_process(
         return config.data * config.tensor != len(everywhere)
     if len(local) % config.tensor:
         return False
-    mesh = make_mesh(config, local)
-    axes = choose_parameter_axes(architecture, mesh, dtype, requested, device_memory_bytes)
-    if device_memory_bytes is None:
+    if device_memory_bytes is None or requested == "replicated":
         return True
-    return parameter_bytes_per_device(architecture, mesh, dtype, axes) <= REPLICATED_SHARE * device_memory_bytes
+    split = parameter_bytes_per_device(architecture, make_mesh(config, local), dtype, (DATA, TENSOR))
+    return split <= REPLICATED_SHARE * device_memory_bytes

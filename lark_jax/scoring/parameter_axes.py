@@ -1,7 +1,9 @@
 """Over which mesh axes the student's parameters are split for scoring: what fits, or what the user asked for."""
 
 import math
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -54,9 +56,9 @@ def parameter_bytes_per_device(
     return sum(sizes) * np.dtype(dtype).itemsize
 
 
-def smallest_device_memory(mesh: Mesh) -> int | None:
-    """Bytes that JAX may use on the smallest device of this process; None where the platform does not say (CPU)."""
-    stats = [device.memory_stats() for device in mesh.local_devices]
+def smallest_device_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that JAX may use on the smallest of these own devices; None where the platform does not say (CPU)."""
+    stats = [device.memory_stats() for device in devices]
     limits = [entry["bytes_limit"] for entry in stats if entry and "bytes_limit" in entry]
     return min(limits, default=None)
 

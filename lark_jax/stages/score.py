@@ -24,13 +24,9 @@ from lark_jax.scoring import (
     score_share,
     write_scores,
 )
-from lark_jax.scoring.parameter_axes import (
-    REPLICATED_SHARE,
-    choose_parameter_axes,
-    parameter_bytes_per_device,
-    smallest_device_memory,
-)
-from lark_jax.sharding import DATA, TENSOR, make_mesh
+from lark_jax.scoring.mesh_choice import fits_one_process
+from lark_jax.scoring.parameter_axes import choose_parameter_axes, smallest_device_memory
+from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.student import notes_on, open_chat, student_inputs
 from lark_jax.students import Decoder, load_student, local_folder, read_architecture
@@ -106,9 +102,17 @@ def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
     dtype, parameters = experiment.score.dtype, experiment.score.parameters
 
     def decide() -> list[Any]:
-        alone = processes.count() == 1 or _fits_one_process(experiment, architecture)
+        alone = fits_one_process(
+            architecture,
+            experiment.mesh,
+            dtype,
+            parameters,
+            local=jax.local_devices(),
+            everywhere=jax.devices(),
+            device_memory_bytes=smallest_device_memory(jax.local_devices()),
+        )
         mesh = make_mesh(experiment.mesh, jax.local_devices() if alone else jax.devices())
-        axes = choose_parameter_axes(architecture, mesh, dtype, parameters, smallest_device_memory(mesh))
+        axes = choose_parameter_axes(architecture, mesh, dtype, parameters, smallest_device_memory(mesh.local_devices))
         return [alone, axes]
 
     alone, axes = processes.decided_by_first("score: mesh", decide)
@@ -116,20 +120,6 @@ def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
     if alone:
         return Place(mesh, tuple(axes), Share(processes.index(), processes.count()), writes=True)
     return Place(mesh, tuple(axes), EVERYTHING, writes=processes.is_first())
-
-
-def _fits_one_process(experiment: Experiment, architecture: Architecture) -> bool:
-    config, devices = experiment.mesh, len(jax.local_devices())
-    if config.data != -1:
-        return config.data * config.tensor == devices
-    if devices % config.tensor:
-        return False
-    mesh = make_mesh(config, jax.local_devices())
-    memory = smallest_device_memory(mesh)
-    if memory is None or experiment.score.parameters == "replicated":
-        return True
-    split = parameter_bytes_per_device(architecture, mesh, experiment.score.dtype, (DATA, TENSOR))
-    return split <= REPLICATED_SHARE * memory
 
 
 def _open_student(experiment: Experiment, place: Place) -> Decoder:
