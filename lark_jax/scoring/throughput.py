@@ -158,10 +158,13 @@ class Progress:
         self._trajectories += len(batch.members)
         self._tokens += sum(self._lengths_of(part, batch))
         self._padded_tokens += batch.rows * batch.length
-        so_far = self.throughput(watch)
-        left = datetime.timedelta(seconds=round(self._flops_left / so_far.flops_per_second))
-        self._bar.set_postfix_str(f"{left} left, {so_far.rates()}", refresh=False)
+        left = datetime.timedelta(seconds=round(self.seconds_left(watch)))
+        self._bar.set_postfix_str(f"{left} left, {self.throughput(watch).rates()}", refresh=False)
         self._bar.update(len(batch.members))
+
+    def seconds_left(self, watch: Stopwatch) -> float:
+        """Without what is still to compile; known from the first batch on."""
+        return self._flops_left / self.throughput(watch).flops_per_second
 
     def throughput(self, watch: Stopwatch) -> Throughput:
         peak = peak_flops(self._mesh.devices.flat[0].device_kind)
