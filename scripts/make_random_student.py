@@ -6,16 +6,30 @@ The folder is an ordinary HF checkpoint: config.json, model.safetensors and the 
 """
 
 import argparse
+import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from lark_jax import files
 from lark_jax.pool.chat import load_chat_format
 from lark_jax.students import random_student, read_architecture, save_new_student
+from lark_jax.students.hf_names import hf_slots
+from lark_jax.students.safetensors_folder import INDEX_FILE
 
 HEAD_DIM = 32
 VOCAB_MULTIPLE = 64
+# dtype -> unsigned integer of its size, the bits of sign and mantissa, the bits of 2^-6: magnitudes from 1/64 to 1/32
+RANDOM_BITS = {
+    "bfloat16": (np.uint16, 0x807F, 0x3C80),
+    "float16": (np.uint16, 0x83FF, 0x2400),
+    "float32": (np.uint32, 0x807F_FFFF, 0x3C80_0000),
+}
 
 
 def write_random_student(
@@ -47,6 +61,56 @@ def write_random_student(
                 shutil.copy(Path(tokenizer) / name, blank)
         files.write_json(Path(blank) / "config.json", config)
         save_new_student(random_student(read_architecture(blank), seed, "float32"), blank, out)
+
+
+def write_random_weights(
+    config: Mapping[str, Any], out: str | Path, *, dtype: str, shard_bytes: int, seed: int
+) -> None:
+    """Writes config.json and random weights of about 0.02 in size, without a tokenizer: a checkpoint to measure with.
+
+    A file holds at most `shard_bytes`, or one tensor, and an index lists them; host memory holds one file's tensors.
+    """
+    out = Path(out)
+    files.write_json(out / "config.json", {**config, "torch_dtype": dtype})
+    shapes = {key: slot.shape for key, slot in hf_slots(read_architecture(out)).items()}
+    shards = _shards({key: shapes[key] for key in sorted(shapes, key=_file_order)}, dtype, shard_bytes)
+    generator = np.random.default_rng(seed)
+    weight_map = {}
+    for index, keys in enumerate(shards, start=1):
+        name = f"model-{index:05}-of-{len(shards):05}.safetensors"
+        tensors = {key: _random_values(shapes[key], dtype, generator) for key in keys}
+        save_file(tensors, out / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(keys, name))
+    files.write_json(out / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int) -> list[list[str]]:
+    itemsize = np.dtype(RANDOM_BITS[dtype][0]).itemsize
+    shards: list[list[str]] = []
+    room = 0
+    for key, shape in shapes.items():
+        nbytes = itemsize * math.prod(shape)
+        if not shards or nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(key)
+        room -= nbytes
+    return shards
+
+
+def _file_order(key: str) -> tuple[int, str]:
+    """Embedding, layers by number, the rest: as published checkpoints are written."""
+    parts = key.split(".")
+    if "layers" in parts:
+        return int(parts[parts.index("layers") + 1]), key
+    return (-1 if "embed_tokens" in parts else 1 << 30), key
+
+
+def _random_values(shape: tuple[int, ...], dtype: str, generator: np.random.Generator) -> np.ndarray:
+    unsigned, kept, exponent = RANDOM_BITS[dtype]
+    bits = np.frombuffer(generator.bytes(math.prod(shape) * np.dtype(unsigned).itemsize), unsigned) & unsigned(kept)
+    bits |= unsigned(exponent)
+    return bits.view(np.dtype(dtype)).reshape(shape)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ A process reads the rows that its own devices hold, once and in the order of the
 what is read ahead and what is under way to devices, each within a budget.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ from lark_jax.students.reading_ahead import read_ahead
 from lark_jax.students.safetensors_folder import CheckpointFiles, TensorReader, open_checkpoint
 
 _PIECE_BYTES = 8 << 20
-_READ_AHEAD_BYTES = 256 << 20
-_TRANSFER_BYTES = 256 << 20
+_READ_AHEAD_BYTES = 128 << 20  # small enough that the allocator hands out the same pages again and again
+_TRANSFER_BYTES = 128 << 20
 _NUM_READERS = 4  # enough to keep a disk or a network file system busy
 _QUIET_SECONDS = 10.0
 _ROWS_PER_COMPARISON = 1_024
@@ -102,9 +103,10 @@ def _read_parameters(
             budget=_READ_AHEAD_BYTES,
             num_threads=_NUM_READERS,
         )
-        for piece, values in fetched:
-            transfers.add(destinations[piece.target.name].store(piece, values), piece.host_bytes)
-            bar.update(piece.nbytes)
+        with contextlib.closing(fetched):  # no thread reads any more when the files are closed
+            for piece, values in fetched:
+                transfers.add(destinations[piece.target.name].store(piece, values), piece.host_bytes)
+                bar.update(piece.nbytes)
     return jax.block_until_ready({name: destination.finish() for name, destination in destinations.items()})
 
 

@@ -116,16 +116,20 @@ class Destination(Protocol):
 
 
 class HostDestination:
-    """Host memory that the CPU's arrays use where it lies: files are read straight into the parameter."""
+    """Host memory that the CPU's arrays use where it lies: files are read straight into the parameter.
+
+    Attributes:
+      memory: local block -> its values, in the shape of a shard.
+    """
 
     def __init__(self, target: Target) -> None:
         self._target = target
         blocks = dict.fromkeys(target.blocks.values())
-        self._memory = {block: _aligned_empty(target.block_shape, target.dtype) for block in blocks}
+        self.memory = {block: _aligned_empty(target.block_shape, target.dtype) for block in blocks}
 
     def fetch(self, piece: Piece, reader: TensorReader) -> None:
         for rows in self._target.row_ranges:
-            views = {block: self._view(block, piece) for block in self._memory if block.rows == rows}
+            views = {block: self._view(block, piece) for block in self.memory if block.rows == rows}
             start, width = rows.start + piece.rows.start, math.prod(piece.header.shape[1:])
             direct = [view for view in views.values() if view.shape[-1] == width and view.dtype == piece.header.dtype]
             if direct:
@@ -143,13 +147,11 @@ class HostDestination:
         target = self._target
         # XLA may use this memory, but does not own it: a donated array is copied instead of being written over, and
         # devices that hold the same block can share it.
-        shards = [
-            jax.device_put(self._memory[block], device, may_alias=True) for device, block in target.blocks.items()
-        ]
+        shards = [jax.device_put(self.memory[block], device, may_alias=True) for device, block in target.blocks.items()]
         return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
 
     def _view(self, block: Block, piece: Piece) -> np.ndarray:
-        memory = self._memory[block].reshape(self._target.num_layers, len(block.rows), len(block.columns))
+        memory = self.memory[block].reshape(self._target.num_layers, len(block.rows), len(block.columns))
         return memory[piece.layer, piece.rows.start : piece.rows.stop]
 
 

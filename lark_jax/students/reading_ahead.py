@@ -1,7 +1,7 @@
 """Fetching a list of items with threads, in order, ahead of the one who uses them, within a bound on memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ def read_ahead(
     size: Callable[[Item], int],
     budget: int,
     num_threads: int,
-) -> Iterator[tuple[Item, Fetched]]:
+) -> Generator[tuple[Item, Fetched], None, None]:
     """Yields every item with what `fetch` made of it, in the order of `items`.
 
     Threads start items in that order. Those that are fetched or being fetched, and not yet yielded, have a `size` of
