@@ -8,7 +8,8 @@ from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory, render_t
 from lark_jax.pool.records import Pool, Trajectory
 from lark_jax.processes import Share
 
-CHARACTERS_PER_CHUNK = 4_000_000  # seconds of work; what a killed run counts again
+CHARACTERS_PER_CHUNK = 1_000_000  # a second of work on a small machine; what a killed run counts again
+MOST_CHUNKS = 512  # a large pool has larger chunks
 
 
 def count_inputs(pool: Pool, chat: ChatFormat, max_length: int, *, folder: Path, share: Share) -> tuple[int, ...]:
@@ -35,10 +36,12 @@ def count_inputs(pool: Pool, chat: ChatFormat, max_length: int, *, folder: Path,
 
 
 def _chunks(trajectories: Sequence[Trajectory]) -> Iterator[Sequence[Trajectory]]:
+    sizes = [sum(len(message.content) for message in trajectory.messages) for trajectory in trajectories]
+    enough = max(CHARACTERS_PER_CHUNK, sum(sizes) // MOST_CHUNKS)
     start = characters = 0
-    for end, trajectory in enumerate(trajectories, start=1):
-        characters += sum(len(message.content) for message in trajectory.messages)
-        if characters >= CHARACTERS_PER_CHUNK or end == len(trajectories):
+    for end, size in enumerate(sizes, start=1):
+        characters += size
+        if characters >= enough or end == len(sizes):
             yield trajectories[start:end]
             start, characters = end, 0
 
