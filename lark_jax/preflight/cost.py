@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from lark_jax.preflight.collectives import Collective
 from lark_jax.preflight.hardware import Chip
+from lark_jax.preflight.lengths import Steps
 from lark_jax.preflight.requests import CompileAnswer
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.flops import forward_flops
@@ -117,27 +118,26 @@ class PoolTime:
 
 
 def pool_time(
-    steps_by_shape: Sequence[tuple[int, int, int]],
+    steps: Sequence[Steps],
     *,
     tokens: int,
     architecture: Architecture,
     answer: CompileAnswer,
     chip: Chip,
-    meshes: int,
     across_hosts: bool,
     bytes_per_value: int,
     assumptions: Assumptions,
 ) -> PoolTime:
-    """Time for steps (rows per device, length, how many), shared out over `meshes` equal meshes."""
+    """Time for `steps`, which the meshes of `answer` share."""
     seconds = {"compute": 0.0, "memory": 0.0, "network": 0.0}
-    for rows_per_device, length, count in steps_by_shape:
-        cost = step_cost(architecture, answer, rows_per_device, length, bytes_per_value)
+    for shape in steps:
+        cost = step_cost(architecture, answer, shape.rows, shape.length, bytes_per_value)
         time = step_time(cost, chip, across_hosts=across_hosts, assumptions=assumptions)
-        seconds[time.slowest] += time.seconds * math.ceil(count / meshes)
-    planned = sum(rows * answer.data * length * count for rows, length, count in steps_by_shape)
+        seconds[time.slowest] += time.seconds * shape.times / answer.meshes
+    planned = sum(shape.rows * answer.data * shape.length * shape.times for shape in steps)
     return PoolTime(
-        steps=sum(count for _, _, count in steps_by_shape),
-        shapes=len(steps_by_shape),
+        steps=sum(shape.times for shape in steps),
+        shapes=len(steps),
         tokens=tokens,
         padding=1 - tokens / planned,
         hours=sum(seconds.values()) / 3600,

@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-
-import numpy as np
+from typing import NamedTuple
 
 from lark_jax import runtime
 from lark_jax.config import Experiment
@@ -16,8 +15,8 @@ from lark_jax.pool import read_pool
 from lark_jax.pool.batching import plan_batches
 from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
 from lark_jax.pool.ladder import choose_ladder
+from lark_jax.scoring.workload import MOST_PADDING
 
-MOST_PADDING = 0.05  # of all tokens, as scoring aims at
 ASSUMED_TRAJECTORIES = 165_000  # 5,000 problems x 33, the paper's pool
 ASSUMED_MEAN = 6_000  # tokens; about a billion together
 ASSUMED_SPREAD = 0.9  # standard deviation of the logarithm
@@ -41,6 +40,14 @@ class Lengths:
         return sum(self.inputs)
 
 
+class Steps(NamedTuple):
+    """Steps of one shape."""
+
+    rows: int  # per device
+    length: int  # tokens of a row
+    times: int
+
+
 def find_lengths(experiment: Experiment, given: str | None) -> Lengths:
     """Lengths as `given`, else of the experiment's pool where pool and tokenizer are on this machine, else assumed.
 
@@ -58,16 +65,16 @@ def find_lengths(experiment: Experiment, given: str | None) -> Lengths:
     return _counted(experiment)
 
 
-def plan_steps(lengths: Lengths, tokens_per_batch: int, row_multiple: int) -> tuple[tuple[int, int, int], ...]:
-    """(rows per device, length, steps) of every compiled shape, longest rows first.
+def plan_steps(lengths: Lengths, tokens_per_batch: int, row_multiple: int) -> tuple[Steps, ...]:
+    """The steps of a pool by their shape, longest rows first.
 
     Args:
       row_multiple: devices along which rows are split.
     """
-    ladder = choose_ladder([np.asarray(lengths.inputs)], tokens_per_batch, row_multiple, MOST_PADDING)
+    ladder = choose_ladder(lengths.inputs, tokens_per_batch, row_multiple, MOST_PADDING)
     plans = plan_batches(lengths.inputs, tokens_per_batch, row_multiple, ladder)
-    steps = collections.Counter((plan.rows // row_multiple, plan.length) for plan in plans)
-    return tuple((rows, length, count) for (rows, length), count in sorted(steps.items(), key=lambda item: -item[0][1]))
+    counts = collections.Counter((plan.length, plan.rows // row_multiple) for plan in plans)
+    return tuple(Steps(rows, length, times) for (length, rows), times in sorted(counts.items(), reverse=True))
 
 
 def _given(text: str, longest: int) -> Lengths:

@@ -23,7 +23,7 @@ from lark_jax.scoring.mesh_choice import fits_one_process
 from lark_jax.scoring.parameter_axes import choose_parameter_axes, parameter_bytes_per_device
 from lark_jax.scoring.step import trace_score_step
 from lark_jax.sharding import DATA, TENSOR, make_mesh
-from lark_jax.students.attention import default_backend
+from lark_jax.students.attention import default_backend, describe_backend
 
 SHORT_LENGTH = 128
 _OUT_OF_MEMORY = (
@@ -61,7 +61,7 @@ def answer(request: CompileRequest) -> CompileAnswer:
 
     Raises:
       PreflightError: no compiler for this hardware is installed, or it refuses the program.
-      ConfigError: the mesh does not fit the hardware or the student.
+      ConfigError: the mesh does not fit the hardware or the student, or the attention backend does not.
     """
     topology = parse_topology(request.topology)
     dtype = jnp.dtype(request.dtype)
@@ -123,10 +123,12 @@ def _devices(topology: Topology) -> list[jax.Device]:
 
 
 def _attention(request: CompileRequest, topology: Topology) -> str:
-    if request.attention != "auto":
-        return request.attention
     platform = {"cuda": "gpu"}.get(topology.platform, topology.platform)
-    return default_backend(request.length, platform, jnp.dtype(request.dtype), request.architecture.head_dim)
+    dtype, head_dim = jnp.dtype(request.dtype), request.architecture.head_dim
+    if request.attention == "auto":
+        return default_backend(request.length, platform, dtype, head_dim)
+    describe_backend(request.attention, [request.length], platform, dtype, head_dim)  # refuses what cannot run there
+    return request.attention
 
 
 def _compiled_memory(traced: jax.stages.Traced, topology: Topology, parameters: int) -> Memory:

@@ -1,0 +1,52 @@
+"""Memory of the scoring step on TPUs, compiled ahead of time in CI, against the committed budgets."""
+
+import pytest
+from budget_cases import CASES, libtpu_version, read_budgets, request_of, score_request
+
+from lark_jax.preflight.hardware import GIB
+from lark_jax.preflight.requests import compile_in_child
+
+TOLERANCE = 1.05
+TOLERANCE_OF_ANOTHER_COMPILER = 1.25
+UPDATE = "if that is meant, run `python tests/preflight/record_budgets.py` and commit budgets.json with the reason"
+
+needs_libtpu = pytest.mark.skipif(libtpu_version() is None, reason="libtpu is not installed (the extra 'preflight')")
+
+
+def budget_of(case: str) -> tuple[dict[str, int], float, str]:
+    """Budget, tolerance, and the libtpu it was recorded with: the installed one, else the newest."""
+    budgets, version = read_budgets(), libtpu_version()
+    if version in budgets:
+        return budgets[version][case], TOLERANCE, version
+    newest = max(budgets, key=lambda known: tuple(int(part) for part in known.split(".") if part.isdecimal()))
+    return budgets[newest][case], TOLERANCE_OF_ANOTHER_COMPILER, newest
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", CASES)
+def test_memory_stays_within_its_budget(case: str) -> None:
+    budget, tolerance, version = budget_of(case)
+    memory = compile_in_child(request_of(case)).memory
+    assert memory.fits, f"{case}: {memory.total / GIB:.2f} GiB of {memory.available / GIB:.2f}"
+    for kind in ("arguments", "temporary"):
+        found, allowed = getattr(memory, kind), budget[kind]
+        assert found <= tolerance * allowed, (
+            f"{case}: {found:,} bytes of {kind}, {found / allowed - 1:+.1%} against the budget of libtpu {version}; "
+            f"{UPDATE}"
+        )
+
+
+def test_every_case_has_a_budget() -> None:
+    for version, budgets in read_budgets().items():
+        assert set(budgets) == set(CASES), f"libtpu {version}: {UPDATE}"
+
+
+@needs_libtpu
+def test_a_student_that_is_too_large_is_measured_not_guessed() -> None:
+    """Replicated, 7B parameters leave 1.6 GiB of a v5e: the compiler itself says how much is missing."""
+    memory = compile_in_child(score_request("qwen2.5-7b", "v5e-4", parameters="replicated")).memory
+    assert not memory.fits
+    assert memory.parameters == pytest.approx(2 * 7.6156e9, rel=1e-3)
+    assert memory.parameters < memory.total < memory.parameters + 4 * GIB

@@ -1,0 +1,111 @@
+"""`python -m lark_jax.preflight`: what it prints, its exit status, its errors."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from budget_cases import libtpu_version
+from student_shapes import STUDENT_SHAPES
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_libtpu = pytest.mark.skipif(libtpu_version() is None, reason="libtpu is not installed (the extra 'preflight')")
+has_cuda = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None for version in (12, 13))
+
+
+def preflight(tmp_path: Path, student: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    config = tmp_path / f"{student}.json"
+    config.write_text(json.dumps(STUDENT_SHAPES[student]), encoding="utf-8")
+    arguments = ["--config=configs/qwen7b.py", f"--architecture={config}", *flags]
+    return subprocess.run(
+        [sys.executable, "-m", "lark_jax.preflight", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_student_that_fits(tmp_path: Path) -> None:
+    out = tmp_path / "findings.json"
+    lengths = "--lengths=300:64,1000:30,2000:5"
+    done = preflight(
+        tmp_path, "tiny", "--topology=v5e-4", lengths, f"--out={out}", "--config.score.tokens_per_batch=2048"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on v5e:2x2: 4 x v5e, 1 host" in done.stdout
+    assert "FITS," in done.stdout
+    assert "assumptions" in done.stdout
+    findings = json.loads(out.read_text(encoding="utf-8"))
+    assert findings["fits"] is True
+    memory = findings["programs"][0]["answer"]["memory"]
+    assert memory["total"] == sum(memory[part] for part in ("arguments", "output", "temporary", "code"))
+    assert findings["programs"][0]["answer"]["attention"] == "splash"
+    assert findings["pool"]["rows"] == 99
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_one_that_does_not_fit_gets_a_setting_that_was_compiled(tmp_path: Path) -> None:
+    flags = ("--topology=v5e-4", "--config.score.parameters=replicated", "--lengths=32767:8")
+    done = preflight(tmp_path, "qwen2.5-7b", *flags)
+    assert done.returncode == 1, done.stderr
+    assert "DOES NOT FIT, by" in done.stdout
+    assert "This was compiled and fits" in done.stdout
+    assert "--config.score." in done.stdout
+
+
+@needs_libtpu
+def test_one_that_cannot_fit_is_told_so(tmp_path: Path) -> None:
+    done = preflight(tmp_path, "qwen2.5-72b", "--topology=v5e-4", "--lengths=512:4")
+    assert done.returncode == 1, done.stderr
+    assert "No setting makes it fit" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--topology=v9-8",), "--topology=v9-8: expected TPUs"),
+        (("--topology=v5e-4", "--efficiency=0"), "--efficiency=0.0"),
+        (("--topology=v5e-4", "--lengths=many"), "--lengths=many"),
+        (("--topology=v5e-4", "--architecture=nowhere"), "nowhere: not a file or folder here"),
+        (("--topology=v5e-4", "--config.score.dtype=int8"), "config.score.dtype"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    done = preflight(tmp_path, "tiny", *flags)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@needs_libtpu
+def test_a_mesh_that_the_slice_or_the_student_does_not_have_is_refused(tmp_path: Path) -> None:
+    done = preflight(tmp_path, "tiny", "--topology=v5e-4", "--lengths=512:4", "--config.mesh.tensor=3")
+    assert done.returncode == 2
+    assert "config.mesh" in done.stderr
+    done = preflight(tmp_path, "tiny", "--topology=v5e-4", "--lengths=512:4", "--config.score.attention=cudnn")
+    assert done.returncode == 2
+    assert "cudnn" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(has_cuda, reason="JAX's CUDA plugin is installed here")
+def test_a_missing_compiler_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    done = preflight(tmp_path, "tiny", "--topology=a100-80gb:8", "--lengths=512:4")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: --topology=a100-80gb:8: no compiler for this hardware is installed: pip install 'lark_jax[gpu]'"
+    )
+
+
+@pytest.mark.skipif(not has_cuda, reason="JAX's CUDA plugin is not installed (the extra 'gpu')")
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["a100-40gb", "a100-80gb", "h100", "h200", "b200"])
+def test_cards_that_are_not_there(tmp_path: Path, card: str) -> None:
+    out = tmp_path / "findings.json"
+    done = preflight(tmp_path, "qwen2.5-7b", f"--topology={card}:8", "--lengths=32767:8", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    memory = json.loads(out.read_text(encoding="utf-8"))["programs"][0]["answer"]["memory"]
+    assert memory["total"] <= 20 * 2**30
