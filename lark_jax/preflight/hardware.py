@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lark_jax.errors import ConfigError
+from lark_jax.students.flops import peak_flops
 
 GIB = 2**30
 GPU_SHARE = 0.75  # of a card's memory that JAX takes unless a variable of GPU_SHARE_VARIABLES says otherwise
@@ -17,19 +18,26 @@ class Chip:
 
     Attributes:
       name: as users write it.
+      device_kind: as `students.flops.PEAK_FLOPS` knows it.
       memory_bytes: that programs can use.
-      peak_flops: dense bfloat16 FLOP/s.
       memory_bandwidth: bytes/s between chip and its memory.
       link_bandwidth: bytes/s that one device sends to its neighbours: NVLink; two links (one axis) of a TPU's torus.
       host_bandwidth: bytes/s that one device sends to other hosts; a TPU slice has its links for that too.
     """
 
     name: str
+    device_kind: str
     memory_bytes: int
-    peak_flops: float
     memory_bandwidth: float
     link_bandwidth: float
     host_bandwidth: float
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        peak = peak_flops(self.device_kind)
+        assert peak is not None, self.device_kind
+        return peak
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,6 @@ class TpuChip(Chip):
 class Card(Chip):
     """Further: what XLA's GPU compiler asks about a card that is not there."""
 
-    description: str
     compute_capability: int  # major; minor is 0 for all of these
     core_count: int
     fpus_per_core: int
@@ -82,17 +89,15 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
-device_description_str: "{self.description}"
+device_description_str: "{self.device_kind}"
 """
 
 
-def _tpu(
-    name: str, memory_gib: float, tflops: float, memory_gbs: float, axis_gbs: float, dimensions: int, cores: int
-) -> TpuChip:
+def _tpu(name: str, memory_gib: float, memory_gbs: float, axis_gbs: float, *, dimensions: int, cores: int) -> TpuChip:
     return TpuChip(
         name=name,
+        device_kind=f"TPU {name}",
         memory_bytes=int(memory_gib * GIB),
-        peak_flops=tflops * 1e12,
         memory_bandwidth=memory_gbs * 1e9,
         link_bandwidth=axis_gbs * 1e9,
         host_bandwidth=axis_gbs * 1e9,
@@ -106,23 +111,22 @@ def _tpu(
 TPU_CHIPS: Mapping[str, TpuChip] = {
     chip.name: chip
     for chip in (
-        _tpu("v4", 30.75, 275, 1228, 100, dimensions=3, cores=2),
-        _tpu("v5e", 15.75, 197, 819, 100, dimensions=2, cores=1),
-        _tpu("v5p", 95.73, 459, 2765, 200, dimensions=3, cores=2),
-        _tpu("v6e", 31.24, 918, 1638, 200, dimensions=2, cores=1),
+        _tpu("v4", 30.75, 1228, 100, dimensions=3, cores=2),
+        _tpu("v5e", 15.75, 819, 100, dimensions=2, cores=1),
+        _tpu("v5p", 95.73, 2765, 200, dimensions=3, cores=2),
+        _tpu("v6e", 31.24, 1638, 200, dimensions=2, cores=1),
     )
 }
 
 
-def _ampere(name: str, description: str, memory_bytes: int, memory_gbs: float) -> Card:
+def _ampere(name: str, device_kind: str, memory_bytes: int, memory_gbs: float) -> Card:
     return Card(
         name=name,
+        device_kind=device_kind,
         memory_bytes=memory_bytes,
-        peak_flops=312e12,
         memory_bandwidth=memory_gbs * 1e9,
         link_bandwidth=300e9,
         host_bandwidth=25e9,
-        description=description,
         compute_capability=8,
         core_count=108,
         fpus_per_core=64,
@@ -133,15 +137,14 @@ def _ampere(name: str, description: str, memory_bytes: int, memory_gbs: float) -
     )
 
 
-def _hopper(name: str, description: str, memory_bytes: int, memory_gbs: float) -> Card:
+def _hopper(name: str, device_kind: str, memory_bytes: int, memory_gbs: float) -> Card:
     return Card(
         name=name,
+        device_kind=device_kind,
         memory_bytes=memory_bytes,
-        peak_flops=989e12,
         memory_bandwidth=memory_gbs * 1e9,
         link_bandwidth=450e9,
         host_bandwidth=50e9,
-        description=description,
         compute_capability=9,
         core_count=132,
         fpus_per_core=128,
@@ -162,12 +165,11 @@ CARDS: Mapping[str, Card] = {
         _hopper("h200", "NVIDIA H200 141GB HBM3e", 151_397_597_184, 4800.0),
         Card(
             name="b200",
+            device_kind="NVIDIA B200",
             memory_bytes=191_514_411_008,
-            peak_flops=2250e12,
             memory_bandwidth=7672.32e9,
             link_bandwidth=900e9,
             host_bandwidth=50e9,
-            description="NVIDIA B200",
             compute_capability=10,
             core_count=148,
             fpus_per_core=128,

@@ -192,4 +192,4 @@ def _gib(size: float) -> str:
 
 
 def _duration(hours: float) -> str:
-    return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:,.1f} hours"
+    return f"{hours * 60:.1f} min" if hours < 2 else f"{hours:,.1f} h"
