@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from lark_jax.students.safetensors_folder import TensorHeader, TensorReader
 
 _PAGE_BYTES = 4_096  # more than XLA asks of memory that it is to use where it lies
+_ROW_MULTIPLE = 128  # whole tiles of a TPU's memory are written without shifting rows
 _DEVICE = "device"
 
 
@@ -98,6 +99,7 @@ def pieces(header: TensorHeader, target: Target, layer: int, piece_bytes: int) -
     """The part of a tensor that local devices hold, in pieces of at most `piece_bytes`, or of one row per range."""
     num_rows = len(target.row_ranges[0])
     step = max(1, piece_bytes // max(1, len(target.row_ranges) * header.row_bytes))
+    step -= step % _ROW_MULTIPLE if step > _ROW_MULTIPLE else 0
     for start in range(0, num_rows, step):
         yield Piece(header, target, layer, range(start, min(start + step, num_rows)))
 

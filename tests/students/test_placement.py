@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from lark_jax.students.placement import DeviceDestination, HostDestination, Target, pieces
+from lark_jax.students.placement import DeviceDestination, HostDestination, Target, _writer, pieces
 from lark_jax.students.safetensors_folder import TensorReader, open_checkpoint
 
 # [layers, rows, columns] that a mesh of 2 x 4 divides in every way; 1 column: a vector.
@@ -139,6 +139,18 @@ def test_no_piece_is_larger_than_asked_unless_it_is_one_row_of_each_range(tmp_pa
             plan = list(pieces(header, target, 0, piece_bytes))
             assert all(piece.nbytes <= piece_bytes or len(piece.rows) == 1 for piece in plan)
             assert sum(piece.nbytes for piece in plan) == header.nbytes
+
+
+def test_rows_are_written_in_place_and_without_communication():
+    devices = jax.make_mesh((8,), ("device",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(devices, spec) for spec in (PartitionSpec("device"), PartitionSpec()))
+    target = jax.ShapeDtypeStruct((8 * 3, 16, 24), np.float32, sharding=split)
+    update = jax.ShapeDtypeStruct((8, 2, 24), np.float32, sharding=split)
+    starts = jax.ShapeDtypeStruct((3,), np.int32, sharding=whole)
+    compiled = _writer(devices).lower(target, update, starts).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == memory.output_size_in_bytes == 3 * 16 * 24 * 4
+    assert "all-" not in compiled.as_text()
 
 
 def test_split_layers_are_refused(tmp_path):
