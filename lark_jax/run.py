@@ -135,8 +135,24 @@ def give_back_the_accelerator(stages: tuple[str, ...]) -> NoReturn:
     """Goes on with `stages` in this process's place: JAX keeps an accelerator's memory until its process ends."""
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, "-m", "lark_jax.run", *sys.argv[1:], f"--config.stages={','.join(stages)}"]
+    arguments = [*without_stages(sys.argv[1:]), f"--config.stages={','.join(stages)}"]
+    command = [sys.executable, "-m", "lark_jax.run", *arguments]
     os.execv(sys.executable, command)
+
+
+def without_stages(arguments: Sequence[str]) -> list[str]:
+    """Command line arguments but for `--config.stages`: given twice, ml_collections joins the two."""
+    kept: list[str] = []
+    is_value = False
+    for argument in arguments:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if is_value:
+            is_value = False
+        elif argument.startswith("-") and name == "config.stages":
+            is_value = not equals
+        else:
+            kept.append(argument)
+    return kept
 
 
 def _fail(message: str) -> int:

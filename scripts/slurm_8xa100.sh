@@ -5,9 +5,10 @@
 #     sbatch scripts/slurm_8xa100.sh --config=configs/qwen7b.py --config.workdir=/shared/runs/qwen7b
 #     sbatch --nodes=4 scripts/slurm_8xa100.sh --config=...      # four nodes, 32 GPUs: nothing else changes
 #
-# Everything after the script's name goes to lark_jax as it is. Submitted again, also after a failure or at another
-# number of nodes, it continues: finished tasks are skipped, and on the same number of GPUs per process no trajectory
-# is scored twice. The student, the pool and the working directory have to lie on a file system that all nodes share.
+# Everything after the script's name goes to lark_jax as it is; the stages are the script's own business. Submitted
+# again, also after a failure or at another number of nodes, it continues: finished tasks are skipped, and on the same
+# number of GPUs per process no trajectory is scored twice. The student, the pool and the working directory have to lie
+# on a file system that all nodes share.
 #
 # Settings, from the environment (sbatch passes it on):
 #   LARK_VENV     virtual environment with `pip install -e '.[gpu]'`, visible from all nodes (default: .venv)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,9 +77,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return Material(folder)
 
 
-def start(arguments: list[str], devices: int = 4) -> "subprocess.Popen[str]":
-    environment = {
-        **os.environ,
+def start(arguments: list[str], devices: int = 4, **environment: str) -> "subprocess.Popen[str]":
+    settings = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -87,7 +86,7 @@ def start(arguments: list[str], devices: int = 4) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "lark_jax.run", *arguments],
         cwd=REPOSITORY,
-        env=environment,
+        env={**os.environ, **settings, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -96,22 +95,50 @@ def start(arguments: list[str], devices: int = 4) -> "subprocess.Popen[str]":
 
 @contextmanager
 def pair(arguments: list[str], second: tuple[str, ...] = ()) -> Iterator[list["subprocess.Popen[str]"]]:
-    """Both processes of a run; `second` are arguments of the second alone. None of them is left behind."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    meeting = [f"--config.distributed.coordinator=localhost:{port}", "--config.distributed.num_processes=2"]
-    meeting.append(f"--config.distributed.lost_timeout={LOST_TIMEOUT}")
-    started = [
+    """Both processes of a run, as the fields of the configuration say; `second` are arguments of the second alone."""
+    fields = [f"coordinator=localhost:{free_port()}", "num_processes=2", f"lost_timeout={LOST_TIMEOUT}"]
+    meeting = [f"--config.distributed.{field}" for field in fields]
+    with ended(
         start([*arguments, *meeting, f"--config.distributed.process_id={index}", *(second if index else ())])
         for index in range(2)
-    ]
+    ) as processes:
+        yield processes
+
+
+@contextmanager
+def pair_of_srun(arguments: list[str]) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Both processes of a run, as `srun --ntasks=2` starts them."""
+    step = {
+        "SLURM_JOB_ID": "1",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+    }
+    with ended(
+        start(arguments, **step, SLURM_PROCID=str(index), SLURM_LOCALID=str(index)) for index in range(2)
+    ) as processes:
+        yield processes
+
+
+@contextmanager
+def ended(started: Iterable["subprocess.Popen[str]"]) -> Iterator[list["subprocess.Popen[str]"]]:
+    """None of them is left behind."""
+    processes = list(started)
     try:
-        yield started
+        yield processes
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
             process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
 
 
 def outputs(processes: list["subprocess.Popen[str]"], timeout: float = 200) -> list[str]:
@@ -251,7 +278,7 @@ def test_an_error_of_one_process_ends_both_with_its_line(material: Material, tmp
 
 
 def test_an_error_of_both_is_said_once(material: Material, tmp_path: Path) -> None:
-    with pair(material.arguments(tmp_path / "run", stages="score,finetune")) as processes:
+    with pair_of_srun(material.arguments(tmp_path / "run", stages="score,finetune")) as processes:
         printed = "".join(outputs(processes, timeout=60))
     assert [process.returncode for process in processes] == [2, 2], printed
     assert printed.count("error:") == 1
@@ -267,3 +294,25 @@ def test_a_second_run_in_the_same_folder_is_kept_out(material: Material, tmp_pat
         printed = "".join(outputs(processes, timeout=60))
     assert [process.returncode for process in processes] == [2, 2], printed
     assert printed.count("another run is working there") == 1
+
+
+def test_without_the_other_process_the_first_says_what_to_check(material: Material, tmp_path: Path) -> None:
+    fields = [f"coordinator=localhost:{free_port()}", "num_processes=2", "process_id=0", "connect_timeout=1"]
+    arguments = material.arguments(tmp_path) + [f"--config.distributed.{field}" for field in fields]
+    with ended([start(arguments)]) as processes:
+        (printed,) = outputs(processes, timeout=60)
+    assert processes[0].returncode == 2
+    assert printed.startswith("error: process 1/2 waited 1 s for the others at localhost:")
+    assert printed.count("\n") == 1
+
+
+def test_stages_of_the_cpu_go_on_in_the_first_process_alone(
+    material: Material, two_processes: tuple[Path, list[str]]
+) -> None:
+    workdir, _ = two_processes
+    with pair(material.arguments(workdir, stages="score,report")) as processes:
+        first, second = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], (first, second)
+    assert second == ""
+    assert "score: up to date" in first
+    assert (workdir / "report" / "index.html").is_file()
