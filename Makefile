@@ -1,6 +1,9 @@
 # `make demo` and `make test` set everything up by themselves on a fresh machine; the first call takes minutes.
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Demo, tests and benchmarks here run on the CPU; `make JAX_PLATFORMS=cuda bench` measures a GPU. (With libtpu installed
+# for the ahead-of-time tests, JAX would otherwise look for a TPU first.)
+export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test lint bench clean
 
