@@ -54,7 +54,7 @@ class PoolConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    tokens_per_batch: int = 32_768  # tokens per device and step, padding included
+    tokens_per_batch: int = 32_768  # tokens per device and step at most, padding included
     dtype: str = "bfloat16"  # of parameters and activations; statistics are always float32
     metrics: tuple[str, ...] = ()  # further columns; none is registered yet
     vocab_chunk: int = 4_096  # vocabulary rows per pass; the widest logits that ever exist

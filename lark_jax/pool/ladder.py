@@ -15,6 +15,14 @@ SHORT_ROW = 1_024  # up to here a tile would be more than an eighth of the row: 
 SHORT_GRAIN = 32
 MOST_RUNGS = 64
 NOT_WORTH_A_RUNG = 0.005  # of padding, where the bound is out of reach
+WORTHWHILE_BATCHES = 256  # from fewer batches no ladder can be made that pads little
+SMALLEST_BUDGET = 4_096  # tokens per device that keep it busy
+
+
+def useful_budget(total_inputs: int, tokens_per_batch: int, row_multiple: int) -> int:
+    """At most `tokens_per_batch`: less for a pool that would fill only a few such batches on so many devices."""
+    enough = total_inputs // (row_multiple * WORTHWHILE_BATCHES)
+    return min(tokens_per_batch, max(SMALLEST_BUDGET, enough))
 
 
 def choose_ladder(

@@ -19,7 +19,7 @@ from lark_jax import files
 from lark_jax.errors import PipelineError
 from lark_jax.pool.batching import BatchPlan, plan_batches
 from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories
-from lark_jax.pool.ladder import choose_ladder
+from lark_jax.pool.ladder import choose_ladder, useful_budget
 from lark_jax.pool.records import Pool, SkippedRecord, Trajectory
 from lark_jax.processes import EVERYTHING, Share
 from lark_jax.scoring.lengths import count_inputs
@@ -30,7 +30,7 @@ MOST_PADDING = 0.05  # of all tokens that go through the student
 @dataclass(frozen=True)
 class ScoreOptions:
     max_length: int  # tokens of prompt and answer
-    tokens_per_batch: int  # per device
+    tokens_per_batch: int  # per device, at most; small pools have smaller batches
     vocab_chunk: int
     parameter_axes: tuple[str, ...] = ()  # of the mesh, over which the student's parameters are split
     batches_per_part: int = 16
@@ -140,7 +140,7 @@ def render_part(workload: Workload, part: Part, prompts: Prompts) -> RenderedPar
 def _parts(lengths: Sequence[int], options: ScoreOptions, row_multiple: int) -> tuple[Part, ...]:
     scorable = [index for index, length in enumerate(lengths) if length > 0]
     unscorable = [index for index, length in enumerate(lengths) if length == 0]
-    batches = _batches([lengths[index] for index in scorable], options.tokens_per_batch, row_multiple)
+    batches = plan_pool([lengths[index] for index in scorable], options.tokens_per_batch, row_multiple)
     size = options.batches_per_part
     groups = [batches[start : start + size] for start in range(0, len(batches), size)] or [()]
     parts = []
@@ -152,11 +152,16 @@ def _parts(lengths: Sequence[int], options: ScoreOptions, row_multiple: int) -> 
     return tuple(part for part in parts if part.members)
 
 
-def _batches(lengths: Sequence[int], tokens_per_batch: int, row_multiple: int) -> tuple[BatchPlan, ...]:
+def plan_pool(lengths: Sequence[int], tokens_per_batch: int, row_multiple: int) -> tuple[BatchPlan, ...]:
+    """The batches in which a pool is scored whose trajectories have so many inputs each; arguments of `plan_batches`.
+
+    Padding is at most `MOST_PADDING`, but for pools so small that their batches cannot be filled evenly.
+    """
     if not lengths:
         return ()
-    ladder = choose_ladder(lengths, tokens_per_batch, row_multiple, MOST_PADDING)
-    return plan_batches(lengths, tokens_per_batch, row_multiple, ladder)
+    budget = useful_budget(sum(lengths), tokens_per_batch, row_multiple)
+    ladder = choose_ladder(lengths, budget, row_multiple, MOST_PADDING)
+    return plan_batches(lengths, budget, row_multiple, ladder)
 
 
 def _renumbered(batches: Sequence[BatchPlan]) -> tuple[BatchPlan, ...]:

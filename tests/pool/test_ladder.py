@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lark_jax.pool.ladder import best_ladders, round_up
+from lark_jax.pool.ladder import best_ladders, round_up, useful_budget
 
 LENGTHS = st.lists(st.integers(1, 3000), min_size=1, max_size=40)
 
@@ -57,3 +57,13 @@ def test_arrays_and_lists_of_lengths_are_the_same():
 
 def test_no_lengths_have_no_ladder():
     assert list(best_ladders([], 3)) == []
+
+
+@given(st.integers(0, 10**10), st.integers(1, 10**6), st.integers(1, 512))
+def test_a_budget_is_lowered_only_where_it_leaves_too_few_batches_and_never_below_what_keeps_a_device_busy(
+    total, tokens_per_batch, devices
+):
+    budget = useful_budget(total, tokens_per_batch, devices)
+    assert min(tokens_per_batch, 4_096) <= budget <= tokens_per_batch
+    if total >= tokens_per_batch * devices * 256:
+        assert budget == tokens_per_batch

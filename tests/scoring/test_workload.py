@@ -55,7 +55,7 @@ def test_few_batches_get_few_shapes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tokens_per_batch", "devices"), [(8_192, 1), (32_768, 1), (4_096, 8)])
+@pytest.mark.parametrize(("tokens_per_batch", "devices"), [(8_192, 1), (32_768, 1), (32_768, 8)])
 def test_a_published_pool_is_padded_within_the_bound(
     shared_data: Path, tmp_path_factory: pytest.TempPathFactory, tokens_per_batch: int, devices: int
 ) -> None:
