@@ -12,10 +12,8 @@ from lark_jax import runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.pool import read_pool
-from lark_jax.pool.batching import plan_batches
 from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
-from lark_jax.pool.ladder import choose_ladder
-from lark_jax.scoring.workload import MOST_PADDING
+from lark_jax.scoring.workload import plan_pool
 
 ASSUMED_TRAJECTORIES = 165_000  # 5,000 problems x 33, the paper's pool
 ASSUMED_MEAN = 6_000  # tokens; about a billion together
@@ -71,8 +69,7 @@ def plan_steps(lengths: Lengths, tokens_per_batch: int, row_multiple: int) -> tu
     Args:
       row_multiple: devices along which rows are split.
     """
-    ladder = choose_ladder(lengths.inputs, tokens_per_batch, row_multiple, MOST_PADDING)
-    plans = plan_batches(lengths.inputs, tokens_per_batch, row_multiple, ladder)
+    plans = plan_pool(lengths.inputs, tokens_per_batch, row_multiple)
     counts = collections.Counter((plan.length, plan.rows // row_multiple) for plan in plans)
     return tuple(Steps(rows, length, times) for (length, rows), times in sorted(counts.items(), reverse=True))
 
