@@ -36,7 +36,7 @@ def abstract_decoder(
     architecture: Architecture,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
-    **options: str | None,
+    **options: Any,
 ) -> Decoder:
     """A decoder whose parameters are `jax.ShapeDtypeStruct`s; takes no memory."""
     return nnx.eval_shape(lambda: Decoder(architecture, dtype, param_dtype, rngs=nnx.Rngs(0), **options))
