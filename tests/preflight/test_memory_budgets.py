@@ -1,10 +1,14 @@
 """Memory of the scoring step on TPUs, compiled ahead of time in CI, against the committed budgets."""
 
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import pytest
 from budget_cases import CASES, libtpu_version, read_budgets, request_of, score_request
 
 from lark_jax.preflight.hardware import GIB
-from lark_jax.preflight.requests import compile_in_child
+from lark_jax.preflight.requests import CompileAnswer, compile_in_child
 
 TOLERANCE = 1.05
 TOLERANCE_OF_ANOTHER_COMPILER = 1.25
@@ -22,13 +26,20 @@ def budget_of(case: str) -> tuple[dict[str, int], float, str]:
     return budgets[newest][case], TOLERANCE_OF_ANOTHER_COMPILER, newest
 
 
+@pytest.fixture(scope="module")
+def answers() -> Iterator[Mapping[str, Future[CompileAnswer]]]:
+    """Every case, each compiled in a process of its own, as many at a time as there are cores."""
+    with ThreadPoolExecutor(max_workers=min(len(CASES), os.cpu_count() or 1)) as pool:
+        yield {case: pool.submit(compile_in_child, request_of(case)) for case in CASES}
+
+
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
-def test_memory_stays_within_its_budget(case: str) -> None:
+def test_memory_stays_within_its_budget(case: str, answers: Mapping[str, Future[CompileAnswer]]) -> None:
     budget, tolerance, version = budget_of(case)
-    memory = compile_in_child(request_of(case)).memory
+    memory = answers[case].result().memory
     assert memory.fits, f"{case}: {memory.total / GIB:.2f} GiB of {memory.available / GIB:.2f}"
     for kind in ("arguments", "temporary"):
         found, allowed = getattr(memory, kind), budget[kind]

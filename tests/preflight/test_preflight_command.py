@@ -47,12 +47,12 @@ def test_a_student_that_fits(tmp_path: Path) -> None:
 @needs_libtpu
 @pytest.mark.slow
 def test_one_that_does_not_fit_gets_a_setting_that_was_compiled(tmp_path: Path) -> None:
-    flags = ("--topology=v5e-4", "--config.score.parameters=replicated", "--lengths=32767:8")
-    done = preflight(tmp_path, "qwen2.5-7b", *flags)
+    settings = ("--config.score.parameters=replicated", "--config.score.vocab_chunk=1024")
+    done = preflight(tmp_path, "qwen2.5-7b", "--topology=v5e-4", "--lengths=32767:8", *settings)
     assert done.returncode == 1, done.stderr
     assert "DOES NOT FIT, by" in done.stdout
     assert "This was compiled and fits" in done.stdout
-    assert "--config.score." in done.stdout
+    assert "    --config.score.parameters=gathered\n" in done.stdout
 
 
 @needs_libtpu
