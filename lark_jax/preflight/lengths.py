@@ -8,17 +8,20 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
-from lark_jax import runtime
+from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.pool import read_pool
-from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.pool.chat import load_chat_format
+from lark_jax.processes import EVERYTHING
+from lark_jax.scoring.lengths import count_inputs
 from lark_jax.scoring.workload import plan_pool
 
 ASSUMED_TRAJECTORIES = 165_000  # 5,000 problems x 33, the paper's pool
 ASSUMED_MEAN = 6_000  # tokens; about a billion together
 ASSUMED_SPREAD = 0.9  # standard deviation of the logarithm
 ASSUMED_CLASSES = 64
+FOLDER = "preflight"  # below the workdir
 GIVEN = re.compile(r"\d+:\d+(,\d+:\d+)*")
 
 
@@ -58,7 +61,7 @@ def find_lengths(experiment: Experiment, given: str | None) -> Lengths:
         return _given(given, longest)
     if not Path(experiment.pool.path).exists():
         return _assumed(longest, f"{experiment.pool.path} is not here")
-    if not (Path(experiment.student.path) / "tokenizer_config.json").is_file():
+    if not (Path(experiment.student.path) / "tokenizer.json").is_file():
         return _assumed(longest, f"no tokenizer in {experiment.student.path}")
     return _counted(experiment)
 
@@ -83,11 +86,15 @@ def _given(text: str, longest: int) -> Lengths:
 
 
 def _counted(experiment: Experiment) -> Lengths:
+    """Kept below the workdir: a second call counts nothing."""
     pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
     chat = load_chat_format(experiment.student.path, experiment.student.chat_template)
-    stream = render_trajectories(chat, pool.trajectories, experiment.student.max_length)
-    rendered = runtime.progress(stream, what="tokenize", total=len(pool.trajectories), unit="trajectory")
-    inputs = tuple(item.num_inputs for item in rendered if isinstance(item, RenderedTrajectory))
+    max_length = experiment.student.max_length
+    texts = files.sha256_of_json([files.sha256_of_path(experiment.pool.path), experiment.pool.on_bad_record])
+    counts = files.sha256_of_json([texts, chat.template_hash, chat.tokenizer_hash, max_length])
+    folder = Path(experiment.workdir) / FOLDER / f"lengths-{counts[:16]}"
+    counted = count_inputs(pool, chat, max_length, folder=folder, share=EVERYTHING)
+    inputs = tuple(length for length in counted if length > 0)  # 0: cannot be rendered
     if not inputs:
         raise ConfigError(f"{experiment.pool.path}: no trajectory can be rendered, so there are no lengths to plan for")
     return Lengths(inputs, f"{experiment.pool.path}, tokenized")

@@ -1,14 +1,20 @@
 """Lengths of a pool: given, counted or assumed; the steps hold every row."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lark_jax.config import Experiment, PoolConfig, StudentConfig
+from lark_jax.config import Experiment, PoolConfig, StudentConfig, SyntheticConfig
 from lark_jax.errors import ConfigError
+from lark_jax.pool import read_pool
+from lark_jax.pool.chat import load_chat_format, render_trajectory
+from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.preflight.lengths import ASSUMED_MEAN, ASSUMED_TRAJECTORIES, Lengths, find_lengths, plan_steps
 
 
@@ -50,17 +56,52 @@ def test_without_a_tokenizer_the_pool_cannot_be_counted_and_that_is_said(tmp_pat
     assert "no tokenizer in nowhere/student" in find_lengths(experiment(pool=str(pool)), None).source
 
 
-def test_a_pool_is_tokenized_with_the_students_tokenizer(shared_data: Path, tmp_path: Path) -> None:
-    pools = sorted((shared_data / "pool").glob("*.jsonl"))
-    tokenizers = [path.parent for path in sorted((shared_data / "tokenizers").glob("*/tokenizer_config.json"))]
-    if not pools or not tokenizers:
-        pytest.skip("no pool or tokenizer among the real data")
-    small = tmp_path / "pool.jsonl"
-    small.write_text("\n".join(pools[0].read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8")
-    lengths = find_lengths(experiment(student=str(tokenizers[0]), pool=str(small)), None)
-    assert len(lengths.inputs) <= 20
-    assert min(lengths.inputs) > 1
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pool.jsonl and student/, whose tokenizer has its template in tokenizer_config.json."""
+    folder = tmp_path_factory.mktemp("material")
+    sizes = SyntheticConfig(num_problems=6, num_test_problems=2, num_pretrain_problems=60, rollouts=2)
+    write_synthetic(sizes, int(np.random.default_rng().integers(1000)), folder)
+    return folder
+
+
+def own_experiment(material: Path, workdir: Path) -> Experiment:
+    plain = experiment(student=str(material / "student"), pool=str(material / "pool.jsonl"), max_length=256)
+    return dataclasses.replace(plain, workdir=str(workdir))
+
+
+def test_a_pool_is_tokenized_with_the_students_tokenizer(material: Path, tmp_path: Path) -> None:
+    lengths = find_lengths(own_experiment(material, tmp_path), None)
+    pool, chat = read_pool(material / "pool.jsonl"), load_chat_format(material / "student")
+    rendered = [render_trajectory(chat, trajectory, 256) for trajectory in pool.trajectories]
+    assert lengths.inputs == tuple(len(row.prompt_tokens) + len(row.target_tokens) - 1 for row in rendered)
     assert "tokenized" in lengths.source
+
+
+def test_a_pool_is_counted_once(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = own_experiment(material, tmp_path)
+    first = find_lengths(own, None)
+    assert first.longest > 99
+    with monkeypatch.context() as patched:
+        patched.setattr("lark_jax.scoring.lengths.render_trajectories", lambda *_: pytest.fail("counted again"))
+        assert find_lengths(own, None) == first
+    shorter = dataclasses.replace(own, student=dataclasses.replace(own.student, max_length=100))
+    assert find_lengths(shorter, None).longest == 99  # not what was kept for longer rows
+
+
+def test_tokenizer_json_and_a_template_are_enough(material: Path, tmp_path: Path) -> None:
+    """Without tokenizer_config.json, as scoring reads the student too."""
+    student = tmp_path / "student"
+    student.mkdir()
+    shutil.copy(material / "student" / "tokenizer.json", student)
+    template = tmp_path / "template.jinja"
+    template.write_text(load_chat_format(material / "student").template, encoding="utf-8")
+    own = own_experiment(material, tmp_path / "run")
+    bare = dataclasses.replace(
+        own, student=dataclasses.replace(own.student, path=str(student), chat_template=str(template))
+    )
+    lengths = find_lengths(bare, None)
+    assert lengths.inputs == find_lengths(own, None).inputs
 
 
 @given(st.lists(st.integers(1, 32_767), min_size=1, max_size=200), st.integers(1, 16))
