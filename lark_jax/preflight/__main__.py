@@ -45,7 +45,8 @@ def run() -> int:
     if not 0 < EFFICIENCY.value <= 1:
         raise ConfigError(f"--efficiency={EFFICIENCY.value}: expected a share above 0, at most 1")
     topology = parse_topology(TOPOLOGY.value)
-    experiment = experiment_from_mapping(CONFIG.value.to_dict())
+    # Scoring is what is compiled; other stages would refuse a `tensor` axis.
+    experiment = experiment_from_mapping({**CONFIG.value.to_dict(), "stages": ("score",)})
     student = ARCHITECTURE.value or experiment.student.path
     if not Path(student).exists():
         raise ConfigError(

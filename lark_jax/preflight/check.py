@@ -1,12 +1,21 @@
 """From an experiment and hardware to findings: what to compile, compiled, costed, and mended where it does not fit."""
 
+import functools
+
 from lark_jax import runtime
 from lark_jax.config import Experiment
 from lark_jax.preflight.cost import Assumptions, PoolTime, pool_time, step_cost, step_time
+from lark_jax.preflight.findings import Finding, Findings
 from lark_jax.preflight.lengths import Lengths, plan_steps
 from lark_jax.preflight.remedies import find_remedy
-from lark_jax.preflight.report import Finding, Findings
-from lark_jax.preflight.requests import CompileAnswer, CompileRequest, compile_in_child
+from lark_jax.preflight.requests import (
+    CompileAnswer,
+    CompileRequest,
+    MeshAnswer,
+    MeshRequest,
+    compile_in_child,
+    mesh_in_child,
+)
 from lark_jax.preflight.topologies import Topology
 from lark_jax.students.architecture import Architecture
 
@@ -27,17 +36,45 @@ def check(
     Raises:
       PreflightError: no compiler for this hardware is installed, or it refuses a program.
     """
-    requests = score_requests(experiment, architecture, topology, lengths)
-    programs = tuple(_finding(request, topology, assumptions) for request in requests)
-    pool = _pool_time(programs[0], experiment.score.tokens_per_batch, topology, lengths, assumptions)
-    return Findings(student_name, topology, programs, lengths, pool, assumptions)
+    decide_mesh = functools.cache(mesh_in_child)
+
+    def requests_of(changed: Experiment) -> tuple[CompileRequest, ...]:
+        mesh = decide_mesh(mesh_request(changed, architecture, topology))
+        return score_requests(changed, architecture, topology, lengths, mesh)
+
+    requests = requests_of(experiment)
+    answers = tuple(_compile(request) for request in requests)
+    fits = all(answer.memory.fits for answer in answers)
+    remedy = None if fits else find_remedy(experiment, architecture, answers, topology, requests_of, _compile)
+    programs = tuple(
+        _finding(request, answer, topology, assumptions) for request, answer in zip(requests, answers, strict=True)
+    )
+    if remedy is not None and remedy.found:
+        experiment, answers = remedy.experiment, remedy.answers
+    pool = _pool_time(experiment, architecture, answers[0], topology, lengths, assumptions)
+    return Findings(student_name, topology, programs, remedy, lengths, pool, assumptions)
+
+
+def mesh_request(experiment: Experiment, architecture: Architecture, topology: Topology) -> MeshRequest:
+    return MeshRequest(
+        architecture=architecture,
+        topology=topology.name,
+        data=experiment.mesh.data,
+        tensor=experiment.mesh.tensor,
+        dtype=experiment.score.dtype,
+        parameters=experiment.score.parameters,
+    )
 
 
 def score_requests(
-    experiment: Experiment, architecture: Architecture, topology: Topology, lengths: Lengths
+    experiment: Experiment, architecture: Architecture, topology: Topology, lengths: Lengths, mesh: MeshAnswer
 ) -> tuple[CompileRequest, ...]:
-    """The scoring step for the longest rows of the pool and, where others have more tokens a step, for those."""
-    steps = plan_steps(lengths, experiment.score.tokens_per_batch, 1)
+    """The scoring step for the longest rows of the pool and, where others have more tokens a step, for those.
+
+    Args:
+      mesh: on which the experiment scores; the shapes depend on its devices along `data`.
+    """
+    steps = plan_steps(lengths, experiment.score.tokens_per_batch, mesh.data)
     longest = max(steps, key=lambda step: step.length)
     fullest = max(steps, key=lambda step: (step.rows * step.length, step.length))
     return tuple(
@@ -58,32 +95,29 @@ def score_requests(
     )
 
 
-def _finding(request: CompileRequest, topology: Topology, assumptions: Assumptions) -> Finding:
-    answer = _compile(request)
-    remedy = None if answer.memory.fits else find_remedy(request, answer, topology, _compile)
-    works = answer if remedy is None or remedy.answer is None else remedy.answer
-    cost = step_cost(request.architecture, works, works.rows_per_device, works.length, BYTES[request.dtype])
-    time = step_time(cost, topology.chip, across_hosts=_across_hosts(works, topology), assumptions=assumptions)
-    return Finding(request, answer, cost, time, remedy)
+def _finding(request: CompileRequest, answer: CompileAnswer, topology: Topology, assumptions: Assumptions) -> Finding:
+    cost = step_cost(request.architecture, answer, answer.rows_per_device, answer.length, BYTES[request.dtype])
+    time = step_time(cost, topology.chip, across_hosts=_across_hosts(answer, topology), assumptions=assumptions)
+    return Finding(request, answer, cost, time)
 
 
 def _pool_time(
-    program: Finding, tokens_per_batch: int, topology: Topology, lengths: Lengths, assumptions: Assumptions
+    experiment: Experiment,
+    architecture: Architecture,
+    answer: CompileAnswer,
+    topology: Topology,
+    lengths: Lengths,
+    assumptions: Assumptions,
 ) -> PoolTime:
-    """With the layout of `program`, or of what makes it fit."""
-    answer = program.answer
-    if program.remedy is not None and program.remedy.answer is not None:
-        answer = program.remedy.answer
-        if answer.rows_per_device != program.request.rows_per_device:
-            tokens_per_batch = answer.rows_per_device * answer.length
+    """In the layout of `answer`, which is a program of `experiment`."""
     return pool_time(
-        plan_steps(lengths, tokens_per_batch, answer.data),
+        plan_steps(lengths, experiment.score.tokens_per_batch, answer.data),
         tokens=lengths.tokens,
-        architecture=program.request.architecture,
+        architecture=architecture,
         answer=answer,
         chip=topology.chip,
         across_hosts=_across_hosts(answer, topology),
-        bytes_per_value=BYTES[program.request.dtype],
+        bytes_per_value=BYTES[experiment.score.dtype],
         assumptions=assumptions,
     )
 

@@ -1,15 +1,18 @@
-"""Which setting makes a step fit that does not: candidates, the smallest change first, until one compiles and fits."""
+"""Which setting makes a run fit that does not: candidates, the smallest change first, until all its programs fit."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from lark_jax.config import Experiment
 from lark_jax.preflight.hardware import GPU_SHARE_VARIABLES, Card
 from lark_jax.preflight.requests import CompileAnswer, CompileRequest
 from lark_jax.preflight.topologies import Topology
 from lark_jax.sharding import DATA
+from lark_jax.students.architecture import Architecture
 
+RequestsOf = Callable[[Experiment], tuple[CompileRequest, ...]]
 Compile = Callable[[CompileRequest], CompileAnswer]
 LARGEST_GPU_SHARE = 0.95  # of a card's memory; the rest is for CUDA and its libraries
 SMALL_CHUNK = 1_024
@@ -18,68 +21,127 @@ MOST_TRIES = 12
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """Settings as a user writes them, and the program that they give; `answer` is None where none was found."""
+    """What makes a run fit, or that nothing does.
+
+    Attributes:
+      settings: as a user writes them; empty where none was found.
+      experiment: with these settings.
+      answers: all programs of that experiment, none where none was found.
+      tried: settings with which a program does not fit.
+    """
 
     settings: str
-    answer: CompileAnswer | None
-    tried: tuple[str, ...]  # settings whose programs do not fit
+    experiment: Experiment
+    answers: tuple[CompileAnswer, ...]
+    tried: tuple[str, ...]
+
+    @property
+    def found(self) -> bool:
+        return bool(self.answers)
 
 
-def find_remedy(request: CompileRequest, answer: CompileAnswer, topology: Topology, compile_request: Compile) -> Remedy:
-    """Compiles candidates until a program fits."""
-    share = LARGEST_GPU_SHARE * topology.chip.memory_bytes
-    if isinstance(topology.chip, Card) and answer.memory.total <= share:
-        memory = dataclasses.replace(answer.memory, available=int(share))
+def find_remedy(
+    experiment: Experiment,
+    architecture: Architecture,
+    answers: Sequence[CompileAnswer],
+    topology: Topology,
+    requests_of: RequestsOf,
+    compile_request: Compile,
+) -> Remedy:
+    """Compiles the programs of candidates until all of one candidate fit.
+
+    Args:
+      experiment: of scoring alone; fine-tuning would refuse a `tensor` axis.
+      answers: the programs of `experiment`, of which at least one does not fit.
+      requests_of: the programs of an experiment, in the order of `answers`.
+    """
+    share = int(LARGEST_GPU_SHARE * topology.chip.memory_bytes)
+    if isinstance(topology.chip, Card) and all(answer.memory.total <= share for answer in answers):
         settings = f"{GPU_SHARE_VARIABLES[0]}={LARGEST_GPU_SHARE} in the environment"
-        return Remedy(settings, dataclasses.replace(answer, memory=memory), ())
+        return Remedy(settings, experiment, tuple(_with_memory(answer, share) for answer in answers), ())
+    misfit = next(number for number, answer in enumerate(answers) if not answer.memory.fits)
     tried: list[str] = []
-    for candidate in itertools.islice(candidates(request, answer, topology), MOST_TRIES):
-        settings = settings_of(request, candidate)
-        found = compile_request(candidate)
-        if found.memory.fits:
-            return Remedy(settings, found, tuple(tried))
+    for candidate in itertools.islice(candidates(experiment, architecture, answers[misfit], topology), MOST_TRIES):
+        settings = settings_of(experiment, candidate)
+        requests = requests_of(candidate)
+        # What did not fit goes first: as a rule it decides.
+        found = _compile_while_they_fit(requests[misfit:] + requests[:misfit], compile_request)
+        if found:
+            return Remedy(settings, candidate, found, tuple(tried))
         tried.append(settings)
-    return Remedy("", None, tuple(tried))
+    return Remedy("", experiment, (), tuple(tried))
 
 
-def candidates(request: CompileRequest, answer: CompileAnswer, topology: Topology) -> Iterator[CompileRequest]:
-    """Requests that could fit, those with the fewest changes first; without those whose parameters alone are too much.
+def candidates(
+    experiment: Experiment, architecture: Architecture, answer: CompileAnswer, topology: Topology
+) -> Iterator[Experiment]:
+    """Experiments that could fit, those with the fewest changes first; without those whose parameters are too much.
 
     Fewer rows at a time cost little; then parameters gathered over `data`; narrower logits; layers split over `tensor`.
+
+    Args:
+      answer: a program of `experiment` that does not fit.
     """
-    rows = sorted({request.rows_per_device, request.rows_per_device // 2 or 1, 1}, reverse=True)
-    chunks = sorted({request.vocab_chunk, min(request.vocab_chunk, SMALL_CHUNK)}, reverse=True)
-    layouts = [(request.parameters, request.data, request.tensor)]
-    layouts += [("gathered", -1, tensor) for tensor in _tensor_sizes(request, topology)]
-    if DATA in answer.parameter_axes and request.parameters == "auto":
-        layouts.remove(("gathered", -1, request.tensor))  # as they already are
+    score, mesh = experiment.score, experiment.mesh
+    fewer_rows = [rows for rows in (answer.rows_per_device // 2, 1) if 0 < rows < answer.rows_per_device]
+    budgets = [score.tokens_per_batch, *dict.fromkeys(rows * answer.length for rows in fewer_rows)]
+    chunks = sorted({score.vocab_chunk, min(score.vocab_chunk, SMALL_CHUNK)}, reverse=True)
+    layouts = [(score.parameters, mesh.data, mesh.tensor)]
+    layouts += [
+        ("gathered", -1, tensor)
+        for tensor in _tensor_sizes(mesh.tensor, architecture, topology)
+        if not (tensor == mesh.tensor and _is_gathered_already(experiment, answer))
+    ]
     together = [
         dataclasses.replace(
-            request, rows_per_device=row, vocab_chunk=chunk, parameters=parameters, data=data, tensor=tensor
+            experiment,
+            score=dataclasses.replace(score, tokens_per_batch=budget, vocab_chunk=chunk, parameters=parameters),
+            mesh=dataclasses.replace(mesh, data=data, tensor=tensor),
         )
-        for (parameters, data, tensor), chunk, row in itertools.product(layouts, chunks, rows)
+        for (parameters, data, tensor), chunk, budget in itertools.product(dict.fromkeys(layouts), chunks, budgets)
     ]
     whole = answer.memory.parameters * _shards(answer)
-    for candidate in sorted(together, key=lambda other: len(settings_of(request, other).split())):
-        devices = topology.num_devices if candidate.parameters == "gathered" else _shards(answer)
-        if candidate != request and whole / devices <= topology.memory_bytes:
+    for candidate in sorted(together, key=lambda other: len(settings_of(experiment, other).split())):
+        devices = topology.num_devices if candidate.score.parameters == "gathered" else _shards(answer)
+        if candidate != experiment and whole / devices <= topology.memory_bytes:
             yield candidate
 
 
-def settings_of(before: CompileRequest, after: CompileRequest) -> str:
-    """The flags that turn one request into the other."""
+def settings_of(before: Experiment, after: Experiment) -> str:
+    """The flags that turn one experiment into the other."""
     flags = []
-    if after.rows_per_device != before.rows_per_device:
-        flags.append(f"--config.score.tokens_per_batch={after.rows_per_device * after.length}")
-    if after.parameters != before.parameters:
-        flags.append(f"--config.score.parameters={after.parameters}")
-    if after.data != before.data:
-        flags.append(f"--config.mesh.data={after.data}")
-    if after.tensor != before.tensor:
-        flags.append(f"--config.mesh.tensor={after.tensor}")
-    if after.vocab_chunk != before.vocab_chunk:
-        flags.append(f"--config.score.vocab_chunk={after.vocab_chunk}")
+    if after.score.tokens_per_batch != before.score.tokens_per_batch:
+        flags.append(f"--config.score.tokens_per_batch={after.score.tokens_per_batch}")
+    if after.score.parameters != before.score.parameters:
+        flags.append(f"--config.score.parameters={after.score.parameters}")
+    if after.mesh.data != before.mesh.data:
+        flags.append(f"--config.mesh.data={after.mesh.data}")
+    if after.mesh.tensor != before.mesh.tensor:
+        # Fine-tuning takes no `tensor` axis, so such a run is one of its own.
+        flags.append(f"--config.mesh.tensor={after.mesh.tensor} --config.stages=score")
+    if after.score.vocab_chunk != before.score.vocab_chunk:
+        flags.append(f"--config.score.vocab_chunk={after.score.vocab_chunk}")
     return " ".join(flags)
+
+
+def _compile_while_they_fit(requests: Sequence[CompileRequest], compile_request: Compile) -> tuple[CompileAnswer, ...]:
+    """The answers to all of `requests`, or none as soon as one does not fit."""
+    answers = []
+    for request in requests:
+        answer = compile_request(request)
+        if not answer.memory.fits:
+            return ()
+        answers.append(answer)
+    return tuple(answers)
+
+
+def _with_memory(answer: CompileAnswer, available: int) -> CompileAnswer:
+    return dataclasses.replace(answer, memory=dataclasses.replace(answer.memory, available=available))
+
+
+def _is_gathered_already(experiment: Experiment, answer: CompileAnswer) -> bool:
+    """Whether asking for gathered parameters would change nothing but the words."""
+    return DATA in answer.parameter_axes and experiment.score.parameters == "auto" and experiment.mesh.data == -1
 
 
 def _shards(answer: CompileAnswer) -> int:
@@ -88,7 +150,8 @@ def _shards(answer: CompileAnswer) -> int:
     return math.prod(sizes[axis] for axis in answer.parameter_axes)
 
 
-def _tensor_sizes(request: CompileRequest, topology: Topology) -> list[int]:
-    """`tensor` must divide the key-value heads; beyond one host it would be slow."""
-    heads, most = request.architecture.num_kv_heads, topology.devices_per_host
-    return [size for size in range(request.tensor, most + 1) if heads % size == 0 and most % size == 0]
+def _tensor_sizes(configured: int, architecture: Architecture, topology: Topology) -> list[int]:
+    """`configured`, and larger ones: `tensor` must divide the key-value heads; beyond one host it would be slow."""
+    heads, most = architecture.num_kv_heads, topology.devices_per_host
+    larger = range(configured + 1, most + 1)
+    return [configured, *(size for size in larger if heads % size == 0 and most % size == 0)]

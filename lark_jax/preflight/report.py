@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lark_jax.preflight.cost import Assumptions, PoolTime, StepCost, StepTime, total_sent
+from lark_jax.preflight.cost import total_sent
+from lark_jax.preflight.findings import Finding, Findings
 from lark_jax.preflight.hardware import GIB
-from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.remedies import Remedy
-from lark_jax.preflight.requests import CompileAnswer, CompileRequest
-from lark_jax.preflight.topologies import Topology
+from lark_jax.preflight.requests import CompileAnswer
 from lark_jax.students.flops import parameter_count
 
 _NOTES_ON_ATTENTION = {
@@ -17,35 +16,12 @@ _NOTES_ON_ATTENTION = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One compiled program: what was asked, what came out, what it costs, and what would make it fit."""
-
-    request: CompileRequest
-    answer: CompileAnswer
-    cost: StepCost
-    time: StepTime
-    remedy: Remedy | None  # only where it does not fit
-
-
-@dataclasses.dataclass(frozen=True)
-class Findings:
-    student: str
-    topology: Topology
-    programs: tuple[Finding, ...]
-    lengths: Lengths
-    pool: PoolTime
-    assumptions: Assumptions
-
-    @property
-    def fits(self) -> bool:
-        return all(program.answer.memory.fits for program in self.programs)
-
-
 def as_text(findings: Findings) -> str:
-    """One block per compiled program, then the time for the pool."""
+    """One block per compiled program, then what makes them fit where they do not, and the time for the pool."""
     blocks = [_heading(findings)]
     blocks += [_program(program, findings) for program in findings.programs]
+    if findings.remedy is not None:
+        blocks.append(_remedy(findings.remedy))
     blocks.append(_pool(findings))
     return "\n\n".join(blocks) + "\n"
 
@@ -65,12 +41,21 @@ def as_json(findings: Findings) -> dict[str, Any]:
             }
             for program in findings.programs
         ],
+        "remedy": None if findings.remedy is None else _remedy_as_json(findings.remedy),
         "pool": {
             **dataclasses.asdict(findings.pool),
             "rows": len(findings.lengths.inputs),
             "lengths": findings.lengths.source,
         },
         "assumptions": dataclasses.asdict(findings.assumptions),
+    }
+
+
+def _remedy_as_json(remedy: Remedy) -> dict[str, Any]:
+    return {
+        "settings": remedy.settings,
+        "programs": [dataclasses.asdict(answer) for answer in remedy.answers],
+        "tried": remedy.tried,
     }
 
 
@@ -104,7 +89,7 @@ def _program(program: Finding, findings: Findings) -> str:
             "",
             *_table("one step, per device", _costs(program, findings)),
             "",
-            *_verdict(program),
+            _verdict(program),
         ]
     )
 
@@ -140,19 +125,19 @@ def _costs(program: Finding, findings: Findings) -> list[tuple[str, str, str]]:
     ]
 
 
-def _verdict(program: Finding) -> list[str]:
+def _verdict(program: Finding) -> str:
     memory = program.answer.memory
     if memory.fits:
-        return [f"  FITS, {_gib(memory.available - memory.total)} GiB to spare"]
-    missing = f"  DOES NOT FIT, by {(memory.total - memory.available) / GIB:.2f} GiB."
-    remedy = program.remedy
-    if remedy is None:
-        return [missing]
+        return f"  FITS, {_gib(memory.available - memory.total)} GiB to spare"
+    return f"  DOES NOT FIT, by {(memory.total - memory.available) / GIB:.2f} GiB"
+
+
+def _remedy(remedy: Remedy) -> str:
     tried = [f"    tried, does not fit: {settings}" for settings in remedy.tried]
-    if remedy.answer is None:
-        return [f"{missing} No setting makes it fit; it needs devices with more memory, or more of them.", *tried]
-    total = _gib(remedy.answer.memory.total)
-    return [f"{missing} This was compiled and fits, with {total} GiB:", f"    {remedy.settings}", *tried]
+    if not remedy.found:
+        return "\n".join(["No setting makes it fit; it needs devices with more memory, or more of them.", *tried])
+    total = _gib(max(answer.memory.total for answer in remedy.answers))
+    return "\n".join([f"This was compiled and fits, with {total} GiB:", f"    {remedy.settings}", *tried])
 
 
 def _pool(findings: Findings) -> str:

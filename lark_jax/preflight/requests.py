@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lark_jax.errors import PreflightError
 from lark_jax.preflight.collectives import Collective
@@ -27,30 +27,43 @@ ENVIRONMENT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class CompileRequest:
-    """One program: a step, its shapes and its layout, for one kind of hardware.
+class MeshRequest:
+    """Where a step would run.
 
     Attributes:
-      step: a key of `worker.STEPS`.
       topology: canonical name, see `topologies.parse_topology`.
       data, tensor: the mesh; data = -1: what `tensor` leaves of the topology.
+      dtype: of the parameters.
       parameters: "replicated", "gathered" or "auto", as `config.score.parameters`.
-      attention: as `config.score.attention`.
-      rows_per_device: along `data`.
-      length: tokens of a row.
     """
 
-    step: str
     architecture: Architecture
     topology: str
     data: int
     tensor: int
     dtype: str
     parameters: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileRequest(MeshRequest):
+    """One program: a step, its shapes and its layout, for one kind of hardware.
+
+    Attributes:
+      step: a key of `worker.STEPS`.
+      attention: as `config.score.attention`.
+      rows_per_device: along `data`.
+      length: tokens of a row.
+    """
+
+    step: str
     attention: str
     vocab_chunk: int
     rows_per_device: int
     length: int
+
+
+Request = TypeVar("Request", bound=MeshRequest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +84,25 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompileAnswer:
+class MeshAnswer:
+    """The mesh that scoring would take.
+
+    Attributes:
+      data, tensor: devices along the axes of the mesh.
+      meshes: equal ones side by side, one per host; 1: one mesh over all devices.
+    """
+
+    data: int
+    tensor: int
+    meshes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileAnswer(MeshAnswer):
     """What became of a request.
 
     Attributes:
       parameter_axes: mesh axes over which parameters are split.
-      data, tensor: devices along the axes of the mesh.
-      meshes: equal ones side by side, one per host; 1: one mesh over all devices.
       attention: the backend that was compiled.
       rows_per_device, length: as requested.
       collectives: of one execution.
@@ -88,9 +113,6 @@ class CompileAnswer:
 
     memory: Memory
     parameter_axes: tuple[str, ...]
-    data: int
-    tensor: int
-    meshes: int
     attention: str
     rows_per_device: int
     length: int
@@ -105,12 +127,25 @@ def compile_in_child(request: CompileRequest) -> CompileAnswer:
     """Compiles in a process of its own.
 
     Raises:
-      PreflightError: no compiler for this hardware is installed, it refuses the program, or it crashed.
+      PreflightError: no compiler for this hardware is installed, it refuses the program or the mesh, or it crashed.
     """
+    return answer_from_json(_ask_child("program", request))
+
+
+def mesh_in_child(request: MeshRequest) -> MeshAnswer:
+    """Decides the mesh in a process of its own; compiles nothing.
+
+    Raises:
+      PreflightError: as for `compile_in_child`.
+    """
+    return MeshAnswer(**_ask_child("mesh", request))
+
+
+def _ask_child(question: str, request: MeshRequest) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="lark_jax_preflight_") as folder:
         answer_file = Path(folder) / "answer.json"
         finished = subprocess.run(
-            [sys.executable, "-m", WORKER, str(answer_file)],
+            [sys.executable, "-m", WORKER, question, str(answer_file)],
             input=json.dumps(dataclasses.asdict(request)),
             env={**os.environ, **ENVIRONMENT},
             capture_output=True,
@@ -122,16 +157,16 @@ def compile_in_child(request: CompileRequest) -> CompileAnswer:
                 f"the compiler for {request.topology} ended with status {finished.returncode}: "
                 f"{_last_line(finished.stderr)}"
             )
-        answer = json.loads(answer_file.read_text(encoding="utf-8"))
+        answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
     if "error" in answer:
         raise PreflightError(answer["error"])
-    return answer_from_json(answer)
+    return answer
 
 
-def request_from_json(values: dict[str, Any]) -> CompileRequest:
+def request_from_json(values: dict[str, Any], kind: type[Request]) -> Request:
     architecture = values["architecture"]
     scaling = RopeScaling(**architecture["rope_scaling"])
-    return CompileRequest(**{**values, "architecture": Architecture(**{**architecture, "rope_scaling": scaling})})
+    return kind(**{**values, "architecture": Architecture(**{**architecture, "rope_scaling": scaling})})
 
 
 def answer_from_json(values: dict[str, Any]) -> CompileAnswer:

@@ -1,4 +1,4 @@
-"""The child process: request on stdin, answer into the file that is its argument. See `requests`."""
+"""The child process: question and file for the answer are its arguments, the request is on stdin. See `requests`."""
 
 import dataclasses
 import importlib.metadata
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,17 @@ from jax.sharding import Mesh
 from lark_jax.config import MeshConfig
 from lark_jax.errors import LarkError, PreflightError
 from lark_jax.preflight.collectives import collectives_of
-from lark_jax.preflight.requests import CompileAnswer, CompileRequest, Memory, request_from_json
+from lark_jax.preflight.requests import (
+    CompileAnswer,
+    CompileRequest,
+    Memory,
+    MeshAnswer,
+    MeshRequest,
+    request_from_json,
+)
 from lark_jax.preflight.topologies import Topology, parse_topology
 from lark_jax.scoring.mesh_choice import fits_one_process
-from lark_jax.scoring.parameter_axes import choose_parameter_axes, parameter_bytes_per_device
+from lark_jax.scoring.parameter_axes import check_tensor_axis, choose_parameter_axes, parameter_bytes_per_device
 from lark_jax.scoring.step import trace_score_step
 from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students.attention import default_backend, describe_backend
@@ -91,7 +99,19 @@ def answer(request: CompileRequest) -> CompileAnswer:
     )
 
 
-def _mesh(request: CompileRequest, topology: Topology) -> tuple[Mesh, int]:
+def mesh_answer(request: MeshRequest) -> MeshAnswer:
+    """Decides the mesh for `request`, as scoring would.
+
+    Raises:
+      PreflightError: no compiler for this hardware is installed, or it refuses the topology.
+      ConfigError: the mesh does not fit the hardware or the student.
+    """
+    mesh, meshes = _mesh(request, parse_topology(request.topology))
+    check_tensor_axis(request.architecture, mesh)
+    return MeshAnswer(data=mesh.shape[DATA], tensor=mesh.shape[TENSOR], meshes=meshes)
+
+
+def _mesh(request: MeshRequest, topology: Topology) -> tuple[Mesh, int]:
     """The mesh that scoring with one process per host would take, and how many of them there are."""
     config = MeshConfig(request.data, request.tensor)
     everywhere = _devices(topology)
@@ -178,14 +198,21 @@ def _compiler(platform: str) -> str:
     return ""
 
 
-def main(answer_file: str) -> None:
-    request = request_from_json(json.load(sys.stdin))
+# What can be asked, each of a request as JSON.
+QUESTIONS: Mapping[str, Callable[[dict[str, Any]], MeshAnswer]] = {
+    "mesh": lambda values: mesh_answer(request_from_json(values, MeshRequest)),
+    "program": lambda values: answer(request_from_json(values, CompileRequest)),
+}
+
+
+def main(question: str, answer_file: str) -> None:
+    request = json.load(sys.stdin)
     try:
-        values = dataclasses.asdict(answer(request))
+        values = dataclasses.asdict(QUESTIONS[question](request))
     except LarkError as error:
         values = {"error": " ".join(str(error).split())}
     Path(answer_file).write_text(json.dumps(values), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
