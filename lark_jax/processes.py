@@ -74,10 +74,24 @@ def barrier(name: str) -> None:
     """
     if count() == 1:
         return
-    try:
-        _client().wait_at_barrier(f"lark_jax/{name}", LONGEST_WAIT_MS)
-    except jax.errors.JaxRuntimeError as error:
-        raise PipelineError(_gone(name)) from error
+    client = _client()
+    errors: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            client.wait_at_barrier(f"lark_jax/{name}", LONGEST_WAIT_MS)
+        except Exception as error:  # raised again below
+            errors.append(error)
+
+    # In a thread, so that Ctrl-C is heard meanwhile.
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(POLL_SECONDS)
+    for error in errors:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise PipelineError(_gone(name)) from error
+        raise error
 
 
 def decided_by_first(name: str, decide: Callable[[], Value]) -> Value:

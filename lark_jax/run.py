@@ -166,8 +166,9 @@ def _fail(message: str) -> int:
 def _explain_device_error(message: str) -> str:
     if "RESOURCE_EXHAUSTED" in message:
         return (
-            "the device is out of memory; lower config.score.tokens_per_batch or config.finetune.tokens_per_batch "
-            f"(finished work is kept): {message[:300]}"
+            "the device is out of memory; lower config.finetune.tokens_per_batch (finished steps are kept) or "
+            "config.score.tokens_per_batch (other batches: scores of this stage are computed again; finished stages "
+            f"are kept): {message[:300]}"
         )
     return f"the device failed: {message[:500]}"
 

@@ -26,7 +26,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scoring_contestants import CONTESTANTS, Request, Result
 from shapes import SHAPES
@@ -37,9 +36,10 @@ from lark_jax.pool.batching import assemble, plan_batches
 from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
 from lark_jax.students import random_student, read_architecture, save_new_student
 from lark_jax.students.flops import forward_flops
+from lark_jax.students.mixed_precision import project
 
 PROMPT_SHARE = 8  # random rows: one token in eight is prompt
-MATMUL_SIZE = 4_096
+MATMUL_SIZE = 8_192
 
 
 def main() -> None:
@@ -164,11 +164,22 @@ def run_contestant(request: Request, scratch: Path) -> Result:
 def print_case(name: str, results: Sequence[Result], tokens: int, flops: float, rate: float) -> None:
     ours = results[0]
     print(f"\n{name}")
-    header = ("tokens/s", "ours / it", "MFU", "peak GiB", "its / ours", "above parameters", "max |dloss|")
+    header = (
+        "tokens/s",
+        "ours / it",
+        "MFU",
+        "peak GiB",
+        "its / ours",
+        "above parameters",
+        "max |dloss|",
+        "max |dBrier|",
+    )
     print(f"{'':<32}" + "".join(f"{column:>18}" for column in header))
     for r in results:
         above = (r.peak_bytes - r.resident_bytes) / 2**30
-        difference = np.abs(np.array(r.losses) - np.array(ours.losses)).max()
+        loss, brier = (
+            np.abs(np.array(a) - np.array(b)).max() for a, b in ((r.losses, ours.losses), (r.briers, ours.briers))
+        )
         values = (
             f"{tokens / r.seconds:,.0f}",
             f"{r.seconds / ours.seconds:.2f}",
@@ -176,23 +187,28 @@ def print_case(name: str, results: Sequence[Result], tokens: int, flops: float, 
             f"{r.peak_bytes / 2**30:.2f}",
             f"{r.peak_bytes / ours.peak_bytes:.2f}",
             f"{above:.2f} GiB",
-            f"{difference:.1e}",
+            f"{loss:.1e}",
+            "" if np.isnan(brier) else f"{brier:.1e}",
         )
         print(f"{r.contestant:<32}" + "".join(f"{value:>18}" for value in values))
 
 
 def matmul_rate(dtype: str) -> float:
-    """FLOP/s of one large square matmul, the best of several."""
-    size = MATMUL_SIZE if jax.default_backend() != "cpu" else MATMUL_SIZE // 2
+    """FLOP/s of large square matmuls one after the other, in the precision of the student's; the best of several."""
+    size, times = (MATMUL_SIZE, 20) if jax.default_backend() != "cpu" else (MATMUL_SIZE // 4, 2)
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    multiply = jax.jit(lambda x, y: jnp.matmul(x, y))
-    multiply(a, a).block_until_ready()
+
+    @jax.jit
+    def multiply(a: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda _, x: project(x, a), a)
+
+    multiply(a).block_until_ready()
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        multiply(a, a).block_until_ready()
+        multiply(a).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return times * 2 * size**3 / min(seconds)
 
 
 def versions() -> dict[str, str]:

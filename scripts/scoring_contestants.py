@@ -56,12 +56,13 @@ class Result:
     all_seconds: tuple[float, ...]
     losses: tuple[float, ...]  # mean cross-entropy of every row
     briers: tuple[float, ...]
+    mean_clipped_ranks: tuple[float, ...]  # NaN where the contestant computes none
     peak_bytes: int  # of the device, or of the process on a CPU, while scoring
     resident_bytes: int  # the same before the first row: interpreter, libraries and parameters
     setup_seconds: float  # first round minus a later one: compilation, warm-up
 
 
-Scorer = Callable[[], tuple[np.ndarray, np.ndarray]]  # one round: losses and Brier scores of all rows
+Scorer = Callable[[], np.ndarray]  # one round: [3, rows], mean loss, Brier score and clipped rank of every row
 Memory = Callable[[], int]
 
 
@@ -80,13 +81,13 @@ def ours(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
     student, _ = load_student(request.student, mesh=mesh, dtype=jnp.dtype(request.dtype), parameter_axes=())
     step = make_score_step(student, mesh, request.vocab_chunk)
 
-    def score() -> tuple[np.ndarray, np.ndarray]:
+    def score() -> np.ndarray:
         results = []
         for batch in rows.batches(request.rows_per_batch):
             ids = np.arange(len(batch.tokens_bt), dtype=np.int32)
             results.append(step(TokenRows(batch.tokens_bt, batch.targets_bt, batch.mask_bt, ids)))
         means = jax.device_get(results)
-        return np.concatenate([m.loss for m in means]), np.concatenate([m.brier for m in means])
+        return np.concatenate([np.stack([m.loss, m.brier, m.mean_clipped_rank]) for m in means], axis=1)
 
     return score, jax_memory
 
@@ -111,11 +112,11 @@ def cross_entropy_alone(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
         )
         return jnp.where(mask_bt > 0, statistics.cross_entropy, 0.0).sum(-1) / mask_bt.sum(-1)
 
-    def score() -> tuple[np.ndarray, np.ndarray]:
+    def score() -> np.ndarray:
         batches = rows.batches(request.rows_per_batch)
         results = [losses(state, batch.tokens_bt, batch.targets_bt, batch.mask_bt) for batch in batches]
         flat = np.concatenate(jax.device_get(results))
-        return flat, np.full_like(flat, np.nan)
+        return np.stack([flat, np.full_like(flat, np.nan), np.full_like(flat, np.nan)])
 
     return score, jax_memory
 
@@ -139,18 +140,17 @@ def torch_contestant(request: Request, rows: Rows, statistics: Callable) -> tupl
     model = AutoModelForCausalLM.from_pretrained(request.student, dtype=dtype, attn_implementation="sdpa")
     model = model.to(device).eval()
 
-    def one_row(row: Rows) -> tuple[float, float]:
+    def one_row(row: Rows) -> list[float]:
         tokens, targets = (torch.from_numpy(a.astype(np.int64)).to(device) for a in (row.tokens_bt, row.targets_bt))
         mask = torch.from_numpy(row.mask_bt[0] > 0).to(device)
         with torch.inference_mode():
             logits = model(tokens, use_cache=False).logits.float()[0]
             cross_entropy = torch.nn.functional.cross_entropy(logits, targets[0], reduction="none")
-            brier = statistics(logits, targets[0])
-            return float(cross_entropy[mask].mean()), float(brier[mask].mean())
+            brier, rank = statistics(logits, targets[0])
+            return [float(values[mask].mean()) for values in (cross_entropy, brier, rank)]
 
-    def score() -> tuple[np.ndarray, np.ndarray]:
-        pairs = [one_row(row.unpadded()) for row in rows.batches(1)]
-        return np.array([loss for loss, _ in pairs]), np.array([brier for _, brier in pairs])
+    def score() -> np.ndarray:
+        return np.array([one_row(row.unpadded()) for row in rows.batches(1)]).T
 
     def memory() -> int:
         return torch.cuda.max_memory_allocated() if device == "cuda" else process_peak_bytes()
@@ -163,16 +163,16 @@ def top_brier(logits, targets):
     top, index = logits.topk(PUBLISHED_TOP, dim=-1)
     probs = top.softmax(-1)
     gold = (probs * (index == targets[:, None])).sum(-1)
-    return 1 - 2 * gold + probs.square().sum(-1)
+    return 1 - 2 * gold + probs.square().sum(-1), float("nan") * gold
 
 
 def exact_brier_and_rank(logits, targets):
-    """The exact Brier score; the clipped rank is computed beside it, as RSR needs it."""
+    """The exact Brier score, and the clipped rank that RSR needs."""
     probs = logits.softmax(-1)
     gold = probs.gather(-1, targets[:, None])
     top = logits.topk(RANK_TOP, dim=-1).indices == targets[:, None]
     clipped_rank = (top.int().argmax(-1) + 1).where(top.any(-1), RANK_TOP)
-    return 1 - 2 * gold[:, 0] + probs.square().sum(-1) + 0 * clipped_rank
+    return 1 - 2 * gold[:, 0] + probs.square().sum(-1), clipped_rank.float()
 
 
 CONTESTANTS: Mapping[str, Callable[[Request, Rows], tuple[Scorer, Memory]]] = {
@@ -210,7 +210,7 @@ def run(request: Request) -> Result:
     seconds = []
     for _ in range(request.rounds + 1):
         start = time.perf_counter()
-        losses, briers = score()
+        losses, briers, ranks = score()
         seconds.append(time.perf_counter() - start)
     median = float(np.median(seconds[1:]))
     return Result(
@@ -219,6 +219,7 @@ def run(request: Request) -> Result:
         all_seconds=tuple(seconds[1:]),
         losses=tuple(map(float, losses)),
         briers=tuple(map(float, briers)),
+        mean_clipped_ranks=tuple(map(float, ranks)),
         peak_bytes=memory(),
         resident_bytes=resident,
         setup_seconds=seconds[0] - median,

@@ -48,7 +48,7 @@ class PartRecord:
     def __init__(self, workload: Workload, rendered: RenderedPart, finished: frozenset[int]) -> None:
         """Takes over the batches `finished` from their fragments."""
         self._workload = workload
-        self._rendered = rendered
+        self._part, self._skipped = rendered.part, rendered.skipped  # the tokens are not kept
         self._folder = _fragments_folder(workload, rendered.part)
         found = {} if not finished else _read_fragments(self._folder, workload, rendered.part)
         self._by_batch = {batch: found[batch] for batch in finished}
@@ -60,29 +60,30 @@ class PartRecord:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._write_fragments()
+            self.save()
 
     def add(self, batch: int, scores: Sequence[CandidateScore]) -> None:
         """The scores of the rows of one batch, in their order."""
         self._by_batch[batch] = scores
         self._unsaved.append(batch)
         if time.monotonic() - self._last_write >= SECONDS_BETWEEN_FRAGMENTS:
-            self._write_fragments()
+            self.save()
 
     def finish(self) -> None:
         """Writes the part's own file and removes its fragments; every batch must have come in."""
-        part = self._rendered.part
+        part = self._part
         unscorable = self._workload.trajectories(part)[part.num_scorable :]
         scores = [score for batch in range(len(part.batches)) for score in self._by_batch[batch]]
         scores += [
             skipped_score(trajectory.problem_id, trajectory.candidate_id, trajectory.teacher, record.reason)
-            for trajectory, record in zip(unscorable, self._rendered.skipped, strict=True)
+            for trajectory, record in zip(unscorable, self._skipped, strict=True)
         ]
         write_scores(_part_file(self._workload, part), scores)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._by_batch, self._unsaved = {}, []
 
-    def _write_fragments(self) -> None:
+    def save(self) -> None:
+        """Writes what has come in and is not on disk yet."""
         for first, last in _runs(self._unsaved):
             scores = [score for batch in range(first, last + 1) for score in self._by_batch[batch]]
             write_scores(self._folder / f"batches-{first:05d}-{last:05d}.parquet", scores)
@@ -100,6 +101,9 @@ class NoRecord:
         pass
 
     def add(self, batch: int, scores: Sequence[CandidateScore]) -> None:
+        pass
+
+    def save(self) -> None:
         pass
 
     def finish(self) -> None:

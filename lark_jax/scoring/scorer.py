@@ -20,7 +20,7 @@ from lark_jax.processes import EVERYTHING, Share
 from lark_jax.scoring.ahead import computed_ahead
 from lark_jax.scoring.part_files import Finished, NoRecord, PartRecord, read_finished, read_part
 from lark_jax.scoring.reductions import TrajectoryMeans
-from lark_jax.scoring.step import ScoreStep, make_score_step
+from lark_jax.scoring.step import make_score_step
 from lark_jax.scoring.table import CandidateScore
 from lark_jax.scoring.throughput import Progress, Stopwatch, Throughput
 from lark_jax.scoring.workload import RenderedPart, ScoreOptions, Workload, plan_workload, render_part
@@ -94,8 +94,8 @@ def assemble_scores(workload: Workload) -> tuple[CandidateScore, ...]:
             missing.append(str(error))
     if missing:
         raise PipelineError(
-            f"{len(missing)} of {len(workload.parts)} parts of the score table are missing; run the workers that they "
-            f"belong to again (of n workers, number i has the parts i, i + n, ...): {'; '.join(missing[:3])}"
+            f"{len(missing)} of {len(workload.parts)} parts of the score table are missing; start the same command "
+            f"again, in as many processes as before: {'; '.join(missing[:3])}"
         )
     return tuple(scores[index] for index in range(len(workload.pool.trajectories)))
 
@@ -147,11 +147,20 @@ def _todo(
 
 
 def _pipelined(
-    step: ScoreStep, batches: Iterator[tuple[_Batch, TokenRows]]
+    step: Stopwatch, batches: Iterator[tuple[_Batch, TokenRows]]
 ) -> Iterator[tuple[_Batch, TrajectoryMeans]]:
-    """Runs `step` over batches, fetching a result only when later batches are already on their way to the devices."""
+    """Runs `step` over batches, fetching a result only when later batches are already on their way to the devices.
+
+    Compiling a new shape may take a minute. Before it everything is fetched and on disk, so that a kill loses nothing
+    and the time is not mixed up with that of batches in flight.
+    """
     in_flight: deque[tuple[_Batch, TrajectoryMeans]] = deque()
     for batch, rows in batches:
+        if step.is_new(rows):
+            while in_flight:
+                earlier, means = in_flight.popleft()
+                yield _fetched(earlier, means)
+                earlier.record.save()
         in_flight.append((batch, step(rows)))
         if len(in_flight) > BATCHES_IN_FLIGHT:
             yield _fetched(*in_flight.popleft())

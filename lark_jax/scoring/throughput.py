@@ -100,9 +100,13 @@ class Stopwatch:
     def shapes(self) -> int:
         return len(self._shapes)
 
+    def is_new(self, batch: TokenRows) -> bool:
+        """Whether a program has to be compiled for it."""
+        return batch.tokens_bt.shape not in self._shapes
+
     def __call__(self, batch: TokenRows) -> TrajectoryMeans:
         """The first call of a shape returns when its program is compiled and under way; the others return at once."""
-        if batch.tokens_bt.shape in self._shapes:
+        if not self.is_new(batch):
             return self._step(batch)
         start = time.monotonic()
         means = self._step(batch)

@@ -3,10 +3,12 @@
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lark_jax import processes, runtime
@@ -31,7 +33,7 @@ from lark_jax.stages.layout import Layout
 from lark_jax.stages.student import notes_on, open_chat, student_inputs
 from lark_jax.students import Decoder, load_student, local_folder, read_architecture
 from lark_jax.students.architecture import Architecture
-from lark_jax.students.attention import describe_backend
+from lark_jax.students.attention import describe_backend, kernel_platform
 
 SCORES = "scores.parquet"
 PARTS = "parts"
@@ -48,9 +50,11 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
         }
 
     def run(directory: Path) -> Outcome:
+        architecture = read_architecture(local_folder(experiment.student.path))
+        place = choose_place(experiment, architecture)
+        _attention(experiment, architecture, place)  # refused before the pool is read
         pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
         chat = open_chat(experiment)
-        place = choose_place(experiment, read_architecture(local_folder(experiment.student.path)))
         options = ScoreOptions(
             max_length=experiment.student.max_length,
             tokens_per_batch=experiment.score.tokens_per_batch,
@@ -65,17 +69,24 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
             directory=directory / PARTS,
             share=Share(processes.index(), processes.count()),
         )
+        require_one_plan(workload)
+        runtime.say(f"to score: {workload}")
+        runtime.say(_attention(experiment, architecture, place, workload.ladder))
+        runtime.say(f"parameters: {_describe_parameters(place)}")
         student = _open_student(experiment, place)
-        _narrate(place, workload, student)
         throughput = score_share(student, workload, mesh=place.mesh, share=place.share, writes=place.writes)
+        own = f" (the share of process {processes.label()})" if place.share.count > 1 else ""
+        runtime.say(f"scored {throughput}{own}")
+        if own:
+            runtime.say("waiting for the other processes")
         processes.barrier("score: all parts are written")
         if not processes.is_first():
             return Outcome(counts={})  # the first process reports for all
-        runtime.say(f"scored {throughput}")
         scores = _assemble_when_seen(workload)
         refuse_if_nothing_scored(scores)
         write_scores(directory / SCORES, scores)
-        notes = {**notes_on(chat), "batches": workload.notes(), "throughput": throughput.notes()}
+        measured = {**throughput.notes(), "share_of_process": processes.label() if own else None}
+        notes = {**notes_on(chat), "batches": workload.notes(), "throughput": measured}
         return dataclasses.replace(outcome_of(pool, scores), notes=notes)
 
     return [Task("score", layout.score, inputs, run, scratch=(PARTS,), everywhere=True)]
@@ -134,13 +145,30 @@ def _open_student(experiment: Experiment, place: Place) -> Decoder:
     return student
 
 
-def _narrate(place: Place, workload: Workload, student: Decoder) -> None:
-    runtime.say(f"to score: {workload}")
-    platform = place.mesh.devices.flat[0].platform
-    head_dim = student.architecture.head_dim
-    runtime.say(describe_backend(student.attention_backend, workload.ladder, platform, student.dtype, head_dim))
-    split = f"split over {' and '.join(place.parameter_axes)}" if place.parameter_axes else "whole on every device"
-    runtime.say(f"parameters: {split}")
+def require_one_plan(workload: Workload) -> None:
+    """Refuses processes that cut the pool into different batches, before hours are spent on them.
+
+    Raises:
+      PipelineError: the first process has another plan.
+    """
+    name = workload.folder.name
+    of_first = processes.decided_by_first("score: plan", lambda: name)
+    if of_first != name:
+        raise PipelineError(
+            f"process {processes.label()} plans other batches ({name}) than the first one ({of_first}); all need the "
+            f"same pool and the same number of devices, here {jax.local_device_count()}"
+        )
+
+
+def _attention(experiment: Experiment, architecture: Architecture, place: Place, lengths: Sequence[int] = ()) -> str:
+    """What will compute the attention; a ConfigError where the configured backend cannot."""
+    backend = None if experiment.score.attention == "auto" else experiment.score.attention
+    platform = kernel_platform(place.mesh.devices.flat[0])
+    return describe_backend(backend, lengths, platform, jnp.dtype(experiment.score.dtype), architecture.head_dim)
+
+
+def _describe_parameters(place: Place) -> str:
+    return f"split over {' and '.join(place.parameter_axes)}" if place.parameter_axes else "whole on every device"
 
 
 def _assemble_when_seen(workload: Workload) -> tuple[CandidateScore, ...]:

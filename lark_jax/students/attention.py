@@ -17,6 +17,7 @@ from lark_jax.students.splash_attention import splash_attention, splash_refusal
 # Measured on a CPU (4 heads of 32, forward and backward): about equal here, dense 2x slower at 512, 6x at 2,048.
 LONGEST_DENSE_ROW = 256
 LONGEST_DENSE_ROW_BESIDE_KERNELS = 128  # one block of a kernel
+AMPERE = 8.0  # the first compute capability with cuDNN's flash kernels
 KERNELS: Mapping[str, str] = {"gpu": "cudnn", "tpu": "splash"}  # by platform, as `jax.default_backend()` names it
 
 # q_bthd, k_bskd, v_bskd, segment_ids_bt, precision -> out_bthd
@@ -124,9 +125,19 @@ def _backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
+def kernel_platform(device: jax.Device) -> str:
+    """The platform whose kernels run on `device`; "cpu", which has none, for GPUs that cuDNN's flash kernels refuse."""
+    if device.platform != "gpu":
+        return device.platform
+    try:
+        return "gpu" if float(device.compute_capability) >= AMPERE else "cpu"
+    except ValueError:  # not NVIDIA's
+        return "cpu"
+
+
 def _platform() -> str:
     """The platform whose kernels can be called at this point of a trace."""
-    platform = jax.default_backend()
+    platform = kernel_platform(jax.devices()[0])
     partitioned_by_the_compiler = not inside_shard_map() and jax.device_count() > 1
     return "cpu" if platform == "tpu" and partitioned_by_the_compiler else platform
 

@@ -182,6 +182,19 @@ def test_a_killed_worker_resumes_to_the_same_bytes(tmp_path, random_student, mak
     assert len(texts) > len(whole.jobs())  # samples, problems and seeds do differ
 
 
+@pytest.mark.parametrize(("file", "hidden"), [(None, True), ("accel0", False), ("vfio/0", False), ("vfio/vfio", True)])
+@pytest.mark.usefixtures("main")
+def test_libtpu_is_hidden_from_vllm_on_a_machine_without_a_tpu(monkeypatch, tmp_path, file, hidden):
+    monkeypatch.setitem(sys.modules, "libtpu", sys)
+    if file is not None:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    from vllm_engine import hide_libtpu_without_tpu  # as the worker imports it
+
+    hide_libtpu_without_tpu(tmp_path)
+    assert (sys.modules["libtpu"] is None) == hidden
+
+
 @pytest.mark.slow
 def test_greedy_answers_of_both_engines_agree(tmp_path, random_student, make_request, vllm_reason):
     if vllm_reason:
@@ -200,6 +213,7 @@ def test_greedy_answers_of_both_engines_agree(tmp_path, random_student, make_req
 
 PROMPT_LOGPROBS = """
 import json, sys
+sys.modules["libtpu"] = None  # vLLM would take it for a TPU
 from vllm import LLM, SamplingParams
 model, tokens = sys.argv[1], json.loads(sys.argv[2])
 llm = LLM(model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_model_len=512,

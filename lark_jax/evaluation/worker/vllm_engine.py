@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, li
     """Yields jobs as they finish. All are queued at once: the engine keeps its batch full to the end."""
     if request.tensor_parallel == 1:  # in process: starts faster, and schedules the same way every time
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    hide_libtpu_without_tpu()
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -39,6 +41,16 @@ def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, li
                 completions: list[Any] = sorted(output.outputs, key=lambda completion: completion.index)
                 samples = [Sample(c.text, str(c.finish_reason), len(c.token_ids)) for c in completions]
                 yield pending[int(output.request_id)], samples
+
+
+def hide_libtpu_without_tpu(devices: Path = Path("/dev")) -> None:
+    """vLLM takes an installed libtpu for a TPU; it may be there only to compile for TPUs ahead of time.
+
+    Args:
+      devices: the system's folder of device files; a TPU is one of `accel*` or of `vfio/`, by its driver.
+    """
+    if not [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]:
+        sys.modules["libtpu"] = None  # type: ignore[assignment]  # how Python spells "cannot be imported"
 
 
 def _sampling(request: Request, job: Job) -> Any:
