@@ -137,7 +137,9 @@ def kernel_platform(device: jax.Device) -> str:
 
 def _platform() -> str:
     """The platform whose kernels can be called at this point of a trace."""
-    platform = kernel_platform(jax.devices()[0])
+    platform = jax.default_backend()
+    if platform == "gpu":
+        platform = kernel_platform(jax.devices()[0])
     partitioned_by_the_compiler = not inside_shard_map() and jax.device_count() > 1
     return "cpu" if platform == "tpu" and partitioned_by_the_compiler else platform
 

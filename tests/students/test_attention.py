@@ -200,14 +200,7 @@ def test_a_configured_backend_that_cannot_run_is_refused_in_one_line(backend, pl
 
 
 @pytest.mark.parametrize(
-    ("capability", "kernels"),
-    [
-        ("gpu", "8.0", "gpu"),
-        ("gpu", "9.0", "gpu"),
-        ("gpu", "10.0", "gpu"),
-        ("gpu", "7.5", "cpu"),
-        ("gpu", "gfx90a", "cpu"),
-    ],
+    ("capability", "kernels"), [("8.0", "gpu"), ("9.0", "gpu"), ("10.0", "gpu"), ("7.5", "cpu"), ("gfx90a", "cpu")]
 )
 def test_gpus_without_flash_kernels_count_as_a_platform_without(capability: str, kernels: str) -> None:
     device = SimpleNamespace(platform="gpu", compute_capability=capability)
