@@ -1,13 +1,17 @@
 """What a chat template makes of messages, as text, and the names of everything it must not do to them."""
 
+from __future__ import annotations
+
 import datetime
 import enum
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from lark_jax.errors import TemplateError
 from lark_jax.pool.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Templates that print "today" print this date. Llama 3's own template falls back to it.
 FROZEN_DATE = datetime.datetime(2024, 7, 26)
@@ -41,7 +45,7 @@ class RenderRefusal(TemplateError):
         super().__init__(detail)
         self.reason = reason
 
-    def named(self, where: str) -> "RenderRefusal":
+    def named(self, where: str) -> RenderRefusal:
         """The same refusal with the place in front of its message."""
         return RenderRefusal(self.reason, f"{where}: {self}")
 
