@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from lark_jax.errors import TrainingError
-from lark_jax.pool.batching import BatchPlan, TokenRows, assemble, bucket_lengths
+from lark_jax.pool.batching import BatchPlan, assemble, bucket_lengths
 from lark_jax.pool.chat import RenderedTrajectory
 
 
@@ -39,10 +39,20 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the student at once, with the share of each row in the loss of its step."""
+    """Rows that go through the student at once, on the host. A member is an index of the training set."""
 
-    rows: TokenRows  # row_ids_b are indices of the training set
-    row_weights_b: np.ndarray  # float32 [rows]: w_i / (trajectories of the step); 0 for a padding row
+    tokens_bt: np.ndarray  # int32: the inputs
+    targets_bt: np.ndarray  # int32: the token after each input
+    token_weights_bt: np.ndarray  # float32: w_i / |a_i| / (trajectories of the step); 0 over prompt and padding
+    members_bt: np.ndarray  # int32: the member that a target token belongs to; -1 over prompt and padding
+    segment_ids_bt: np.ndarray | None = None  # int32, for packed rows; None: one trajectory a row
+
+    def mean_losses(self, cross_entropy_bt: np.ndarray) -> dict[int, float]:
+        """Member -> mean cross-entropy over its target tokens, in float64; other tokens are never read."""
+        is_target_bt = self.members_bt >= 0
+        members, place = np.unique(self.members_bt[is_target_bt], return_inverse=True)
+        sums = np.bincount(place, weights=cross_entropy_bt[is_target_bt].astype(np.float64))
+        return dict(zip(members.tolist(), (sums / np.bincount(place)).tolist(), strict=True))
 
 
 def weighted_examples(
@@ -105,8 +115,8 @@ class TrainingSet:
     ) -> Iterator[MicroBatch]:
         """Cuts one optimizer step into micro-batches, longest rows first.
 
-        Each row's weight is divided by the number of trajectories of the *step*, a constant that does not depend on
-        the micro-batch. The sum of the micro-batches' gradients is therefore the same for every way of cutting.
+        Each weight is divided by the number of trajectories of the *step*, a constant that does not depend on the
+        micro-batch. The sum of the micro-batches' gradients is therefore the same for every way of cutting.
 
         Args:
           tokens_per_batch: most tokens per device, padding included; a single row may exceed it.
@@ -114,11 +124,22 @@ class TrainingSet:
         """
         lengths = {member: self._rendered[member].num_inputs for member in batch.members}
         for plan in plan_micro_batches(lengths, self._buckets, tokens_per_batch, row_multiple):
-            rows = assemble(self._rendered, plan, pad_id)
-            row_weights_b = np.zeros(plan.rows, np.float32)
-            weights = [self.examples[member].weight / len(batch.members) for member in plan.members]
-            row_weights_b[: len(plan.members)] = weights
-            yield MicroBatch(rows, row_weights_b)
+            yield self.micro_batch(plan, len(batch.members), pad_id)
+
+    def micro_batch(self, plan: BatchPlan, trajectories: int, pad_id: int) -> MicroBatch:
+        """The rows of `plan`, in a step of `trajectories`."""
+        rows = assemble(self._rendered, plan, pad_id)
+        row_weights_b = np.zeros(plan.rows)
+        for row, member in enumerate(plan.members):
+            example = self.examples[member]
+            row_weights_b[row] = example.weight / len(example.rendered.target_tokens) / trajectories
+        is_target_bt = rows.mask_bt > 0
+        return MicroBatch(
+            tokens_bt=rows.tokens_bt,
+            targets_bt=rows.targets_bt,
+            token_weights_bt=np.where(is_target_bt, row_weights_b[:, None], 0.0).astype(np.float32),
+            members_bt=np.where(is_target_bt, rows.row_ids_b[:, None], -1).astype(np.int32),
+        )
 
     @cached_property
     def _rendered(self) -> tuple[RenderedTrajectory, ...]:

@@ -108,11 +108,11 @@ def finetune(
         ):
             while upcoming is not None:
                 started, current = time.perf_counter(), upcoming
-                applied, row_losses = run_step(train_step, state, sums, current.micro_batches, mesh)
+                applied, cross_entropies = run_step(train_step, state, sums, current.micro_batches, mesh)
                 state, sums, completed = applied.state, applied.sums, completed + 1
                 # Prepared on the host while the devices work; reading the metrics waits for them.
                 upcoming = prepared(completed) if completed < total_steps else None
-                metrics = read_step_metrics(data, current, applied, row_losses, learning_rates)
+                metrics = read_step_metrics(data, current, applied, cross_entropies, learning_rates)
                 log.write(metrics, _timing(metrics, time.perf_counter() - started))
                 if completed % config.checkpoint_every == 0 or completed == total_steps:
                     log.flush_to_disk()
@@ -125,22 +125,22 @@ def finetune(
 def run_step(
     train_step: TrainStep, state: TrainState, sums: StepSums, micro_batches: Sequence[MicroBatch], mesh: Mesh
 ) -> tuple[Applied, list[jax.Array]]:
-    """Dispatches one optimizer step without waiting for it; second: the mean loss of each row of each micro-batch.
+    """Dispatches one optimizer step without waiting for it; second: each micro-batch's cross-entropy of every token.
 
     `sums` are zeros; `state` and `sums` are consumed.
     """
-    row_losses = []
+    cross_entropies = []
     for micro_batch in micro_batches:
-        sums, losses_b = train_step.accumulate(state.parameters, sums, put_rows(micro_batch, mesh))
-        row_losses.append(losses_b)
-    return train_step.apply(state, sums), row_losses
+        sums, cross_entropy_bt = train_step.accumulate(state.parameters, sums, put_rows(micro_batch, mesh))
+        cross_entropies.append(cross_entropy_bt)
+    return train_step.apply(state, sums), cross_entropies
 
 
 def read_step_metrics(
     data: TrainingSet,
     prepared: PreparedStep,
     applied: Applied,
-    row_losses: Sequence[jax.Array],
+    cross_entropies: Sequence[jax.Array],
     learning_rates: np.ndarray,
 ) -> StepMetrics:
     """Waits for the step and describes it.
@@ -150,9 +150,8 @@ def read_step_metrics(
     """
     batch = prepared.batch
     losses: dict[int, float] = {}
-    for micro_batch, losses_b in zip(prepared.micro_batches, jax.device_get(row_losses), strict=True):
-        members_b = micro_batch.rows.row_ids_b
-        losses |= zip(members_b[members_b >= 0].tolist(), losses_b[members_b >= 0].tolist(), strict=True)
+    for micro_batch, cross_entropy_bt in zip(prepared.micro_batches, jax.device_get(cross_entropies), strict=True):
+        losses |= micro_batch.mean_losses(cross_entropy_bt)
     if not bool(applied.finite):
         raise TrainingError(_describe_non_finite(data, batch, losses))
     examples = [data.examples[member] for member in batch.members]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -42,8 +43,8 @@ class Rows(NamedTuple):
 
     tokens_bt: jax.Array
     targets_bt: jax.Array
-    mask_bt: jax.Array
-    row_weights_b: jax.Array
+    token_weights_bt: jax.Array  # float32: all of Eq. 1 that the cross-entropy of a token is multiplied by
+    segment_ids_bt: jax.Array | None  # packed rows only
 
 
 class Applied(NamedTuple):
@@ -59,7 +60,8 @@ class Applied(NamedTuple):
 class TrainStep:
     """Compiled functions for one student, optimizer and mesh. Both consume (donate) the buffers that they replace."""
 
-    accumulate: Callable[[Parameters, StepSums, Rows], tuple[StepSums, jax.Array]]  # second: mean loss of each row, [b]
+    # Second: the cross-entropy of every token, float32 [b, t], whole on every device.
+    accumulate: Callable[[Parameters, StepSums, Rows], tuple[StepSums, jax.Array]]
     apply: Callable[[TrainState, StepSums], Applied]
 
 
@@ -74,7 +76,7 @@ def make_train_step(
 
     def loss_of_rows(parameters: Parameters, token_weights_bt: jax.Array, batch: Rows) -> jax.Array:
         model = nnx.merge(graph, replace_parameters(template, parameters))
-        hidden_btd = jax.lax.with_sharding_constraint(model(batch.tokens_bt), rows(mesh))
+        hidden_btd = jax.lax.with_sharding_constraint(model(batch.tokens_bt, batch.segment_ids_bt), rows(mesh))
         # Gathered once here, else once in every pass over a chunk of the vocabulary; as float32, so that the devices
         # add up its gradient in float32.
         head_vd = jax.lax.with_sharding_constraint(model.head_weight(), replicated(mesh))
@@ -83,15 +85,11 @@ def make_train_step(
         )
 
     def accumulate(parameters: Parameters, sums: StepSums, batch: Rows) -> tuple[StepSums, jax.Array]:
-        num_targets_b = jnp.maximum(batch.mask_bt.sum(axis=1), 1.0)
-        token_weights_bt = batch.mask_bt * (batch.row_weights_b / num_targets_b)[:, None]
         # The loss is linear in the token weights: its derivative by them is the cross-entropy of every token.
         loss, (gradients, cross_entropy_bt) = jax.value_and_grad(loss_of_rows, argnums=(0, 1))(
-            parameters, token_weights_bt, batch
+            parameters, batch.token_weights_bt, batch
         )
-        sums = StepSums(jax.tree.map(jnp.add, sums.gradients, gradients), sums.loss + loss)
-        mean_loss_b = jnp.where(batch.mask_bt > 0, cross_entropy_bt, 0.0).sum(axis=1) / num_targets_b
-        return sums, mean_loss_b
+        return StepSums(jax.tree.map(jnp.add, sums.gradients, gradients), sums.loss + loss), cross_entropy_bt
 
     def apply(state: TrainState, sums: StepSums) -> Applied:
         grad_norm = optax.global_norm(sums.gradients)
@@ -151,9 +149,18 @@ def zero_sums(parameters: Parameters, mesh: Mesh) -> StepSums:
 
 
 def put_rows(micro_batch: MicroBatch, mesh: Mesh) -> Rows:
-    batch = micro_batch.rows
-    arrays = (batch.tokens_bt, batch.targets_bt, batch.mask_bt, micro_batch.row_weights_b)
-    return Rows(*jax.device_put(arrays, rows(mesh)))
+    """Cut over `data`. Where the mesh spans several processes, each passes the same rows."""
+
+    def on_devices(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, rows(mesh), array.__getitem__)
+
+    segment_ids_bt = micro_batch.segment_ids_bt
+    return Rows(
+        on_devices(micro_batch.tokens_bt),
+        on_devices(micro_batch.targets_bt),
+        on_devices(micro_batch.token_weights_bt),
+        None if segment_ids_bt is None else on_devices(segment_ids_bt),
+    )
 
 
 def trained_student(student: Decoder, parameters: Parameters) -> Decoder:

@@ -76,19 +76,46 @@ def test_plan_holds_every_member_once_within_the_budget(
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 100, 10_000])
-def test_row_weights_are_divided_by_the_trajectories_of_the_step(tokens_per_batch: int) -> None:
+def test_token_weights_are_divided_by_target_tokens_and_by_trajectories_of_the_step(tokens_per_batch: int) -> None:
     examples = random_examples(3, 5, 2)
     data = TrainingSet(examples, 4, 0)
     last = data.batch(data.steps_per_epoch - 1)
     assert len(last.members) == 2
-    found = {}
+    found: dict[int, list[float]] = {}
     for micro in data.micro_batches(last, tokens_per_batch=tokens_per_batch, row_multiple=2, pad_id=PAD_ID):
-        for member, weight in zip(micro.rows.row_ids_b.tolist(), micro.row_weights_b.tolist(), strict=True):
-            if member == -1:
-                assert weight == 0.0
-            else:
-                found[member] = weight
-    assert found == {member: np.float32(examples[member].weight / 2) for member in last.members}
+        assert not micro.token_weights_bt[micro.members_bt == -1].any()
+        for member in np.unique(micro.members_bt[micro.members_bt >= 0]).tolist():
+            assert member not in found
+            of_member = micro.members_bt == member
+            np.testing.assert_array_equal(micro.targets_bt[of_member], examples[member].rendered.target_tokens)
+            found[member] = micro.token_weights_bt[of_member].tolist()
+    for member, weights in found.items():
+        length = len(examples[member].rendered.target_tokens)
+        assert weights == [np.float32(examples[member].weight / length / 2)] * length
+    assert sorted(found) == sorted(last.members)
+
+
+def test_mean_losses_are_means_over_the_target_tokens_of_each_member() -> None:
+    rng = np.random.default_rng()
+    examples = random_examples(3, 3, 2)
+    data = TrainingSet(examples, 6, 0)
+    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=10_000, row_multiple=4, pad_id=PAD_ID)
+    cross_entropy_bt = rng.exponential(size=micro.tokens_bt.shape).astype(np.float32)
+    cross_entropy_bt[micro.members_bt == -1] = np.nan
+    found = micro.mean_losses(cross_entropy_bt)
+    assert sorted(found) == list(range(6))
+    for member, loss in found.items():
+        values = [float(value) for value in cross_entropy_bt[micro.members_bt == member]]
+        assert len(values) == len(examples[member].rendered.target_tokens)
+        assert loss == pytest.approx(sum(values) / len(values), rel=1e-12)
+
+
+def test_a_loss_that_is_not_finite_is_that_of_its_member_alone() -> None:
+    data = TrainingSet(random_examples(3, 3, 2), 6, 0)
+    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=10_000, row_multiple=1, pad_id=PAD_ID)
+    cross_entropy_bt = np.ones(micro.tokens_bt.shape, np.float32)
+    cross_entropy_bt[tuple(np.argwhere(micro.members_bt == 4)[0])] = np.nan
+    assert {member for member, loss in micro.mean_losses(cross_entropy_bt).items() if not np.isfinite(loss)} == {4}
 
 
 def test_hash_sees_tokens_weights_names_and_order() -> None:
