@@ -120,6 +120,10 @@ class FinetuneConfig:
         _require_one_of("finetune.dtype", self.dtype, DTYPES)
         _require_one_of("finetune.remat", self.remat, ("none", "block"))
         _require_one_of("finetune.attention", self.attention, ("auto", *ATTENTION_BACKENDS))
+        honoured = not self.packing or self.attention != "cudnn"
+        _require(
+            honoured, "finetune.attention", self.attention, "a backend that honours the segment ids of packed rows"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

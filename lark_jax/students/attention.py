@@ -56,7 +56,8 @@ def attend(
       q_bthd: [batch, time, num_heads, head_dim]; query head h reads key head h // (num_heads / num_kv_heads).
       k_bskd: [batch, time, num_kv_heads, head_dim].
       v_bskd: as `k_bskd`.
-      segment_ids: int [batch, time]; tokens of different segments do not see each other. None: one segment a row.
+      segment_ids: int [batch, time]; tokens of different segments do not see each other. A segment is contiguous.
+        None: one segment a row.
       backend: a key of `BACKENDS`; None: `default_backend` for this machine. On several TPU devices the Pallas kernel
         runs inside `shard_map` only, since the compiler cannot partition it.
 

@@ -1,7 +1,8 @@
 """Causal attention in blocks, forward and backward: memory grows with time, not with time squared.
 
 The algorithm of FlashAttention-2 (Dao, 2023) in plain jnp: running maximum and sum in fp32 over blocks of keys; the
-backward pass recomputes each block's weights from the saved log-sum-exp. Blocks above the diagonal are never visited.
+backward pass recomputes each block's weights from the saved log-sum-exp. Blocks above the diagonal are never visited,
+nor are, in packed rows, blocks that hold other segments only: a trajectory costs what it costs in a row of its own.
 """
 
 import functools
@@ -68,6 +69,7 @@ def _forward(
     segment_ids_bt: jax.Array | None,
 ) -> tuple[jax.Array, Residuals]:
     take = functools.partial(_take_block, block=block)
+    first_key_blocks, _ = _visible_blocks(block, q_btkgd.shape[1] // block, segment_ids_bt)
 
     def attend_from(query_block: jax.Array) -> tuple[jax.Array, jax.Array]:
         q = take(q_btkgd, query_block)
@@ -81,7 +83,7 @@ def _forward(
 
         # The diagonal first: every query sees itself, so the running maximum is finite from the start.
         state = _first_state(scores_to(query_block), take(v_bskd, query_block), precision)
-        state = jax.lax.fori_loop(0, query_block, visit, state)
+        state = jax.lax.fori_loop(first_key_blocks[query_block], query_block, visit, state)
         out = (state.values_bkgtd / state.total_bkgt[..., None]).astype(q_btkgd.dtype)
         return jnp.einsum("bkgtd->btkgd", out), state.maximum_bkgt + jnp.log(state.total_bkgt)
 
@@ -97,6 +99,7 @@ def _backward(
     num_blocks = lse_nbkgt.shape[0]
     scale = 1 / math.sqrt(q_btkgd.shape[-1])
     take = functools.partial(_take_block, block=block)
+    _, last_query_blocks = _visible_blocks(block, num_blocks, segment_ids_bt)
     contract = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     # sum_s dP P = sum_d dO O, per query.
     delta_bkgt = jnp.einsum("btkgd->bkgt", d_out_btkgd.astype(jnp.float32) * out_btkgd.astype(jnp.float32))
@@ -119,7 +122,8 @@ def _backward(
             return jax.lax.dynamic_update_slice_in_dim(d_q_btkgd, d_q, start, axis=1), d_k, d_v
 
         zeros = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
-        d_q_btkgd, d_k, d_v = jax.lax.fori_loop(key_block, num_blocks, visit, (d_q_btkgd, *zeros))
+        end = last_query_blocks[key_block] + 1
+        d_q_btkgd, d_k, d_v = jax.lax.fori_loop(key_block, end, visit, (d_q_btkgd, *zeros))
         return d_q_btkgd, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
     d_q_btkgd = jnp.zeros_like(q_btkgd, jnp.float32)
@@ -166,6 +170,22 @@ def _mask(block: int, query_block: jax.Array, key_block: jax.Array, segment_ids_
         return visible_keys(queries, keys, None, None)
     segments_of = functools.partial(_take_block, segment_ids_bt, block=block)
     return visible_keys(queries, keys, segments_of(query_block), segments_of(key_block))
+
+
+def _visible_blocks(block: int, num_blocks: int, segment_ids_bt: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """int32 [blocks] each: the first block of keys that a block's queries see, the last block that sees its keys.
+
+    In any row of the batch. Segments are contiguous, so a block reaches as far as the segment at its edge does.
+    """
+    if segment_ids_bt is None:
+        return jnp.zeros(num_blocks, jnp.int32), jnp.full(num_blocks, num_blocks - 1, jnp.int32)
+    index_t = jnp.arange(segment_ids_bt.shape[1], dtype=jnp.int32)[None, :]
+    changes_bt = segment_ids_bt[:, 1:] != segment_ids_bt[:, :-1]
+    is_first_bt = jnp.pad(changes_bt, ((0, 0), (1, 0)), constant_values=True)
+    is_last_bt = jnp.pad(changes_bt, ((0, 0), (0, 1)), constant_values=True)
+    starts_bt = jax.lax.cummax(jnp.where(is_first_bt, index_t, 0), axis=1)
+    ends_bt = jax.lax.cummin(jnp.where(is_last_bt, index_t, index_t.shape[1]), axis=1, reverse=True)
+    return starts_bt[:, ::block].min(axis=0) // block, ends_bt[:, block - 1 :: block].max(axis=0) // block
 
 
 def _block_size(time: int) -> int:
