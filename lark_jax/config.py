@@ -101,6 +101,7 @@ class FinetuneConfig:
     dtype: str = "bfloat16"  # of the computation; parameters, moments and gradient sums stay float32
     tokens_per_batch: int = 32_768  # tokens per device and micro-batch, padding included
     packing: bool = False  # several trajectories in one row, kept apart by segment ids
+    attention: str = "auto"  # by platform and row length, or one of ATTENTION_BACKENDS
     remat: str = "block"  # recomputed in the backward pass: "none" or every "block"
     vocab_chunk: int = 4_096  # vocabulary rows per pass of the loss
     checkpoint_every: int = 50  # optimizer steps
@@ -118,7 +119,11 @@ class FinetuneConfig:
         _require(valid_decay, "finetune.weight_decay", self.weight_decay, "a number >= 0")
         _require_one_of("finetune.dtype", self.dtype, DTYPES)
         _require_one_of("finetune.remat", self.remat, ("none", "block"))
-        _require(not self.packing, "finetune.packing", self.packing, "False: packed rows are not available yet")
+        _require_one_of("finetune.attention", self.attention, ("auto", *ATTENTION_BACKENDS))
+        honoured = not self.packing or self.attention != "cudnn"
+        _require(
+            honoured, "finetune.attention", self.attention, "a backend that honours the segment ids of packed rows"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +253,6 @@ class Experiment:
         _require(synthetic_given, "synthetic", None, 'a section, since "prepare" is among the stages')
         if "evaluate" in self.stages:
             _require(len(self.evaluate.benchmarks) > 0, "evaluate.benchmarks", (), "one or more benchmark files")
-        trains = {"prepare", "finetune"} & set(self.stages)
-        _require(not trains or self.mesh.tensor == 1, "mesh.tensor", self.mesh.tensor, "1 for fine-tuning, so far")
 
 
 def experiment_from_mapping(values: Mapping[str, Any]) -> Experiment:

@@ -17,16 +17,13 @@ the model's analytic FLOPs per second over the device's own matmul rate in the s
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import jax
 import numpy as np
+from measuring import matmul_rate, random_checkpoint, run_contestant, versions
 from scoring_contestants import CONTESTANTS, Request, Result
 from shapes import SHAPES
 
@@ -34,12 +31,10 @@ from lark_jax import files, runtime
 from lark_jax.pool import read_pool
 from lark_jax.pool.batching import assemble, plan_batches
 from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
-from lark_jax.students import random_student, read_architecture, save_new_student
+from lark_jax.students import read_architecture
 from lark_jax.students.flops import forward_flops
-from lark_jax.students.mixed_precision import project
 
 PROMPT_SHARE = 8  # random rows: one token in eight is prompt
-MATMUL_SIZE = 8_192
 
 
 def main() -> None:
@@ -82,13 +77,6 @@ def parse_arguments() -> argparse.Namespace:
     if options.pool and not options.student:
         parser.error("--pool needs --student, whose tokenizer renders it")
     return options
-
-
-def random_checkpoint(shape: str, dtype: str, scratch: Path) -> Path:
-    blank = scratch / "blank"
-    files.write_json(blank / "config.json", {**SHAPES[shape], "torch_dtype": dtype})
-    save_new_student(random_student(read_architecture(blank), 0, dtype), blank, scratch / "student")
-    return scratch / "student"
 
 
 def random_cases(student: Path, options: argparse.Namespace) -> list[tuple[str, dict[str, np.ndarray]]]:
@@ -141,24 +129,13 @@ def run_case(
             rows_per_batch=max(1, options.tokens_per_batch // length),
             rounds=options.rounds,
         )
-        results.append(run_contestant(request, scratch))
+        script = Path(__file__).with_name("scoring_contestants.py")
+        results.append(Result(**run_contestant(script, asdict(request), scratch)))
     print_case(name, results, sum(lengths), flops, rate)
     rows = [
         {**asdict(r), "tokens_per_second": sum(lengths) / r.seconds, "mfu": flops / r.seconds / rate} for r in results
     ]
     return {"case": name, "tokens": sum(lengths), "flops": flops, "results": rows}
-
-
-def run_contestant(request: Request, scratch: Path) -> Result:
-    files.write_json(scratch / "request.json", asdict(request))
-    command = [sys.executable, str(Path(__file__).with_name("scoring_contestants.py"))]
-    runtime.say(f"{request.contestant}: {request.rounds} rounds")
-    done = subprocess.run(
-        [*command, f"--request={scratch / 'request.json'}"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"error: {request.contestant}: exit status {done.returncode}, see its message above")
-    return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def print_case(name: str, results: Sequence[Result], tokens: int, flops: float, rate: float) -> None:
@@ -191,29 +168,6 @@ def print_case(name: str, results: Sequence[Result], tokens: int, flops: float, 
             "" if np.isnan(brier) else f"{brier:.1e}",
         )
         print(f"{r.contestant:<32}" + "".join(f"{value:>18}" for value in values))
-
-
-def matmul_rate(dtype: str) -> float:
-    """FLOP/s of large square matmuls one after the other, in the precision of the student's; the best of several."""
-    size, times = (MATMUL_SIZE, 20) if jax.default_backend() != "cpu" else (MATMUL_SIZE // 4, 2)
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-
-    @jax.jit
-    def multiply(a: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, times, lambda _, x: project(x, a), a)
-
-    multiply(a).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        multiply(a).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return times * 2 * size**3 / min(seconds)
-
-
-def versions() -> dict[str, str]:
-    recorded = runtime.package_versions()
-    return {name: recorded[name] for name in ("python", "jax", "torch", "transformers") if name in recorded}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from measuring import forget_peak, jax_peak_bytes, torch_peak_bytes
 
 PUBLISHED_TOP = 50  # logits that enter the published Brier score
 RANK_TOP = 100  # r_max of RSR
@@ -89,7 +90,7 @@ def ours(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
         means = jax.device_get(results)
         return np.concatenate([np.stack([m.loss, m.brier, m.mean_clipped_rank]) for m in means], axis=1)
 
-    return score, jax_memory
+    return score, jax_peak_bytes
 
 
 def cross_entropy_alone(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
@@ -118,7 +119,7 @@ def cross_entropy_alone(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
         flat = np.concatenate(jax.device_get(results))
         return np.stack([flat, np.full_like(flat, np.nan), np.full_like(flat, np.nan)])
 
-    return score, jax_memory
+    return score, jax_peak_bytes
 
 
 def published(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
@@ -152,10 +153,7 @@ def torch_contestant(request: Request, rows: Rows, statistics: Callable) -> tupl
     def score() -> np.ndarray:
         return np.array([one_row(row.unpadded()) for row in rows.batches(1)]).T
 
-    def memory() -> int:
-        return torch.cuda.max_memory_allocated() if device == "cuda" else process_peak_bytes()
-
-    return score, memory
+    return score, torch_peak_bytes
 
 
 def top_brier(logits, targets):
@@ -181,24 +179,6 @@ CONTESTANTS: Mapping[str, Callable[[Request, Rows], tuple[Scorer, Memory]]] = {
     "published": published,
     "published, exact Brier and RSR": published_exact,
 }
-
-
-def jax_memory() -> int:
-    import jax
-
-    stats = jax.local_devices()[0].memory_stats()
-    return int(stats["peak_bytes_in_use"]) if stats else process_peak_bytes()
-
-
-def process_peak_bytes() -> int:
-    """Largest resident memory of this process since `forget_peak`, in bytes (Linux)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-
-
-def forget_peak() -> None:
-    """Loading may need more memory for a moment than scoring; that is not what is measured here."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def run(request: Request) -> Result:

@@ -119,6 +119,7 @@ def test_wrong_type_is_refused_with_the_value_found(field: str, value: object, e
         ("finetune.weight_decay", -0.1),
         ("finetune.checkpoint_every", 0),
         ("finetune.remat", "full"),
+        ("finetune.attention", "flash"),
         ("evaluate.engine", "sglang"),
         ("evaluate.grader", "exact"),
         ("evaluate.samples", 0),
@@ -141,6 +142,15 @@ def test_value_out_of_range_is_refused_with_what_is_allowed(field: str, value: o
     message = error_line(with_field(field, value))
     assert message.startswith(f"config.{field}: expected ")
     assert ", got " in message
+
+
+def test_packed_rows_need_a_backend_that_keeps_trajectories_apart() -> None:
+    values = with_field("finetune.attention", "cudnn")
+    assert experiment_from_mapping(values).finetune.attention == "cudnn"
+    values["finetune"]["packing"] = True
+    assert error_line(values).startswith("config.finetune.attention: expected a backend that honours the segment ids")
+    values["finetune"]["attention"] = "splash"
+    assert experiment_from_mapping(values).finetune.packing
 
 
 def test_fields_that_need_each_other() -> None:

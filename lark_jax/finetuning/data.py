@@ -4,15 +4,24 @@ The order is a function of (seed, epoch) alone and a step's place in it of the s
 goes on with exactly the batches that it would have seen.
 """
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from lark_jax.config import FinetuneConfig
 from lark_jax.errors import TrainingError
-from lark_jax.pool.batching import BatchPlan, TokenRows, assemble, bucket_lengths
+from lark_jax.finetuning.packing import (
+    PackedPlan,
+    packed_row_lengths,
+    padding_of_full_rows,
+    plan_packed_micro_batches,
+)
+from lark_jax.finetuning.row_plans import choose_row_lengths, plan_micro_batches
+from lark_jax.pool.batching import BatchPlan
 from lark_jax.pool.chat import RenderedTrajectory
 
 
@@ -39,10 +48,20 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the student at once, with the share of each row in the loss of its step."""
+    """Rows that go through the student at once, on the host. A member is an index of the training set."""
 
-    rows: TokenRows  # row_ids_b are indices of the training set
-    row_weights_b: np.ndarray  # float32 [rows]: w_i / (trajectories of the step); 0 for a padding row
+    tokens_bt: np.ndarray  # int32: the inputs
+    targets_bt: np.ndarray  # int32: the token after each input
+    token_weights_bt: np.ndarray  # float32: w_i / |a_i| / (trajectories of the step); 0 over prompt and padding
+    members_bt: np.ndarray  # int32: the member that a target token belongs to; -1 over prompt and padding
+    segment_ids_bt: np.ndarray | None = None  # int32, for packed rows; None: one trajectory a row
+
+    def mean_losses(self, cross_entropy_bt: np.ndarray) -> dict[int, float]:
+        """Member -> mean cross-entropy over its target tokens, in float64; other tokens are never read."""
+        is_target_bt = self.members_bt >= 0
+        members, place = np.unique(self.members_bt[is_target_bt], return_inverse=True)
+        sums = np.bincount(place, weights=cross_entropy_bt[is_target_bt].astype(np.float64))
+        return dict(zip(members.tolist(), (sums / np.bincount(place)).tolist(), strict=True))
 
 
 def weighted_examples(
@@ -103,57 +122,80 @@ class TrainingSet:
     def micro_batches(
         self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int, pad_id: int
     ) -> Iterator[MicroBatch]:
-        """Cuts one optimizer step into micro-batches, longest rows first.
+        """Cuts one optimizer step into micro-batches of one trajectory a row, longest rows first.
 
-        Each row's weight is divided by the number of trajectories of the *step*, a constant that does not depend on
-        the micro-batch. The sum of the micro-batches' gradients is therefore the same for every way of cutting.
+        Each weight is divided by the number of trajectories of the *step*, a constant that does not depend on the
+        micro-batch. The sum of the micro-batches' gradients is therefore the same for every way of cutting.
 
         Args:
           tokens_per_batch: most tokens per device, padding included; a single row may exceed it.
           row_multiple: devices that the rows are split over.
         """
-        lengths = {member: self._rendered[member].num_inputs for member in batch.members}
-        for plan in plan_micro_batches(lengths, self._buckets, tokens_per_batch, row_multiple):
-            rows = assemble(self._rendered, plan, pad_id)
-            row_weights_b = np.zeros(plan.rows, np.float32)
-            weights = [self.examples[member].weight / len(batch.members) for member in plan.members]
-            row_weights_b[: len(plan.members)] = weights
-            yield MicroBatch(rows, row_weights_b)
+        for plan in self.plans(batch, tokens_per_batch=tokens_per_batch, row_multiple=row_multiple):
+            yield self.micro_batch(plan, len(batch.members), pad_id)
+
+    def packed_micro_batches(
+        self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int, pad_id: int
+    ) -> Iterator[MicroBatch]:
+        """As `micro_batches`, with several trajectories in a row, kept apart by segment ids."""
+        for plan in self.packed_plans(batch, tokens_per_batch=tokens_per_batch, row_multiple=row_multiple):
+            yield self.packed_micro_batch(plan, len(batch.members), pad_id)
+
+    def plans(self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int) -> tuple[BatchPlan, ...]:
+        return plan_micro_batches(self._lengths_of(batch), self._row_lengths, tokens_per_batch, row_multiple)
+
+    def packed_plans(self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int) -> tuple[PackedPlan, ...]:
+        row_lengths = packed_row_lengths(self._paddings, tokens_per_batch)
+        return plan_packed_micro_batches(self._lengths_of(batch), row_lengths, tokens_per_batch, row_multiple)
+
+    def micro_batch(self, plan: BatchPlan, trajectories: int, pad_id: int) -> MicroBatch:
+        """The rows of `plan`, in a step of `trajectories`."""
+        packed = PackedPlan(plan.length, plan.rows, tuple((member,) for member in plan.members))
+        return dataclasses.replace(self.packed_micro_batch(packed, trajectories, pad_id), segment_ids_bt=None)
+
+    def packed_micro_batch(self, plan: PackedPlan, trajectories: int, pad_id: int) -> MicroBatch:
+        """The rows of `plan`, in a step of `trajectories`; segments are 1, 2, ... in each row, padding is 0."""
+        shape = (plan.rows, plan.length)
+        tokens_bt, targets_bt = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
+        token_weights_bt, members_bt = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
+        segment_ids_bt = np.zeros(shape, np.int32)
+        for row, members in enumerate(plan.members):
+            start = 0
+            for segment, member in enumerate(members, start=1):
+                example, rendered = self.examples[member], self.examples[member].rendered
+                sequence = np.concatenate([rendered.prompt_tokens, rendered.target_tokens])
+                inputs = slice(start, start + rendered.num_inputs)
+                targets = slice(start + len(rendered.prompt_tokens) - 1, inputs.stop)
+                tokens_bt[row, inputs] = sequence[:-1]
+                targets_bt[row, inputs] = sequence[1:]
+                token_weights_bt[row, targets] = example.weight / len(rendered.target_tokens) / trajectories
+                members_bt[row, targets] = member
+                segment_ids_bt[row, inputs] = segment
+                start = inputs.stop
+        return MicroBatch(tokens_bt, targets_bt, token_weights_bt, members_bt, segment_ids_bt)
+
+    def _lengths_of(self, batch: StepBatch) -> dict[int, int]:
+        return {member: self._lengths[member] for member in batch.members}
 
     @cached_property
-    def _rendered(self) -> tuple[RenderedTrajectory, ...]:
-        return tuple(example.rendered for example in self.examples)
+    def _lengths(self) -> tuple[int, ...]:
+        return tuple(example.rendered.num_inputs for example in self.examples)
 
     @cached_property
-    def _buckets(self) -> tuple[int, ...]:
-        return bucket_lengths(max(trajectory.num_inputs for trajectory in self._rendered))
+    def _row_lengths(self) -> tuple[int, ...]:
+        return choose_row_lengths(self._lengths)
+
+    @cached_property
+    def _paddings(self) -> dict[int, float]:
+        return padding_of_full_rows(self._lengths)
 
 
-def plan_micro_batches(
-    lengths: Mapping[int, int], buckets: Sequence[int], tokens_per_batch: int, row_multiple: int
-) -> tuple[BatchPlan, ...]:
-    """Groups the members of one step by length into few shapes.
-
-    Unlike `pool.batching.plan_batches`, whose batches are cut from a whole pool, a step has few trajectories, and rows
-    that fill the budget would mostly be empty. Rows are `row_multiple` times a power of two: the largest within
-    the budget, or the smallest that holds what is left. A batch is filled up with shorter trajectories before rows
-    stay empty, so only the last one has empty rows.
-
-    Args:
-      lengths: member -> inputs.
-      buckets: ascending row lengths; the last holds the longest member.
-    """
-    remaining = sorted(lengths, key=lambda member: (-lengths[member], member))
-    plans = []
-    while remaining:
-        length = next(bucket for bucket in buckets if bucket >= lengths[remaining[0]])
-        rows_per_device = 1
-        while rows_per_device * row_multiple < len(remaining) and 2 * rows_per_device * length <= tokens_per_batch:
-            rows_per_device *= 2
-        rows = rows_per_device * row_multiple
-        plans.append(BatchPlan(length, rows, tuple(remaining[:rows])))
-        remaining = remaining[rows:]
-    return tuple(plans)
+def cut(
+    data: TrainingSet, batch: StepBatch, config: FinetuneConfig, *, row_multiple: int, pad_id: int
+) -> tuple[MicroBatch, ...]:
+    """The micro-batches of one step, in the form that `config.packing` asks for."""
+    form = data.packed_micro_batches if config.packing else data.micro_batches
+    return tuple(form(batch, tokens_per_batch=config.tokens_per_batch, row_multiple=row_multiple, pad_id=pad_id))
 
 
 def hash_of_examples(examples: Sequence[Example]) -> str:

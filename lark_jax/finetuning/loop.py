@@ -16,7 +16,7 @@ from lark_jax import files, runtime
 from lark_jax.config import FinetuneConfig
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning.checkpoints import CheckpointStore, Identity
-from lark_jax.finetuning.data import Example, MicroBatch, StepBatch, TrainingSet, check_examples, hash_of_examples
+from lark_jax.finetuning.data import Example, MicroBatch, StepBatch, TrainingSet, check_examples, cut, hash_of_examples
 from lark_jax.finetuning.metrics import METRICS, StepMetrics, StepTiming, TrainingLog
 from lark_jax.finetuning.optimizer import Parameters, learning_rate_schedule, make_optimizer
 from lark_jax.finetuning.step import (
@@ -37,7 +37,7 @@ from lark_jax.students.parameters import abstract_decoder, flatten_parameters
 
 CHECKPOINTS = "checkpoints"
 # What a run may change when it is continued: these decide memory and speed, not what is computed.
-FREE_FIELDS = ("checkpoint_every", "tokens_per_batch", "remat", "vocab_chunk")
+FREE_FIELDS = ("attention", "checkpoint_every", "packing", "tokens_per_batch", "remat", "vocab_chunk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def finetune(
 
     Args:
       student: where training starts; any parameter dtype; left as it is, and let go before the first step. `config`
-        decides the compute dtype and remat.
+        decides the compute dtype, remat and the attention backend.
       examples: from `weighted_examples`.
       pad_id: token that fills rows; it is never a target.
       what: label of the progress bar.
@@ -88,13 +88,13 @@ def finetune(
     total_steps = config.epochs * data.steps_per_epoch
     optimizer = make_optimizer(config, total_steps)
     model = abstract_decoder(student.architecture, config.dtype, remat=config.remat)
-    model.attention_backend = student.attention_backend
+    model.attention_backend = None if config.attention == "auto" else config.attention
     train_step = make_train_step(model, optimizer, mesh, vocab_chunk=config.vocab_chunk)
     learning_rates = np.asarray(learning_rate_schedule(config, total_steps)(jnp.arange(total_steps)))
 
     def prepared(step: int) -> PreparedStep:
         batch = data.batch(step)
-        return PreparedStep(batch, _cut(data, batch, config, mesh, pad_id))
+        return PreparedStep(batch, cut(data, batch, config, row_multiple=mesh.shape[DATA], pad_id=pad_id))
 
     with CheckpointStore(directory / CHECKPOINTS, run_identity(student, examples, config, seed)) as store:
         restored = store.restore_latest(abstract_state(model, optimizer, mesh))
@@ -108,11 +108,11 @@ def finetune(
         ):
             while upcoming is not None:
                 started, current = time.perf_counter(), upcoming
-                applied, row_losses = run_step(train_step, state, sums, current.micro_batches, mesh)
+                applied, cross_entropies = run_step(train_step, state, sums, current.micro_batches, mesh)
                 state, sums, completed = applied.state, applied.sums, completed + 1
                 # Prepared on the host while the devices work; reading the metrics waits for them.
                 upcoming = prepared(completed) if completed < total_steps else None
-                metrics = read_step_metrics(data, current, applied, row_losses, learning_rates)
+                metrics = read_step_metrics(data, current, applied, cross_entropies, learning_rates)
                 log.write(metrics, _timing(metrics, time.perf_counter() - started))
                 if completed % config.checkpoint_every == 0 or completed == total_steps:
                     log.flush_to_disk()
@@ -125,22 +125,22 @@ def finetune(
 def run_step(
     train_step: TrainStep, state: TrainState, sums: StepSums, micro_batches: Sequence[MicroBatch], mesh: Mesh
 ) -> tuple[Applied, list[jax.Array]]:
-    """Dispatches one optimizer step without waiting for it; second: the mean loss of each row of each micro-batch.
+    """Dispatches one optimizer step without waiting for it; second: each micro-batch's cross-entropy of every token.
 
     `sums` are zeros; `state` and `sums` are consumed.
     """
-    row_losses = []
+    cross_entropies = []
     for micro_batch in micro_batches:
-        sums, losses_b = train_step.accumulate(state.parameters, sums, put_rows(micro_batch, mesh))
-        row_losses.append(losses_b)
-    return train_step.apply(state, sums), row_losses
+        sums, cross_entropy_bt = train_step.accumulate(state.parameters, sums, put_rows(micro_batch, mesh))
+        cross_entropies.append(cross_entropy_bt)
+    return train_step.apply(state, sums), cross_entropies
 
 
 def read_step_metrics(
     data: TrainingSet,
     prepared: PreparedStep,
     applied: Applied,
-    row_losses: Sequence[jax.Array],
+    cross_entropies: Sequence[jax.Array],
     learning_rates: np.ndarray,
 ) -> StepMetrics:
     """Waits for the step and describes it.
@@ -150,9 +150,8 @@ def read_step_metrics(
     """
     batch = prepared.batch
     losses: dict[int, float] = {}
-    for micro_batch, losses_b in zip(prepared.micro_batches, jax.device_get(row_losses), strict=True):
-        members_b = micro_batch.rows.row_ids_b
-        losses |= zip(members_b[members_b >= 0].tolist(), losses_b[members_b >= 0].tolist(), strict=True)
+    for micro_batch, cross_entropy_bt in zip(prepared.micro_batches, jax.device_get(cross_entropies), strict=True):
+        losses |= micro_batch.mean_losses(cross_entropy_bt)
     if not bool(applied.finite):
         raise TrainingError(_describe_non_finite(data, batch, losses))
     examples = [data.examples[member] for member in batch.members]
@@ -194,16 +193,6 @@ def _hash_of_parameters(parameters: Parameters) -> str:
 
     sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(sum_of_bits, tree))(parameters))
     return files.sha256_of_json({name: int(value) for name, value in sums.items()})
-
-
-def _cut(
-    data: TrainingSet, batch: StepBatch, config: FinetuneConfig, mesh: Mesh, pad_id: int
-) -> tuple[MicroBatch, ...]:
-    return tuple(
-        data.micro_batches(
-            batch, tokens_per_batch=config.tokens_per_batch, row_multiple=mesh.shape[DATA], pad_id=pad_id
-        )
-    )
 
 
 def _timing(metrics: StepMetrics, seconds: float) -> StepTiming:

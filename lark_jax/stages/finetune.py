@@ -1,19 +1,26 @@
 """Stage "finetune": weighted SFT of the student on each selection, `finetune/<method>_B<budget>/`."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
+from lark_jax import runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning import CHECKPOINTS, FREE_FIELDS, Example, FinetuneResult, finetune, weighted_examples
+from lark_jax.finetuning.row_use import report_rows
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.selection import TRAIN_JSONL, read_training_set
-from lark_jax.sharding import make_mesh
+from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
+from lark_jax.students import local_folder, read_architecture
+from lark_jax.students.attention import describe_backend, kernel_platform
 
 
 def finetune_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -34,13 +41,22 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
     def train(directory: Path) -> Outcome:
         chat = open_chat(experiment)
         examples = training_examples(experiment, chat, layout.selection(run))
+        rows = report_rows(
+            examples,
+            experiment.finetune,
+            seed=experiment.seed,
+            row_multiple=make_mesh(experiment.mesh).shape[DATA],
+        )
+        runtime.say(f"{run.name}: {rows}")
+        runtime.say(describe_attention(experiment, rows.used.row_lengths))
         result = finetuned(experiment, chat, examples, directory, what=run.name)
         counts = {
             "trajectories": len(examples),
             "truncated": sum(example.rendered.truncated for example in examples),
             "steps": result.steps,
+            **rows.counts(),
         }
-        return Outcome(counts=counts, notes=notes_on(chat))
+        return Outcome(counts=counts, notes={**notes_on(chat), "rows": rows.notes()})
 
     return Task(f"finetune/{run.name}", layout.finetune(run), inputs, train, scratch=(CHECKPOINTS,))
 
@@ -59,6 +75,23 @@ def training_examples(experiment: Experiment, chat: ChatFormat, selection: Path)
             raise TrainingError(f"{item.location}: {item.problem_id}/{item.candidate_id}: {item.reason}")
         rendered.append(item)
     return weighted_examples(rendered, [item.weight for item in training_set])
+
+
+def describe_attention(experiment: Experiment, row_lengths: Sequence[int]) -> str:
+    """What will compute the attention of rows of these lengths.
+
+    Raises:
+      ConfigError: the configured backend cannot run here, or does not honour the segment ids of packed rows.
+    """
+    config, architecture = experiment.finetune, read_architecture(local_folder(experiment.student.path))
+    return describe_backend(
+        None if config.attention == "auto" else config.attention,
+        row_lengths,
+        kernel_platform(make_mesh(experiment.mesh).devices.flat[0]),
+        jnp.dtype(config.dtype),
+        architecture.head_dim,
+        packed=config.packing,
+    )
 
 
 def finetuned(

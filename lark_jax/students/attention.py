@@ -56,7 +56,8 @@ def attend(
       q_bthd: [batch, time, num_heads, head_dim]; query head h reads key head h // (num_heads / num_kv_heads).
       k_bskd: [batch, time, num_kv_heads, head_dim].
       v_bskd: as `k_bskd`.
-      segment_ids: int [batch, time]; tokens of different segments do not see each other. None: one segment a row.
+      segment_ids: int [batch, time]; tokens of different segments do not see each other. A segment is contiguous.
+        None: one segment a row.
       backend: a key of `BACKENDS`; None: `default_backend` for this machine. On several TPU devices the Pallas kernel
         runs inside `shard_map` only, since the compiler cannot partition it.
 
@@ -94,23 +95,32 @@ def default_backend(length: int, platform: str, dtype: jnp.dtype, head_dim: int,
 
 
 def describe_backend(
-    backend: str | None, lengths: Sequence[int], platform: str, dtype: jnp.dtype, head_dim: int
+    backend: str | None,
+    lengths: Sequence[int],
+    platform: str,
+    dtype: jnp.dtype,
+    head_dim: int,
+    *,
+    packed: bool = False,
 ) -> str:
-    """One line on what `attend` will use for rows of these lengths, without segment ids.
+    """One line on what `attend` will use for rows of these lengths.
 
     Args:
       backend: as in `attend`.
+      packed: rows have segment ids.
 
     Raises:
       ConfigError: `backend` cannot run on this platform, or not for this student.
     """
     if backend is not None:
-        _check_runs_here(backend, platform, jnp.dtype(dtype), head_dim)
+        _check_runs_here(backend, platform, jnp.dtype(dtype), head_dim, packed)
         return f"attention: {backend}"
     rows_of: dict[str, list[int]] = {}
     for length in sorted(lengths):
-        rows_of.setdefault(default_backend(length, platform, dtype, head_dim), []).append(length)
-    uses = [f"{name} (rows of {_interval(rows)} tokens)" for name, rows in rows_of.items()]
+        name = default_backend(length, platform, dtype, head_dim, packed=packed)
+        rows_of.setdefault(name, []).append(length)
+    kind = "packed rows" if packed else "rows"
+    uses = [f"{name} ({kind} of {_interval(rows)} tokens)" for name, rows in rows_of.items()]
     return f"attention: {', '.join(uses)}"
 
 
@@ -144,11 +154,11 @@ def _platform() -> str:
     return "cpu" if platform == "tpu" and partitioned_by_the_compiler else platform
 
 
-def _check_runs_here(backend: str, platform: str, dtype: jnp.dtype, head_dim: int) -> None:
+def _check_runs_here(backend: str, platform: str, dtype: jnp.dtype, head_dim: int, packed: bool) -> None:
     home = next((where for where, kernel in KERNELS.items() if kernel == backend), platform)
     if home != platform:
         raise ConfigError(f"attention backend {backend!r} runs on {home}, not on {platform}; use 'auto' or 'blockwise'")
-    refusal = _backend(backend).refusal(dtype, head_dim, False)
+    refusal = _backend(backend).refusal(dtype, head_dim, packed)
     if refusal is not None:
         raise ConfigError(f"attention backend {backend!r} {refusal}; use 'auto' or 'blockwise'")
 

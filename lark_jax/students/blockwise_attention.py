@@ -2,7 +2,8 @@
 
 The algorithm of FlashAttention-2 (Dao, 2023) in plain jnp: running maximum and sum in fp32 over blocks of keys; the
 backward pass recomputes each block's weights from the saved log-sum-exp. Blocks above the diagonal are never visited,
-and only those on it are masked (with segment ids: all).
+nor are, in packed rows, blocks that hold other segments only: a trajectory costs what it costs in a row of its own.
+Blocks below the diagonal are masked in packed rows alone.
 
 The query heads that share a key head lie one under the other: a block of queries is a matrix of x = group x time rows,
 and each product is one plain matrix product per key head. On a CPU that is twice as fast as five-dimensional products.
@@ -79,6 +80,7 @@ def _forward(
     multiply = _products(precision)
     q_nbkxd = _query_blocks(q_btkgd, block)
     k_nbksd, v_nbksd = _key_blocks(k_bskd, block), _key_blocks(v_bskd, block)
+    first_key_blocks, _ = _visible_blocks(block, q_nbkxd.shape[0], segment_ids_bt)
 
     def attend_from(query_block: jax.Array) -> tuple[jax.Array, jax.Array]:
         q_bkxd = q_nbkxd[query_block]
@@ -93,7 +95,7 @@ def _forward(
             return _absorb(state, scores_bkxs, v_nbksd[key_block], scale, precision)
 
         below_diagonal = visit if segment_ids_bt is None else visit_masked
-        state = jax.lax.fori_loop(0, query_block, below_diagonal, _first_state(q_bkxd))
+        state = jax.lax.fori_loop(first_key_blocks[query_block], query_block, below_diagonal, _first_state(q_bkxd))
         state = _visit_one(query_block, visit_masked, state)
         out_bkxd = (state.values_bkxd / state.total_bkx[..., None]).astype(q_btkgd.dtype)
         return out_bkxd, state.maximum_bkx * scale + jnp.log(state.total_bkx)
@@ -115,6 +117,7 @@ def _backward(
     # sum_s dP P = sum_d dO O, per query.
     delta_nbkx = jnp.sum(d_out_nbkxd.astype(jnp.float32) * out_nbkxd.astype(jnp.float32), axis=-1)
     num_blocks = q_nbkxd.shape[0]
+    _, last_query_blocks = _visible_blocks(block, num_blocks, segment_ids_bt)
     Carry = tuple[jax.Array, jax.Array, jax.Array]
 
     def one_key_block(d_q_nbkxd: jax.Array, key_block: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -143,7 +146,7 @@ def _backward(
         zeros = jnp.zeros_like(k_bksd, jnp.float32), jnp.zeros_like(v_bksd, jnp.float32)
         carry = _visit_one(key_block, visit_masked, (d_q_nbkxd, *zeros))
         below_diagonal = visit if segment_ids_bt is None else visit_masked
-        carry = jax.lax.fori_loop(key_block + 1, num_blocks, below_diagonal, carry)
+        carry = jax.lax.fori_loop(key_block + 1, last_query_blocks[key_block] + 1, below_diagonal, carry)
         d_q_nbkxd, d_k_bksd, d_v_bksd = carry
         return d_q_nbkxd, (d_k_bksd.astype(k_bskd.dtype), d_v_bksd.astype(v_bskd.dtype))
 
@@ -196,6 +199,22 @@ def _mask(block: int, query_block: jax.Array, key_block: jax.Array, segment_ids_
         return visible_keys(queries, keys, None, None)
     segments_of = functools.partial(_take_block, segment_ids_bt, block=block)
     return visible_keys(queries, keys, segments_of(query_block), segments_of(key_block))
+
+
+def _visible_blocks(block: int, num_blocks: int, segment_ids_bt: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """int32 [blocks] each: the first block of keys that a block's queries see, the last block that sees its keys.
+
+    In any row of the batch. Segments are contiguous, so a block reaches as far as the segment at its edge does.
+    """
+    if segment_ids_bt is None:
+        return jnp.zeros(num_blocks, jnp.int32), jnp.full(num_blocks, num_blocks - 1, jnp.int32)
+    index_t = jnp.arange(segment_ids_bt.shape[1], dtype=jnp.int32)[None, :]
+    changes_bt = segment_ids_bt[:, 1:] != segment_ids_bt[:, :-1]
+    is_first_bt = jnp.pad(changes_bt, ((0, 0), (1, 0)), constant_values=True)
+    is_last_bt = jnp.pad(changes_bt, ((0, 0), (0, 1)), constant_values=True)
+    starts_bt = jax.lax.cummax(jnp.where(is_first_bt, index_t, 0), axis=1)
+    ends_bt = jax.lax.cummin(jnp.where(is_last_bt, index_t, index_t.shape[1]), axis=1, reverse=True)
+    return starts_bt[:, ::block].min(axis=0) // block, ends_bt[:, block - 1 :: block].max(axis=0) // block
 
 
 def _block_size(time: int) -> int:

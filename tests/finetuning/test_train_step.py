@@ -24,7 +24,7 @@ from lark_jax.finetuning.step import (
     put_rows,
     zero_sums,
 )
-from lark_jax.pool.batching import BatchPlan, assemble
+from lark_jax.pool.batching import BatchPlan
 from lark_jax.sharding import make_mesh
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import flatten_parameters
@@ -69,10 +69,9 @@ def accumulated(
     sums = zero_sums(parameters, mesh)
     losses = {}
     for micro in micro_batches:
-        sums, losses_b = train_step.accumulate(parameters, sums, put_rows(micro, mesh))
-        losses |= zip(micro.rows.row_ids_b.tolist(), np.asarray(losses_b).tolist(), strict=True)
-    gradients = {name: np.asarray(value) for name, value in sums.gradients.items()}
-    return float(sums.loss), gradients, {member: loss for member, loss in losses.items() if member >= 0}
+        sums, cross_entropy_bt = train_step.accumulate(parameters, sums, put_rows(micro, mesh))
+        losses |= micro.mean_losses(np.asarray(cross_entropy_bt))
+    return float(sums.loss), {name: np.asarray(value) for name, value in sums.gradients.items()}, losses
 
 
 @functools.cache
@@ -140,12 +139,10 @@ def test_gradient_does_not_depend_on_the_order_of_rows(order: tuple[int, ...]) -
 
     def gradient_of(members: tuple[int, ...]) -> Gradients:
         """Two micro-batches of two rows, in the order of `members`; the product's own plan sorts them by length."""
-        rendered = [example.rendered for example in examples]
-        micro_batches = []
-        for pair in (members[:2], members[2:]):
-            weights_b = np.array([examples[member].weight / 4 for member in pair], np.float32)
-            micro_batches.append(MicroBatch(assemble(rendered, BatchPlan(64, 2, pair), PAD_ID), weights_b))
-        return accumulated(micro_batches)[1]
+        data = TrainingSet(examples, 4, seed=0)
+        return accumulated(
+            [data.micro_batch(BatchPlan(64, 2, pair), 4, PAD_ID) for pair in (members[:2], members[2:])]
+        )[1]
 
     assert_same_gradient(gradient_of(order), gradient_of((0, 1, 2, 3)))
 
@@ -278,7 +275,7 @@ def test_few_shapes_are_compiled() -> None:
     """An epoch of random lengths compiles `accumulate` for a handful of shapes."""
     data = TrainingSet(random_examples(5, 40, 4), 8, seed=0)
     shapes = {
-        micro.rows.tokens_bt.shape
+        micro.tokens_bt.shape
         for step in range(data.steps_per_epoch)
         for micro in data.micro_batches(data.batch(step), tokens_per_batch=128, row_multiple=1, pad_id=PAD_ID)
     }

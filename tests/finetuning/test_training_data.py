@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from tiny_run import PAD_ID, random_examples, random_trajectory
 
 from lark_jax.errors import TrainingError
-from lark_jax.finetuning.data import TrainingSet, hash_of_examples, plan_micro_batches, weighted_examples
-from lark_jax.pool.batching import bucket_lengths
+from lark_jax.finetuning.data import TrainingSet, hash_of_examples, weighted_examples
 
 
 @given(num_examples=st.integers(1, 60), batch_size=st.integers(1, 20), seed=st.integers(0, 2**40))
@@ -51,44 +50,51 @@ def test_every_problem_carries_the_same_total_weight_however_many_trajectories_i
     assert [example.weight for example in examples] == pytest.approx([1.4, 2.0, 0.4, 0.2])
 
 
-@given(
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=70),
-    tokens_per_batch=st.integers(1, 2000),
-    row_multiple=st.sampled_from([1, 2, 8]),
-)
-def test_plan_holds_every_member_once_within_the_budget(
-    lengths: list[int], tokens_per_batch: int, row_multiple: int
-) -> None:
-    by_member = {100 + index: length for index, length in enumerate(lengths)}
-    buckets = bucket_lengths(max(lengths))
-    plans = plan_micro_batches(by_member, buckets, tokens_per_batch, row_multiple)
-    assert sorted(member for plan in plans for member in plan.members) == sorted(by_member)
-    assert [plan.length for plan in plans] == sorted((plan.length for plan in plans), reverse=True)
-    for plan in plans:
-        rows_per_device = plan.rows // row_multiple
-        assert plan.rows == rows_per_device * row_multiple
-        assert rows_per_device & (rows_per_device - 1) == 0
-        assert rows_per_device == 1 or rows_per_device * plan.length <= tokens_per_batch
-        assert all(by_member[member] <= plan.length for member in plan.members)
-        assert plan.length in buckets
-    assert all(len(plan.members) == plan.rows for plan in plans[:-1])
-    assert plans[-1].rows < 2 * max(len(plans[-1].members), row_multiple)
-
-
+@pytest.mark.parametrize("form", ["micro_batches", "packed_micro_batches"])
 @pytest.mark.parametrize("tokens_per_batch", [1, 100, 10_000])
-def test_row_weights_are_divided_by_the_trajectories_of_the_step(tokens_per_batch: int) -> None:
+def test_token_weights_are_divided_by_target_tokens_and_by_trajectories_of_the_step(
+    form: str, tokens_per_batch: int
+) -> None:
     examples = random_examples(3, 5, 2)
     data = TrainingSet(examples, 4, 0)
     last = data.batch(data.steps_per_epoch - 1)
     assert len(last.members) == 2
-    found = {}
-    for micro in data.micro_batches(last, tokens_per_batch=tokens_per_batch, row_multiple=2, pad_id=PAD_ID):
-        for member, weight in zip(micro.rows.row_ids_b.tolist(), micro.row_weights_b.tolist(), strict=True):
-            if member == -1:
-                assert weight == 0.0
-            else:
-                found[member] = weight
-    assert found == {member: np.float32(examples[member].weight / 2) for member in last.members}
+    found: dict[int, list[float]] = {}
+    cut = getattr(data, form)
+    for micro in cut(last, tokens_per_batch=tokens_per_batch, row_multiple=2, pad_id=PAD_ID):
+        assert not micro.token_weights_bt[micro.members_bt == -1].any()
+        for member in np.unique(micro.members_bt[micro.members_bt >= 0]).tolist():
+            assert member not in found
+            of_member = micro.members_bt == member
+            np.testing.assert_array_equal(micro.targets_bt[of_member], examples[member].rendered.target_tokens)
+            found[member] = micro.token_weights_bt[of_member].tolist()
+    for member, weights in found.items():
+        length = len(examples[member].rendered.target_tokens)
+        assert weights == [np.float32(examples[member].weight / length / 2)] * length
+    assert sorted(found) == sorted(last.members)
+
+
+def test_mean_losses_are_means_over_the_target_tokens_of_each_member() -> None:
+    rng = np.random.default_rng()
+    examples = random_examples(3, 3, 2)
+    data = TrainingSet(examples, 6, 0)
+    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=10_000, row_multiple=4, pad_id=PAD_ID)
+    cross_entropy_bt = rng.exponential(size=micro.tokens_bt.shape).astype(np.float32)
+    cross_entropy_bt[micro.members_bt == -1] = np.nan
+    found = micro.mean_losses(cross_entropy_bt)
+    assert sorted(found) == list(range(6))
+    for member, loss in found.items():
+        values = [float(value) for value in cross_entropy_bt[micro.members_bt == member]]
+        assert len(values) == len(examples[member].rendered.target_tokens)
+        assert loss == pytest.approx(sum(values) / len(values), rel=1e-12)
+
+
+def test_a_loss_that_is_not_finite_is_that_of_its_member_alone() -> None:
+    data = TrainingSet(random_examples(3, 3, 2), 6, 0)
+    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=10_000, row_multiple=1, pad_id=PAD_ID)
+    cross_entropy_bt = np.ones(micro.tokens_bt.shape, np.float32)
+    cross_entropy_bt[tuple(np.argwhere(micro.members_bt == 4)[0])] = np.nan
+    assert {member for member, loss in micro.mean_losses(cross_entropy_bt).items() if not np.isfinite(loss)} == {4}
 
 
 def test_hash_sees_tokens_weights_names_and_order() -> None:

@@ -88,6 +88,27 @@ def test_blockwise_gradient_equals_that_of_the_dense_backend(time, packed):
         np.testing.assert_allclose(blockwise, dense, rtol=0, atol=1e-5 * float(jnp.abs(dense).max() + 1))
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_blockwise_skips_blocks_of_other_segments():
+    """Numbers that are not finite would spoil a sum even with weight zero; in a block that is skipped they cannot."""
+    time = 6 * BLOCK
+    q, k, v = random_inputs(time, batch=1)
+    segments = np.repeat([[1, 2, 3]], 2 * BLOCK, axis=1)  # the edges of segments are those of blocks
+    clean = attend(q, k, v, segment_ids=jnp.asarray(segments), backend="blockwise")
+    spoilt = [x.at[:, 2 * BLOCK : 4 * BLOCK].set(jnp.nan) for x in (q, k, v)]
+
+    def total_of_others(q, k, v):
+        out = attend(q, k, v, segment_ids=jnp.asarray(segments), backend="blockwise")
+        others = jnp.concatenate([out[:, : 2 * BLOCK], out[:, 4 * BLOCK :]], axis=1)
+        return (others**2).sum(), others
+
+    (_, others), gradients = jax.value_and_grad(total_of_others, argnums=(0, 1, 2), has_aux=True)(*spoilt)
+    np.testing.assert_array_equal(others[:, : 2 * BLOCK], clean[:, : 2 * BLOCK])
+    np.testing.assert_array_equal(others[:, 2 * BLOCK :], clean[:, 4 * BLOCK :])
+    for gradient in gradients:
+        assert np.isfinite(np.delete(gradient, np.arange(2 * BLOCK, 4 * BLOCK), axis=1)).all()
+
+
 def test_dense_gradient_equals_finite_differences_in_float64():
     q, k, v = random_inputs(9, 2, 1, batch=1, scale=1.0)
     direction = np.random.default_rng().normal(size=q.shape)
@@ -180,6 +201,17 @@ def test_the_choice_is_described_for_the_log():
     assert line == "attention: dense (rows of 64 to 128 tokens), cudnn (rows of 512 to 16,384 tokens)"
     assert describe_backend("blockwise", [64, 512], "gpu", jnp.float32, 128) == "attention: blockwise"
     assert describe_backend(None, [512], "cpu", jnp.bfloat16, 64) == "attention: blockwise (rows of 512 tokens)"
+
+
+def test_packed_rows_take_a_kernel_that_honours_segments_or_else_plain_jnp():
+    def described(platform, backend=None):
+        return describe_backend(backend, [128, 4_096], platform, jnp.bfloat16, 128, packed=True)
+
+    assert described("tpu") == "attention: dense (packed rows of 128 tokens), splash (packed rows of 4,096 tokens)"
+    assert described("gpu") == "attention: dense (packed rows of 128 tokens), blockwise (packed rows of 4,096 tokens)"
+    assert described("gpu", "blockwise") == "attention: blockwise"
+    with pytest.raises(ConfigError, match="'cudnn' does not honour segment ids; use 'auto' or 'blockwise'"):
+        described("gpu", "cudnn")
 
 
 @pytest.mark.parametrize(

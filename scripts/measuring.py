@@ -1,0 +1,97 @@
+"""What the benchmarks have in common: a device's own rate, a random student, peak memory, contestants in processes.
+
+JAX, and what imports it, is imported where it is needed only: the process of a torch contestant must not hold it.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shapes import SHAPES
+
+from lark_jax import files
+
+MATMUL_SIZE = 8_192
+
+
+def random_checkpoint(shape: str, dtype: str, scratch: Path) -> Path:
+    """A checkpoint folder below `scratch`, without a tokenizer, with random weights in a published student's shape."""
+    from lark_jax.students import random_student, read_architecture, save_new_student
+
+    blank = scratch / "blank"
+    files.write_json(blank / "config.json", {**SHAPES[shape], "torch_dtype": dtype})
+    save_new_student(random_student(read_architecture(blank), 0, dtype), blank, scratch / "student")
+    return scratch / "student"
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of large square matmuls one after the other, in the precision of the student's; the best of several."""
+    import jax
+
+    from lark_jax.students.mixed_precision import project
+
+    size, times = (MATMUL_SIZE, 20) if jax.default_backend() != "cpu" else (MATMUL_SIZE // 4, 2)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+
+    @jax.jit
+    def multiply(a: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda _, x: project(x, a), a)
+
+    multiply(a).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return times * 2 * size**3 / min(seconds)
+
+
+def run_contestant(script: Path, request: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
+    """Runs `script --request=FILE` in a process of its own; the last line that it prints is its result, as JSON."""
+    from lark_jax import runtime
+
+    path = scratch / "request.json"
+    files.write_json(path, request)
+    runtime.say(f"{request['contestant']} ...")
+    command = [sys.executable, str(script), f"--request={path}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"error: {request['contestant']}: exit status {done.returncode}, see its message above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def versions(*names: str) -> dict[str, str]:
+    from lark_jax import runtime
+
+    recorded = runtime.package_versions()
+    return {name: recorded[name] for name in ("python", "jax", "torch", "transformers", *names) if name in recorded}
+
+
+def jax_peak_bytes() -> int:
+    """Largest memory of the first device so far; on a CPU, of this process since `forget_peak`."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats()
+    return int(stats["peak_bytes_in_use"]) if stats else process_peak_bytes()
+
+
+def torch_peak_bytes() -> int:
+    """As `jax_peak_bytes`, by torch's allocator."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_peak_bytes()
+
+
+def process_peak_bytes() -> int:
+    """Largest resident memory of this process since `forget_peak`, in bytes (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Loading may need more memory for a moment than the work that is measured."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,0 +1,200 @@
+"""The algebra of packing: nothing is lost, nothing is cut, no row overflows, and rows are well filled."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_run import PAD_ID, random_examples
+
+from lark_jax.finetuning.data import TrainingSet
+from lark_jax.finetuning.packing import (
+    MOST_PADDING,
+    PackedPlan,
+    best_fit,
+    packed_row_lengths,
+    padding_of_full_rows,
+    plan_packed_micro_batches,
+)
+from lark_jax.finetuning.row_plans import MICRO_BATCH_OVERHEAD, plan_micro_batches
+from lark_jax.pool.batching import BatchPlan
+
+LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=70)
+BUDGETS = st.integers(1, 3_000)
+DEVICES = st.sampled_from([1, 2, 8])
+
+
+def packed(lengths: list[int], tokens_per_batch: int, row_multiple: int):
+    row_lengths = packed_row_lengths(padding_of_full_rows(lengths), tokens_per_batch)
+    by_member = {100 + index: length for index, length in enumerate(lengths)}
+    return by_member, row_lengths, plan_packed_micro_batches(by_member, row_lengths, tokens_per_batch, row_multiple)
+
+
+def naive_best_fit(lengths: dict[int, int], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    for member in sorted(lengths, key=lambda member: (-lengths[member], member)):
+        filled = [sum(lengths[other] for other in row) for row in rows]
+        fitting = [row for row in range(len(rows)) if filled[row] + lengths[member] <= capacity]
+        if fitting:
+            rows[max(fitting, key=lambda row: (filled[row], -row))].append(member)
+        else:
+            rows.append([member])
+    return rows
+
+
+@given(LENGTHS, st.integers(0, 600))
+def test_best_fit_is_the_textbook_algorithm(lengths: list[int], spare: int) -> None:
+    by_member, capacity = dict(enumerate(lengths)), max(lengths) + spare
+    assert list(map(list, best_fit(by_member, capacity))) == naive_best_fit(by_member, capacity)
+
+
+@given(LENGTHS, st.integers(0, 600))
+def test_rows_hold_every_member_once_and_no_two_of_them_would_fit_into_one(lengths: list[int], spare: int) -> None:
+    by_member, capacity = dict(enumerate(lengths)), max(lengths) + spare
+    rows = best_fit(by_member, capacity)
+    assert sorted(itertools.chain(*rows)) == sorted(by_member)
+    filled = [sum(by_member[member] for member in row) for row in rows]
+    assert max(filled) <= capacity
+    assert -(-sum(lengths) // capacity) <= len(rows) <= len(lengths)
+    assert all(one + other > capacity for one, other in itertools.combinations(filled, 2))
+
+
+def test_best_fit_refuses_a_member_that_is_longer_than_a_row() -> None:
+    with pytest.raises(ValueError, match="12 inputs do not fit a row of 11"):
+        best_fit({0: 3, 1: 12}, 11)
+
+
+@given(LENGTHS, BUDGETS, DEVICES)
+def test_plan_holds_every_member_once_in_rows_that_do_not_overflow(
+    lengths: list[int], budget: int, devices: int
+) -> None:
+    by_member, row_lengths, plans = packed(lengths, budget, devices)
+    assert sorted(member for plan in plans for row in plan.members for member in row) == sorted(by_member)
+    for plan in plans:
+        rows_per_device = plan.rows // devices
+        assert plan.rows == rows_per_device * devices
+        assert rows_per_device & (rows_per_device - 1) == 0
+        assert rows_per_device == 1 or rows_per_device * plan.length <= budget
+        assert plan.length in row_lengths
+        assert 0 < len(plan.members) <= plan.rows
+        assert all(0 < sum(by_member[member] for member in row) <= plan.length for row in plan.members)
+    assert all((plan.length, len(plan.members)) == (row_lengths[-1], plan.rows) for plan in plans[:-1])
+
+
+@given(LENGTHS, BUDGETS, DEVICES)
+def test_never_worse_than_one_row_each(lengths: list[int], budget: int, devices: int) -> None:
+    """Against the best cutting of as many rows of full length as there are trajectories."""
+    _, row_lengths, plans = packed(lengths, budget, devices)
+    alone = plan_micro_batches(dict(enumerate(lengths)), row_lengths[-1:], budget, devices)
+
+    def cost(plans: Sequence[BatchPlan | PackedPlan]) -> int:
+        return sum(plan.rows * plan.length + devices * MICRO_BATCH_OVERHEAD for plan in plans)
+
+    assert cost(plans) <= cost(alone)
+
+
+@given(LENGTHS, BUDGETS)
+def test_full_rows_hold_the_longest_within_the_budget_and_are_longer_only_where_that_saves_padding(
+    lengths: list[int], budget: int
+) -> None:
+    padding = padding_of_full_rows(lengths)
+    row_lengths = packed_row_lengths(padding, budget)
+    shortest = min(padding)
+    assert list(row_lengths) == sorted(set(row_lengths))
+    assert len(row_lengths) <= 8
+    assert max(lengths) <= shortest < max(lengths) + 128
+    assert row_lengths[-1] == shortest or row_lengths[-1] <= budget
+    assert row_lengths[-1] == shortest or padding[row_lengths[-1]] < padding[shortest]
+    if padding[shortest] <= MOST_PADDING:
+        assert row_lengths[-1] == shortest
+
+
+def test_trajectories_a_little_longer_than_half_a_row_get_longer_rows() -> None:
+    lengths = [529] * 200  # one in a row of 544, seven in one of 4,352
+    padding = padding_of_full_rows([*lengths, 1_000])
+    assert padding[1_024] > 0.4
+    assert packed_row_lengths(padding, 1_024)[-1] == 1_024
+    assert packed_row_lengths(padding, 8_192)[-1] > 1_024
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 1 << 30),
+    num_examples=st.integers(1, 40),
+    batch_size=st.integers(1, 16),
+    budget=st.integers(1, 1_000),
+    devices=DEVICES,
+)
+def test_an_epoch_of_packed_rows_is_an_epoch_of_single_rows(
+    seed: int, num_examples: int, batch_size: int, budget: int, devices: int
+) -> None:
+    """Every member once, whole, with the same weights: what is summed is the same, in other rows."""
+    data = TrainingSet(random_examples(seed, num_examples, 1), batch_size, seed)
+    seen: list[int] = []
+    for step in range(data.steps_per_epoch):
+        batch = data.batch(step)
+        arguments = {"tokens_per_batch": budget, "row_multiple": devices, "pad_id": PAD_ID}
+        totals = []
+        for cut in (data.micro_batches, data.packed_micro_batches):
+            micro_batches = tuple(cut(batch, **arguments))
+            totals.append(sum(micro.token_weights_bt.sum(dtype=np.float64) for micro in micro_batches))
+            members = [np.unique(micro.members_bt[micro.members_bt >= 0]) for micro in micro_batches]
+            assert sorted(np.concatenate(members).tolist()) == sorted(batch.members)
+        assert totals[1] == pytest.approx(totals[0], rel=1e-12)
+        seen += batch.members
+    assert sorted(seen) == list(range(num_examples))
+
+
+@given(seed=st.integers(0, 1 << 30), budget=st.integers(1, 1_000), devices=DEVICES)
+@settings(max_examples=20)
+def test_segments_hold_whole_trajectories_and_padding_is_segment_zero(seed: int, budget: int, devices: int) -> None:
+    examples = random_examples(seed, 6, 2)
+    data = TrainingSet(examples, 12, seed)
+    for micro in data.packed_micro_batches(data.batch(0), tokens_per_batch=budget, row_multiple=devices, pad_id=PAD_ID):
+        assert micro.segment_ids_bt is not None
+        for row in range(len(micro.tokens_bt)):
+            segments_t = micro.segment_ids_bt[row]
+            last = segments_t.max()
+            inputs = int(np.count_nonzero(segments_t))
+            assert (np.diff(segments_t[:inputs]) >= 0).all()
+            assert sorted(set(segments_t[:inputs].tolist())) == list(range(1, last + 1))
+            padding = (micro.tokens_bt, micro.targets_bt, micro.token_weights_bt, micro.members_bt)
+            assert [set(array[row, inputs:].tolist()) for array in padding] == (
+                [set()] * 4 if inputs == len(segments_t) else [{PAD_ID}, {PAD_ID}, {0.0}, {-1}]
+            )
+            for segment in range(1, last + 1):
+                of_segment = segments_t == segment
+                (member,) = set(micro.members_bt[row, of_segment].tolist()) - {-1}
+                rendered = examples[member].rendered
+                sequence = [*rendered.prompt_tokens.tolist(), *rendered.target_tokens.tolist()]
+                assert micro.tokens_bt[row, of_segment].tolist() == sequence[:-1]
+                assert micro.targets_bt[row, of_segment].tolist() == sequence[1:]
+                is_target = micro.members_bt[row, of_segment] == member
+                assert is_target.tolist() == [False] * (len(rendered.prompt_tokens) - 1) + [True] * len(
+                    rendered.target_tokens
+                )
+
+
+def test_packing_depends_on_the_step_alone() -> None:
+    examples = random_examples(4, 10, 3)
+    one, other = TrainingSet(examples, 8, 5), TrainingSet(examples, 8, 5)
+    arguments = {"tokens_per_batch": 300, "row_multiple": 2}
+    late_first = [one.packed_plans(one.batch(step), **arguments) for step in (5, 1, 3)]
+    assert late_first == [other.packed_plans(other.batch(step), **arguments) for step in (5, 1, 3)]
+
+
+def test_few_shapes_are_compiled() -> None:
+    rng = np.random.default_rng()
+    lengths = np.minimum(rng.lognormal(np.log(5_000), 0.75, 3_000).astype(int) + 100, 32_767).tolist()
+    row_lengths = packed_row_lengths(padding_of_full_rows(lengths), 32_768)
+    steps = np.array_split(rng.permutation(3_000), 47)
+    plans = [
+        plan
+        for step in steps
+        for plan in plan_packed_micro_batches({int(m): lengths[m] for m in step}, row_lengths, 32_768, 8)
+    ]
+    assert len({(plan.length, plan.rows) for plan in plans}) <= 12
+    padding = 1 - sum(lengths) / sum(plan.length * plan.rows for plan in plans)
+    assert padding < 0.15
