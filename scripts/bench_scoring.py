@@ -11,15 +11,16 @@ are rendered and scored (evenly spaced ones, in our length buckets). The contest
   published                        transformers on torch, sdpa, one row at a time, full float32 logits, top-50 Brier
   published, exact Brier and RSR   the same, exact, with clipped ranks
 
-Each runs in a process of its own, one after the other. Tokens are real tokens: prompt and answer, no padding. MFU is
-the model's analytic FLOPs per second over the device's own matmul rate in the same dtype, measured in the same run.
+Each runs in a process of its own, in turn, --rounds times; ratios are medians of the ratios within a round. Tokens are
+real tokens: prompt and answer, no padding. MFU is the model's analytic FLOPs per second over the device's own matmul
+rate in the same dtype, measured in the same run.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens_per_batch", type=int, default=8_192, help="of ours, padding included")
     parser.add_argument("--vocab_chunk", type=int, default=4_096)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="of all contestants in turn; medians count")
     parser.add_argument("--scratch", help="folder for the random checkpoint; default: the system's")
     parser.add_argument("--out", help="JSON file for the figures")
     options = parser.parse_args()
@@ -118,24 +119,49 @@ def run_case(
     length = arrays["tokens"].shape[1]
     lengths = [int(row.nonzero()[0][-1]) + 1 for row in arrays["mask"]]
     flops = sum(forward_flops(read_architecture(student), n) for n in lengths)
-    results = []
-    for contestant in CONTESTANTS:
-        request = Request(
-            contestant=contestant,
-            student=str(student),
-            rows=str(scratch / "rows.npz"),
-            dtype=options.dtype,
-            vocab_chunk=options.vocab_chunk,
-            rows_per_batch=max(1, options.tokens_per_batch // length),
-            rounds=options.rounds,
-        )
-        script = Path(__file__).with_name("scoring_contestants.py")
-        results.append(Result(**run_contestant(script, asdict(request), scratch)))
+    request = Request(
+        contestant="",
+        student=str(student),
+        rows=str(scratch / "rows.npz"),
+        dtype=options.dtype,
+        vocab_chunk=options.vocab_chunk,
+        rows_per_batch=max(1, options.tokens_per_batch // length),
+    )
+    script = Path(__file__).with_name("scoring_contestants.py")
+    # In turn, so that a machine whose speed drifts is as fast for one as for the other.
+    rounds = [
+        [Result(**run_contestant(script, asdict(replace(request, contestant=name)), scratch)) for name in CONTESTANTS]
+        for _ in range(options.rounds)
+    ]
+    results = [merged(of_one) for of_one in zip(*rounds, strict=True)]
     print_case(name, results, sum(lengths), flops, rate)
     rows = [
-        {**asdict(r), "tokens_per_second": sum(lengths) / r.seconds, "mfu": flops / r.seconds / rate} for r in results
+        {
+            **asdict(r),
+            "tokens_per_second": sum(lengths) / r.seconds,
+            "mfu": flops / r.seconds / rate,
+            "seconds_over_ours": median_ratio(r, results[0]),
+        }
+        for r in results
     ]
     return {"case": name, "tokens": sum(lengths), "flops": flops, "results": rows}
+
+
+def merged(rounds: Sequence[Result]) -> Result:
+    """The rounds of one contestant: the median of the times, the largest memory."""
+    return replace(
+        rounds[0],
+        seconds=float(np.median([one.seconds for one in rounds])),
+        all_seconds=tuple(seconds for one in rounds for seconds in one.all_seconds),
+        peak_bytes=max(one.peak_bytes for one in rounds),
+        resident_bytes=max(one.resident_bytes for one in rounds),
+        setup_seconds=float(np.median([one.setup_seconds for one in rounds])),
+    )
+
+
+def median_ratio(result: Result, ours: Result) -> float:
+    """Of the times, round by round."""
+    return float(np.median(np.divide(result.all_seconds, ours.all_seconds)))
 
 
 def print_case(name: str, results: Sequence[Result], tokens: int, flops: float, rate: float) -> None:
@@ -159,7 +185,7 @@ def print_case(name: str, results: Sequence[Result], tokens: int, flops: float, 
         )
         values = (
             f"{tokens / r.seconds:,.0f}",
-            f"{r.seconds / ours.seconds:.2f}",
+            f"{median_ratio(r, ours):.2f}",
             f"{flops / r.seconds / rate:.1%}",
             f"{r.peak_bytes / 2**30:.2f}",
             f"{r.peak_bytes / ours.peak_bytes:.2f}",
