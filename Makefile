@@ -23,6 +23,9 @@ bench: $(VENV)/ready
 	$(BIN)/python -m lark_jax.run --config=configs/tiny.py --config.stages=prepare
 	$(BIN)/python scripts/bench_scoring.py --student=runs/tiny/prepare/pretrain/student \
 		--pool=runs/tiny/prepare/data/pool.jsonl --out=build/bench_scoring.json
+	$(BIN)/python -m pip install --quiet -e '.[torch,bench]'
+	$(BIN)/python scripts/bench_finetuning.py --student=runs/tiny/prepare/pretrain/student --trajectories=16 \
+		--out=build/bench_finetuning.json
 
 $(VENV)/ready: pyproject.toml scripts/setup.sh
 	bash scripts/setup.sh $(VENV)

@@ -19,6 +19,7 @@ from lark_jax.errors import ConfigError
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
+REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
 Section = TypeVar("Section")
 
 
@@ -102,7 +103,7 @@ class FinetuneConfig:
     tokens_per_batch: int = 32_768  # tokens per device and micro-batch, padding included
     packing: bool = False  # several trajectories in one row, kept apart by segment ids
     attention: str = "auto"  # by platform and row length, or one of ATTENTION_BACKENDS
-    remat: str = "block"  # recomputed in the backward pass: "none" or every "block"
+    remat: str = "block"  # one of REMAT_CHOICES: what the backward pass keeps instead of computing it again
     vocab_chunk: int = 4_096  # vocabulary rows per pass of the loss
     checkpoint_every: int = 50  # optimizer steps
 
@@ -118,7 +119,7 @@ class FinetuneConfig:
         valid_decay = 0 <= self.weight_decay < math.inf
         _require(valid_decay, "finetune.weight_decay", self.weight_decay, "a number >= 0")
         _require_one_of("finetune.dtype", self.dtype, DTYPES)
-        _require_one_of("finetune.remat", self.remat, ("none", "block"))
+        _require_one_of("finetune.remat", self.remat, REMAT_CHOICES)
         _require_one_of("finetune.attention", self.attention, ("auto", *ATTENTION_BACKENDS))
         honoured = not self.packing or self.attention != "cudnn"
         _require(

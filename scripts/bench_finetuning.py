@@ -8,9 +8,9 @@ on a logarithmic scale from --shortest to --longest, their weights random. A ste
 (`finetuning_contestants.py`):
 
   ours                one trajectory a row, micro-batches of up to --tokens_per_batch
-  ours, packed        several trajectories in a row
+  ours packed         several trajectories in a row
   HF Trainer          torch, sdpa, autocast, --rows_per_batch rows at a time (the paper: 1), full logits in float32
-  HF Trainer, Liger   the same with Liger's kernels, on a GPU where liger_kernel is installed
+  HF Trainer + Liger  the same with Liger's kernels, on a GPU where liger_kernel is installed
 
 Each runs in a process of its own, one after the other. Tokens are real tokens, without padding. MFU counts three
 forward passes (one, and twice that backward; recomputation is not counted) over the device's own matmul rate in the
@@ -99,9 +99,9 @@ def available_contestants() -> list[str]:
     """Contestants whose packages are here; says on the error stream which are left out."""
     missing = {}
     if importlib.util.find_spec("accelerate") is None:
-        missing |= dict.fromkeys(("HF Trainer", "HF Trainer, Liger"), "pip install accelerate")
+        missing |= dict.fromkeys(("HF Trainer", "HF Trainer + Liger"), "pip install accelerate")
     elif importlib.util.find_spec("liger_kernel") is None or shutil.which("nvidia-smi") is None:
-        missing["HF Trainer, Liger"] = "a GPU and pip install liger-kernel"
+        missing["HF Trainer + Liger"] = "a GPU and pip install liger-kernel"
     for name, needed in missing.items():
         print(f"left out: {name} needs {needed}", file=sys.stderr)
     return [name for name in CONTESTANTS if name not in missing]

@@ -290,9 +290,9 @@ def outcome(
 
 CONTESTANTS: Mapping[str, Callable[[Request, Trajectories], Result]] = {
     "ours": ours,
-    "ours, packed": ours_packed,
+    "ours packed": ours_packed,
     "HF Trainer": trainer,
-    "HF Trainer, Liger": trainer_with_liger,
+    "HF Trainer + Liger": trainer_with_liger,
 }
 
 

@@ -44,7 +44,7 @@ class RowReport:
         return f"rows, {self.used} ({self.other})"
 
     def counts(self) -> dict[str, int]:
-        return {"tokens of an epoch": self.used.tokens, "padding tokens of an epoch": self.used.padding_tokens}
+        return {"tokens per epoch": self.used.tokens, "padding tokens per epoch": self.used.padding_tokens}
 
     def notes(self) -> dict[str, Any]:
         forms = {use.form: {"padding": round(use.padding, 5), "shapes": len(use.shapes)} for use in self._both()}

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 
 from lark_jax.students.dense_attention import visible_keys
+from lark_jax.students.remat import ATTENTION, named
 
 LARGEST_BLOCK = 256  # queries, and keys, per block; on a CPU 1.6 times as fast as 512, whose scores leave the cache
 BLOCK_MULTIPLE = 16
@@ -101,7 +102,8 @@ def _forward(
         return out_bkxd, state.maximum_bkx * scale + jnp.log(state.total_bkx)
 
     out_nbkxd, lse_nbkx = jax.lax.map(attend_from, jnp.arange(q_nbkxd.shape[0]))
-    out_btkgd = _rows_of_blocks(out_nbkxd, num_groups)
+    out_btkgd = named(_rows_of_blocks(out_nbkxd, num_groups), ATTENTION)
+    lse_nbkx = named(lse_nbkx, ATTENTION)
     return out_btkgd, (q_btkgd, k_bskd, v_bskd, segment_ids_bt, out_btkgd, lse_nbkx)
 
 

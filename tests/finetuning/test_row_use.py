@@ -23,7 +23,7 @@ def test_padding_and_shapes_are_those_of_an_epoch(packing: bool, devices: int) -
     report = report_rows(examples, config, seed=3, row_multiple=devices)
     tokens = sum(example.rendered.num_inputs for example in examples)
     slots = sum(micro.tokens_bt.size for micro in micro_batches)
-    assert report.counts() == {"tokens of an epoch": tokens, "padding tokens of an epoch": slots - tokens}
+    assert report.counts() == {"tokens per epoch": tokens, "padding tokens per epoch": slots - tokens}
     assert report.used.padding == pytest.approx(1 - tokens / slots)
     assert set(report.used.shapes) == {micro.tokens_bt.shape[::-1] for micro in micro_batches}
     assert {micro.segment_ids_bt is not None for micro in micro_batches} == {packing}

@@ -93,7 +93,7 @@ def torch_run(family: str) -> TorchRun:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_twenty_weighted_steps_follow_torch(family: str, packing: bool, tmp_path: Path) -> None:
     theirs = torch_run(family)
-    config = dataclasses.replace(RECIPE, packing=packing, tokens_per_batch=300)
+    config = dataclasses.replace(RECIPE, packing=packing)
     result = run(tmp_path, config, student=_student(theirs), examples=theirs.examples, seed=SEED)
     metrics = read_metrics(result.metrics)
     assert result.steps == len(metrics) == STEPS
@@ -112,11 +112,9 @@ def test_twenty_weighted_steps_follow_torch(family: str, packing: bool, tmp_path
 
 def test_runs_are_really_packed_and_rope_is_really_scaled() -> None:
     theirs = torch_run("llama")
-    data = TrainingSet(theirs.examples, RECIPE.batch_size, SEED)
-    plans = [
-        plan for step in range(5) for plan in data.packed_plans(data.batch(step), tokens_per_batch=300, row_multiple=1)
-    ]
-    assert sum(len(plan.members) for plan in plans) < len(theirs.examples)
+    data, cut = TrainingSet(theirs.examples, RECIPE.batch_size, SEED), {"tokens_per_batch": 64, "row_multiple": 1}
+    plans = [plan for step in range(data.steps_per_epoch) for plan in data.packed_plans(data.batch(step), **cut)]
+    assert max(len(row) for plan in plans for row in plan.members) > 1
     assert architecture_from_config(theirs.config).rope_scaling.rope_type == "llama3"
 
 
