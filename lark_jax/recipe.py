@@ -49,7 +49,7 @@ def paper_recipe() -> ConfigDict:
     config.finetune.dtype = "bfloat16"  # C.3 "Precision"; masters, moments and gradient sums are float32
     config.finetune.tokens_per_batch = 32_768  # per device and micro-batch; C.3: per-device batch 1
     config.finetune.packing = False  # C.3 packs; rows of one length class waste little and need no segment ids
-    config.finetune.remat = "block"  # C.3 "gradient checkpointing"
+    config.finetune.remat = "block"  # C.3 "gradient checkpointing"; or none, attention, offload: preflight compares
     config.finetune.vocab_chunk = 4_096
     config.finetune.checkpoint_every = 50  # steps; ours: the paper does not say
 
