@@ -47,10 +47,11 @@ class StepBoundary:
     def after_step(self, state: TrainState, completed: int, seen: Seen, signal_number: int | None) -> None:
         """Raises StoppedBySignal, when everything is on the disk, if there is a signal."""
         measures = signal_number is None and self._is_measured_after(completed)
-        loss = self._measure(state, completed, seen) if measures else None
-        if signal_number is not None or self._is_saved_after(completed) or self._is_lowest(loss):
+        if measures:
+            self._measure(state, completed, seen)
+        if signal_number is not None or self._is_saved_after(completed) or completed == self._best_step:
             self._log.flush_to_disk()
-            self._store.save(state, completed, loss)
+            self._store.save(state, completed, self._best_step)
         if signal_number is not None:
             self._store.wait()
             raise StoppedBySignal(
@@ -58,11 +59,10 @@ class StepBoundary:
                 f"stopped after step {completed} of {self._total_steps}, which is saved; the same command continues",
             )
 
-    def _measure(self, state: TrainState, completed: int, seen: Seen) -> float:
+    def _measure(self, state: TrainState, completed: int, seen: Seen) -> None:
         assert self._held_out_loss is not None
         loss = self._losses[completed] = self._held_out_loss(state.parameters)
         self._log.write_held_out(HeldOutMetrics(completed, loss, seen.trajectories, seen.target_tokens))
-        return loss
 
     def _is_measured_after(self, step: int) -> bool:
         due = step % self._config.evaluate_every == 0 or step == self._total_steps
@@ -71,6 +71,8 @@ class StepBoundary:
     def _is_saved_after(self, step: int) -> bool:
         return step % self._config.checkpoint_every == 0 or step == self._total_steps
 
-    def _is_lowest(self, loss: float | None) -> bool:
-        """Among those after a step; the student as it came is no checkpoint."""
-        return loss is not None and loss <= min(known for step, known in self._losses.items() if step > 0)
+    @property
+    def _best_step(self) -> int | None:
+        """With the lowest held-out loss so far; the student as it came is no checkpoint."""
+        steps = [step for step in self._losses if step > 0]
+        return min(steps, key=lambda step: (self._losses[step], step), default=None)

@@ -5,8 +5,7 @@ state of a random generator to save: the seed is part of the identity.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -14,12 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning.step import TrainState
 
-HELD_OUT_LOSS = "held_out_loss"
 Identity = Mapping[str, Any]  # name of an input of the run -> its value or hash, as JSON
 
 
@@ -31,24 +29,20 @@ class Restored(NamedTuple):
 class CheckpointStore:
     """Checkpoints under one directory, named by their number of completed steps.
 
-    Kept are the newest `keep`, and the one with the lowest held-out loss among those that were saved with one. A
-    checkpoint is written in the background under a temporary name and renamed when complete, so a killed process
-    leaves none that is half-written. What a machine leaves that loses its power is found out by a checksum of every
-    array. Use as a context manager: leaving it waits for the last write.
+    Kept are the newest `keep` and the one that the caller calls the best. A checkpoint is written in the background
+    under a temporary name and renamed when complete, so a killed process leaves none that is half-written. What a
+    machine leaves that loses its power is found out by a checksum of every array. Use as a context manager: leaving it
+    waits for the last write.
     """
 
     def __init__(self, directory: Path, identity: Identity, *, keep: int) -> None:
         self._identity = json.loads(json.dumps(identity))  # as it reads back
         self._directory = directory.absolute()
-        best = BestN(get_metric_fn=_held_out_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        self._best = _Step()
+        policy = AnyPreservationPolicy([LatestN(keep), self._best])
         self._manager = ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_held_out_loss,
-                best_mode="min",
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-                cleanup_tmp_directories=True,
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True),
             item_names=("state", "identity", "checksums"),
         )
 
@@ -60,15 +54,19 @@ class CheckpointStore:
     ) -> None:
         self._manager.close()
 
-    def save(self, state: TrainState, completed_steps: int, held_out_loss: float | None = None) -> None:
-        """Starts writing, after the checkpoint before is written; `state` may be donated as soon as this returns."""
+    def save(self, state: TrainState, completed_steps: int, best_step: int | None = None) -> None:
+        """Starts writing, after the checkpoint before is written; `state` may be donated as soon as this returns.
+
+        Args:
+          best_step: the checkpoint to keep beside the newest ones, this one or an earlier one.
+        """
+        self._best.number = best_step
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict()),
             identity=ocp.args.JsonSave(self._identity),
             checksums=ocp.args.JsonSave(checksums(state)),
         )
-        metrics = {} if held_out_loss is None else {HELD_OUT_LOSS: held_out_loss}
-        self._manager.save(completed_steps, args=arguments, metrics=metrics)
+        self._manager.save(completed_steps, args=arguments)
 
     def wait(self) -> None:
         """Returns when all that was saved is on the disk."""
@@ -95,7 +93,9 @@ class CheckpointStore:
     def _read(self, step: int, arguments: ocp.args.Composite) -> ocp.args.Composite:
         try:
             return self._manager.restore(step, args=arguments)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except jax.errors.JaxRuntimeError:  # of the devices: out of memory
+            raise
+        except Exception as error:  # orbax and tensorstore raise all kinds for a damaged file
             raise TrainingError(self._damaged(step, f"the checkpoint cannot be read ({_first_line(error)})")) from error
 
     def _require_same_run(self, saved: Identity, step: int) -> None:
@@ -134,8 +134,14 @@ def _sums_of_bits(tree: Any) -> Any:
     return jax.tree.map(sum_of_bits, tree)
 
 
-def _held_out_loss(metrics: Mapping[str, float]) -> float:
-    return metrics.get(HELD_OUT_LOSS, math.inf)
+class _Step:
+    """orbax's preservation policy that keeps one step."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:  # noqa: ARG002
+        return [checkpoint.step == self.number for checkpoint in checkpoints]
 
 
 def _first_line(error: Exception) -> str:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import CONFIG, run, weights_of
+from tiny_run import CONFIG, run, tiny_student, weights_of
 
 from lark_jax.config import MeshConfig
 from lark_jax.errors import TrainingError
-from lark_jax.finetuning.checkpoints import CheckpointStore, checksums
+from lark_jax.finetuning.checkpoints import CheckpointStore, Restored, checksums
 from lark_jax.finetuning.loop import CHECKPOINTS
 from lark_jax.finetuning.step import TrainState
-from lark_jax.sharding import make_mesh, parameter_sharding
+from lark_jax.sharding import make_mesh, parameter_sharding, replicated
 
 IDENTITY = {"seed": 3, "finetune.b1": 0.9}
 NAME = "embed_tokens.weight"
@@ -25,10 +25,11 @@ NAME = "embed_tokens.weight"
 
 def state_of(seed: int, *, num_devices: int = 1, shape: tuple[int, int] = (32, 16)) -> TrainState:
     values = np.random.default_rng(seed).standard_normal((2, *shape)).astype(np.float32)
-    sharding = parameter_sharding(NAME, shape, make_mesh(MeshConfig(), jax.devices()[:num_devices]))
-    array, moments = jax.device_put(values[0], sharding), jax.device_put(values[1], sharding)
-    count = jnp.asarray(seed, jnp.int32)
-    return TrainState({NAME: array}, (optax.ScaleByAdamState(count, {NAME: moments}, {NAME: moments}),))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
+    sharding = parameter_sharding(NAME, shape, mesh)
+    array, mean, square = (jax.device_put(value, sharding) for value in (values[0], values[1], values[1] ** 2))
+    count = jax.device_put(jnp.asarray(seed, jnp.int32), replicated(mesh))
+    return TrainState({NAME: array}, (optax.ScaleByAdamState(count, {NAME: mean}, {NAME: square}),))
 
 
 def abstract(state: TrainState) -> TrainState:
@@ -61,20 +62,18 @@ def test_saving_goes_on_after_save_has_returned_and_the_state_may_be_overwritten
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int) -> None:
-    losses = {1: 3.0, 2: 1.5, 3: None, 4: 1.0, 5: 1.25, 6: None, 7: 2.0, 8: None, 9: None}
+    best_steps = {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 4}
     with CheckpointStore(tmp_path, IDENTITY, keep=keep) as store:
-        for step, loss in losses.items():
-            store.save(state_of(step), step, loss)
+        for step, best in best_steps.items():
+            store.save(state_of(step), step, best)
             store.wait()
-            newest = set(range(max(1, step - keep + 1), step + 1))
-            measured = {known: value for known, value in losses.items() if known <= step and value is not None}
-            assert steps_in(tmp_path) == sorted(newest | {min(measured, key=lambda known: measured[known])})
-    with CheckpointStore(tmp_path, IDENTITY, keep=keep) as store:  # a restarted run still knows which one is best
-        store.save(state_of(10), 10, 1.75)
-    assert steps_in(tmp_path) == sorted({4, *range(11 - keep, 11)})
+            assert steps_in(tmp_path) == sorted({best, *range(max(1, step - keep + 1), step + 1)})
+    with CheckpointStore(tmp_path, IDENTITY, keep=keep) as store:
+        store.save(state_of(10), 10, 4)
+    assert steps_in(tmp_path) == sorted({4, 10, *range(9 - keep, 8)})
 
 
-def test_without_a_held_out_loss_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_without_a_best_one_only_the_newest_are_kept(tmp_path: Path) -> None:
     with CheckpointStore(tmp_path, IDENTITY, keep=2) as store:
         for step in (1, 2, 9, 10):
             store.save(state_of(step), step)
@@ -98,6 +97,13 @@ def files_of(checkpoint: Path) -> Iterator[Path]:
     return (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.stat().st_size > 0)
 
 
+def restored_or_refused(store: CheckpointStore) -> tuple[Restored | None, str]:
+    try:
+        return store.restore_latest(abstract(state_of(0))), ""
+    except TrainingError as error:
+        return None, str(error)
+
+
 @pytest.mark.parametrize("damage", ["removed", "cut in half", "emptied", "zeros"])
 def test_a_damaged_file_is_never_taken_for_what_was_saved(tmp_path: Path, damage: str) -> None:
     """Each file of a complete checkpoint in turn: as a machine may leave it that loses its power."""
@@ -115,16 +121,14 @@ def test_a_damaged_file_is_never_taken_for_what_was_saved(tmp_path: Path, damage
             half = content[: len(content) // 2]
             victim.write_bytes({"cut in half": half, "emptied": b"", "zeros": bytes(len(content))}[damage])
         with CheckpointStore(tmp_path / "damaged", IDENTITY, keep=2) as store:
-            try:
-                restored = store.restore_latest(abstract(state_of(0)))
-            except TrainingError as error:
-                assert f"damaged/5: " in str(error)
-                assert "delete this folder to continue from the checkpoint before it" in str(error)
-                assert "\n" not in str(error)
-                refused.append(str(name))
-            else:
-                assert restored is not None
-                assert_equal(restored.state, state_of(restored.completed_steps))  # nothing of it was needed
+            restored, message = restored_or_refused(store)
+        if restored is None:
+            assert "damaged/5: " in message
+            assert "delete this folder to continue from the checkpoint before it" in message
+            assert "\n" not in message
+            refused.append(str(name))
+        else:
+            assert_equal(restored.state, state_of(restored.completed_steps))  # nothing of it was needed
         shutil.rmtree(tmp_path / "damaged")
     assert any("state" in name for name in refused)
     assert any("identity" in name for name in refused)
@@ -157,15 +161,40 @@ def test_checksums_are_exact_and_the_same_on_any_number_of_devices() -> None:
     assert checksums(one_bit) != checksums(values)
 
 
+def test_a_checkpoint_moves_from_eight_devices_to_two_and_back_without_a_change(tmp_path: Path) -> None:
+    for step, (saved_on, read_on) in enumerate([(8, 2), (2, 8), (8, 1)], start=1):
+        state, target = state_of(1, num_devices=saved_on), abstract(state_of(0, num_devices=read_on))
+        with CheckpointStore(tmp_path, IDENTITY, keep=2) as store:
+            store.save(state, step)
+            store.wait()
+            restored = store.restore_latest(target)
+        assert restored is not None
+        assert_equal(restored.state, state)
+        assert len(restored.state.parameters[NAME].addressable_shards) == read_on
+        assert {shard.data.shape for shard in restored.state.parameters[NAME].addressable_shards} == {
+            (32, 16 // read_on)
+        }
+
+
 def test_eight_then_two_then_eight_devices_end_where_eight_end(tmp_path: Path) -> None:
-    """A checkpoint is read on any number of devices; only the order of sums differs."""
+    """Only the order of sums differs. Adam's epsilon is large: a small one turns the rounding of tiny gradients into
+    whole steps, and then two runs on eight devices that add up in another order differ as much.
+    """
     undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
-    config = dataclasses.replace(CONFIG, checkpoint_every=5, keep_checkpoints=3)
-    expected = weights_of(run(undisturbed, config, num_devices=8).student)
+    config = dataclasses.replace(CONFIG, checkpoint_every=5, keep_checkpoints=3, eps=1e-2)
+    started, expected = weights_of(tiny_student()), weights_of(run(undisturbed, config, num_devices=8).student)
     for num_devices, last in ((8, 5), (2, 10), (8, 15)):
         result = run(moved, config, num_devices=num_devices)
         for path in (moved / CHECKPOINTS).iterdir():  # as if it had been killed after step `last`
             if int(path.name) > last:
                 shutil.rmtree(path)
     for name, value in weights_of(result.student).items():
-        assert np.linalg.norm(value - expected[name]) <= 1e-6 * np.linalg.norm(expected[name]), name
+        print(
+            name,
+            np.linalg.norm(value - expected[name]) / np.linalg.norm(expected[name]),
+            np.linalg.norm(expected[name] - started[name]) / np.linalg.norm(expected[name]),
+        )
+    for name, value in weights_of(result.student).items():
+        scale = np.linalg.norm(expected[name])
+        assert np.linalg.norm(expected[name] - started[name]) > 1e-3 * scale, name
+        assert np.linalg.norm(value - expected[name]) <= 1e-6 * scale, name
