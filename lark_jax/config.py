@@ -257,8 +257,6 @@ class Experiment:
         _require(synthetic_given, "synthetic", None, 'a section, since "prepare" is among the stages')
         if "evaluate" in self.stages:
             _require(len(self.evaluate.benchmarks) > 0, "evaluate.benchmarks", (), "one or more benchmark files")
-        trains = {"prepare", "finetune"} & set(self.stages)
-        _require(not trains or self.mesh.tensor == 1, "mesh.tensor", self.mesh.tensor, "1 for fine-tuning, so far")
 
 
 def experiment_from_mapping(values: Mapping[str, Any]) -> Experiment:

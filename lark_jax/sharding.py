@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lark_jax.config import MeshConfig
@@ -33,8 +34,11 @@ PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh of shape [data, tensor] over `devices` (default: all).
 
+    Where the devices are of several slices (of TPUs; hosts of NVIDIA cards are such too), `tensor` lies inside a slice,
+    and so do neighbours along `data`.
+
     Raises:
-      ConfigError: the number of devices is not data x tensor.
+      ConfigError: the number of devices is not data x tensor, or the number of slices does not divide data.
     """
     devices = jax.devices() if devices is None else devices
     data = len(devices) // config.tensor if config.data == -1 else config.data
@@ -43,7 +47,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh: data={config.data} x tensor={config.tensor} does not match {len(devices)} devices "
             f"({devices[0].platform}); set mesh.data=-1 to use them all"
         )
-    return jax.make_mesh((data, config.tensor), (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    axis_types = (AxisType.Auto,) * 2
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((data, config.tensor), (DATA, TENSOR), axis_types=axis_types, devices=devices)
+    if data % slices:
+        raise ConfigError(
+            f"config.mesh.tensor: {config.tensor} leaves data={data}, which the {slices} slices of the {len(devices)} "
+            "devices do not divide; layers are split inside a slice"
+        )
+    grid = create_hybrid_device_mesh((data // slices, config.tensor), (slices, 1), devices)
+    return Mesh(grid, (DATA, TENSOR), axis_types=axis_types)
 
 
 def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] = (DATA, TENSOR)) -> PartitionSpec:

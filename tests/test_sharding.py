@@ -1,6 +1,11 @@
 """The mesh has the devices it was asked for, and one row of the table fits every parameter."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lark_jax.config import MeshConfig
 from lark_jax.errors import ConfigError
+from lark_jax.preflight.requests import ENVIRONMENT
 from lark_jax.sharding import DATA, TENSOR, make_mesh, parameter_sharding, parameter_spec, replicated, rows
 
 # Every name that a supported decoder can have, with shapes that 8 devices divide (norms and biases apart).
@@ -51,6 +57,39 @@ def test_mesh_that_does_not_match_the_devices_is_refused(data: int) -> None:
     with pytest.raises(ConfigError, match=rf"config\.mesh: data={data} .* 8 devices") as caught:
         make_mesh(MeshConfig(data=data))
     assert "\n" not in str(caught.value)
+
+
+MESHES_OF_TWO_SLICES = """
+import json, sys
+from jax.experimental import topologies
+from lark_jax.config import MeshConfig
+from lark_jax.errors import ConfigError
+from lark_jax.sharding import make_mesh
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+for tensor in (1, 2, 8):
+    try:
+        mesh = make_mesh(MeshConfig(tensor=tensor), list(devices)[::-1])
+        print([[device.slice_index for device in row] for row in mesh.devices])
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_over_two_slices_data_goes_from_one_to_the_other_once() -> None:
+    pytest.importorskip("libtpu")
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES_OF_TWO_SLICES],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, split, refusal = done.stdout.splitlines()
+    assert json.loads(alone) == [[0]] * 4 + [[1]] * 4
+    assert json.loads(split) == [[0, 0]] * 2 + [[1, 1]] * 2
+    assert refusal.startswith("config.mesh.tensor: 8 leaves data=1, which the 2 slices of the 8 devices do not divide")
 
 
 @pytest.mark.parametrize("name", DECODER_SHAPES)

@@ -1,10 +1,13 @@
 """The two compiled functions of training: add one micro-batch's gradient, and apply an optimizer step.
 
 Parameters, Adam's moments and gradient sums are float32 and lie on the devices as `sharding.PARAMETER_SPECS` says,
-cut over `data` (FSDP). Rows are cut over `data` too. GSPMD gathers each layer where it is used, in the compute dtype;
-gradients are added up over devices in float32.
+split over `data` (FSDP) and `tensor`. Rows are split over `data`. Gradients come out of one `shard_map`: attention
+kernels see the arrays of one device, and every collective is written down, in `students.parallel` and
+`finetuning.objective`. Each layer is gathered where it is used, in the compute dtype; its gradient is added up over
+devices in float32.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,14 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from lark_jax.finetuning.data import MicroBatch
 from lark_jax.finetuning.objective import weighted_cross_entropy
 from lark_jax.finetuning.optimizer import Parameters
-from lark_jax.sharding import parameter_sharding, replicated, rows
+from lark_jax.scoring.parameter_axes import check_tensor_axis
+from lark_jax.sharding import DATA, parameter_sharding, parameter_spec, replicated
+from lark_jax.sharding import rows as rows_sharding
+from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
-from lark_jax.students.parameters import flatten_parameters, parameter_shapes, replace_parameters
+from lark_jax.students.parallel import ParameterSplit
+from lark_jax.students.parameters import abstract_decoder, flatten_parameters, parameter_shapes, replace_parameters
 
 
 class TrainState(NamedTuple):
@@ -68,28 +77,98 @@ class TrainStep:
 def make_train_step(
     student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, *, vocab_chunk: int
 ) -> TrainStep:
-    """Compiles (lazily, once per shape of micro-batch) the training functions for `student` on `mesh`."""
+    """Compiles (lazily, once per shape of micro-batch) the training functions for `student` on `mesh`.
+
+    Rows of a micro-batch are a multiple of the `data` axis.
+
+    Raises:
+      ConfigError: the mesh does not fit the student, see `check_tensor_axis`.
+    """
+    return TrainStep(_jitted_accumulate(student, mesh, vocab_chunk), _jitted_apply(student, optimizer, mesh))
+
+
+def trace_accumulate(
+    architecture: Architecture,
+    mesh: Mesh,
+    *,
+    dtype: DTypeLike,
+    vocab_chunk: int,
+    remat: str,
+    attention_backend: str | None,
+    rows: int,
+    length: int,
+    packed: bool = False,
+) -> jax.stages.Traced:
+    """`TrainStep.accumulate` for rows [rows, length], traced without any array; `mesh` may be of absent devices.
+
+    Its `jaxpr` has every collective; its `lower().compile()` is the program.
+
+    Args:
+      dtype: of the computation.
+      rows: of the whole micro-batch.
+      packed: rows have segment ids.
+
+    Raises:
+      ConfigError: the mesh does not fit the student, see `check_tensor_axis`.
+    """
+    student = abstract_decoder(architecture, dtype, remat=remat, attention_backend=attention_backend)
+    of_rows: Any = functools.partial(jax.ShapeDtypeStruct, (rows, length), sharding=rows_sharding(mesh))
+    batch = Rows(of_rows(jnp.int32), of_rows(jnp.int32), of_rows(jnp.float32), of_rows(jnp.int32) if packed else None)
+    parameters: Any = _on_mesh(abstract_parameters(student), mesh)
+    return _jitted_accumulate(student, mesh, vocab_chunk).trace(parameters, abstract_sums(student, mesh), batch)
+
+
+def trace_apply(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Traced:
+    """`TrainStep.apply`, traced without any array; `mesh` may be of absent devices."""
+    student = abstract_decoder(architecture)
+    state = abstract_state(student, optimizer, mesh)
+    return _jitted_apply(student, optimizer, mesh).trace(state, abstract_sums(student, mesh))
+
+
+def _jitted_accumulate(student: Decoder, mesh: Mesh, vocab_chunk: int) -> jax.stages.Wrapped:
+    """(parameters, sums, rows) -> sums and the cross-entropy of every token; of `student` only shapes are kept."""
+    check_tensor_axis(student.architecture, mesh)
     graph, template = _split_abstract(student)
+    specs: Any = {name: parameter_spec(name, value.shape, mesh) for name, value in abstract_parameters(student).items()}
+    split, head = ParameterSplit(specs), student.head_name
+
+    def accumulate(parameters: Parameters, sums: StepSums, batch: Rows) -> tuple[StepSums, jax.Array]:
+        def loss_of_own_rows(parameters: Parameters, token_weights_bt: jax.Array) -> jax.Array:
+            model = nnx.merge(graph, replace_parameters(template, parameters))
+            return weighted_cross_entropy(
+                model(batch.tokens_bt, batch.segment_ids_bt, split),
+                split.head(head, model.head_weight(), model.dtype),
+                batch.targets_bt,
+                token_weights_bt,
+                vocab_chunk=vocab_chunk,
+                axis_name=split.vocabulary_axis(head),
+            )
+
+        # The loss is linear in the token weights: its derivative by them is the cross-entropy of every token.
+        loss_and_gradients = jax.value_and_grad(loss_of_own_rows, argnums=(0, 1))
+        loss, (gradients, cross_entropy_bt) = loss_and_gradients(parameters, batch.token_weights_bt)
+        gradients = split.total_gradients(gradients)
+        sums = StepSums(jax.tree.map(jnp.add, sums.gradients, gradients), sums.loss + lax.psum(loss, DATA))
+        return sums, lax.all_gather(cross_entropy_bt, DATA, tiled=True)
+
+    whole: Any = PartitionSpec()
+    sums_specs = StepSums(specs, whole)
+    sharded = jax.shard_map(
+        accumulate,
+        mesh=mesh,
+        in_specs=(specs, sums_specs, PartitionSpec(DATA)),
+        out_specs=(sums_specs, whole),
+        check_vma=False,  # kernels do not say over which axes their results vary; transposes are written down
+    )
+    sums_shardings = jax.tree.map(lambda value: value.sharding, abstract_sums(student, mesh))
+    return jax.jit(sharded, out_shardings=(sums_shardings, replicated(mesh)), donate_argnums=1)
+
+
+def _jitted_apply(student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
+    """(state, sums) -> what the step leaves behind. Elementwise, but for the norm of the gradient."""
     shardings = state_shardings(student, optimizer, mesh)
     whole: Any = replicated(mesh)
     sums_shardings = StepSums(shardings.parameters, whole)
-
-    def loss_of_rows(parameters: Parameters, token_weights_bt: jax.Array, batch: Rows) -> jax.Array:
-        model = nnx.merge(graph, replace_parameters(template, parameters))
-        hidden_btd = jax.lax.with_sharding_constraint(model(batch.tokens_bt, batch.segment_ids_bt), rows(mesh))
-        # Gathered once here, else once in every pass over a chunk of the vocabulary; as float32, so that the devices
-        # add up its gradient in float32.
-        head_vd = jax.lax.with_sharding_constraint(model.head_weight(), replicated(mesh))
-        return weighted_cross_entropy(
-            hidden_btd, head_vd, batch.targets_bt, token_weights_bt, vocab_chunk=vocab_chunk, mesh=mesh
-        )
-
-    def accumulate(parameters: Parameters, sums: StepSums, batch: Rows) -> tuple[StepSums, jax.Array]:
-        # The loss is linear in the token weights: its derivative by them is the cross-entropy of every token.
-        loss, (gradients, cross_entropy_bt) = jax.value_and_grad(loss_of_rows, argnums=(0, 1))(
-            parameters, batch.token_weights_bt, batch
-        )
-        return StepSums(jax.tree.map(jnp.add, sums.gradients, gradients), sums.loss + loss), cross_entropy_bt
 
     def apply(state: TrainState, sums: StepSums) -> Applied:
         grad_norm = optax.global_norm(sums.gradients)
@@ -99,10 +178,7 @@ def make_train_step(
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         return Applied(state, jax.tree.map(jnp.zeros_like, sums), grad_norm, finite)
 
-    return TrainStep(
-        accumulate=jax.jit(accumulate, out_shardings=(sums_shardings, whole), donate_argnums=1),
-        apply=jax.jit(apply, out_shardings=Applied(shardings, sums_shardings, whole, whole), donate_argnums=(0, 1)),
-    )
+    return jax.jit(apply, out_shardings=Applied(shardings, sums_shardings, whole, whole), donate_argnums=(0, 1))
 
 
 def state_shardings(student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -142,17 +218,28 @@ def initial_state(student: Decoder, optimizer: optax.GradientTransformation, mes
     return TrainState(parameters, optimizer_state)
 
 
+def abstract_sums(student: Decoder, mesh: Mesh) -> StepSums:
+    """Shapes and shardings of the sums, without allocating them."""
+    gradients: Any = _on_mesh(abstract_parameters(student), mesh)
+    loss: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    return StepSums(gradients, loss)
+
+
 def zero_sums(parameters: Parameters, mesh: Mesh) -> StepSums:
-    shardings = {name: value.sharding for name, value in parameters.items()}
-    zeros = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=shardings)
-    return StepSums(zeros(parameters), jax.device_put(jnp.zeros((), jnp.float32), replicated(mesh)))
+    shardings: Any = {name: value.sharding for name, value in parameters.items()}
+    zeros = jax.jit(
+        lambda tree: StepSums(jax.tree.map(jnp.zeros_like, tree), jnp.zeros((), jnp.float32)),
+        out_shardings=StepSums(shardings, replicated(mesh)),  # type: ignore[arg-type]
+    )
+    sums: StepSums = zeros(parameters)
+    return sums
 
 
 def put_rows(micro_batch: MicroBatch, mesh: Mesh) -> Rows:
     """Cut over `data`. Where the mesh spans several processes, each passes the same rows."""
 
     def on_devices(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, rows(mesh), array.__getitem__)
+        return jax.make_array_from_callback(array.shape, rows_sharding(mesh), array.__getitem__)
 
     segment_ids_bt = micro_batch.segment_ids_bt
     return Rows(
@@ -173,6 +260,13 @@ def abstract_parameters(student: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     """Dotted name -> shape of every float32 master parameter."""
     shapes = parameter_shapes(student.architecture)
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def _on_mesh(shapes: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=parameter_sharding(name, value.shape, mesh))
+        for name, value in shapes.items()
+    }
 
 
 def _split_abstract(student: Decoder) -> tuple[nnx.GraphDef, nnx.State]:

@@ -117,7 +117,7 @@ def jitted_score_step(
         hidden_btd = model(tokens_bt, split=split)
         statistics = token_statistics(
             hidden_btd,
-            split.head(head, model.head_weight()),
+            split.head(head, model.head_weight(), model.dtype),
             targets_bt,
             vocab_chunk=vocab_chunk,
             axis_name=split.vocabulary_axis(head),

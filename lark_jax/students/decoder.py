@@ -113,10 +113,12 @@ class DecoderLayer(nnx.Module):
         split: ParameterSplit,
     ) -> jax.Array:
         with jax.named_scope("self_attn"):
-            out_btd = self.self_attn(self.input_layernorm(hidden_btd), rotation, segment_ids_bt, backend)
+            normed_btd = split.shared("layers.self_attn.q_proj.weight", self.input_layernorm(hidden_btd))
+            out_btd = self.self_attn(normed_btd, rotation, segment_ids_bt, backend)
             hidden_btd = hidden_btd + split.total("layers.self_attn.o_proj.weight", out_btd)
         with jax.named_scope("mlp"):
-            out_btd = self.mlp(self.post_attention_layernorm(hidden_btd))
+            normed_btd = split.shared("layers.mlp.gate_proj.weight", self.post_attention_layernorm(hidden_btd))
+            out_btd = self.mlp(normed_btd)
             return hidden_btd + split.total("layers.mlp.down_proj.weight", out_btd)
 
 

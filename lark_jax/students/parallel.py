@@ -6,9 +6,13 @@ For use inside `shard_map`, rows of tokens split over `data`. A parameter may be
   results are added up twice a layer (Shoeybi et al., 2019, Megatron-LM);
 - `data`: the other side of the matrix. It is gathered where a layer is about to be computed, so one layer is whole at
   a time (Zhao et al., 2023, FSDP). The embedding table is never gathered: tokens travel to its columns.
+
+Backward, each device differentiates the loss of its own rows. What moves then is written down as well: the transpose of
+every collective is given here, not derived, so that it holds in a `shard_map` with `check_vma=False`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -33,15 +37,18 @@ class ParameterSplit:
     specs: Mapping[str, PartitionSpec]
 
     def gathered_layer(self, weights: nnx.State, dtype: DTypeLike) -> nnx.State:
-        """One layer of the stack with everything that is split over `data` made whole, in `dtype`."""
+        """One layer of the stack with everything that is split over `data` made whole.
+
+        It travels in `dtype`. Values are rounded to it and keep the dtype of `weights`, in which their gradients are
+        added up over `data`.
+        """
 
         def gathered(path: tuple[str, ...], weight: nnx.Variable) -> nnx.Variable:
             dimension = self._dimension(".".join(("layers", *path)), DATA)
             if dimension is None:
                 return weight
-            in_layer = dimension - 1  # the table counts the leading axis of the stack
-            value = lax.all_gather(weight[...].astype(dtype), DATA, axis=in_layer, tiled=True)
-            return weight.replace(value)
+            # The table counts the leading axis of the stack.
+            return weight.replace(_gathered(weight[...], dimension - 1, jnp.dtype(dtype)))
 
         return nnx.map_state(gathered, weights)
 
@@ -56,19 +63,45 @@ class ParameterSplit:
             rows_bt = tokens_bt - lax.axis_index(TENSOR) * table_vd.shape[0]
             is_here_bt = (rows_bt >= 0) & (rows_bt < table_vd.shape[0])
             found_btd = table_vd[jnp.where(is_here_bt, rows_bt, 0)].astype(dtype)
-            hidden_btd = lax.psum(jnp.where(is_here_bt[..., None], found_btd, 0), TENSOR)
+            hidden_btd = _summed(jnp.where(is_here_bt[..., None], found_btd, 0))
         if columns_are_split:
             hidden_btd = lax.all_to_all(hidden_btd, DATA, split_axis=0, concat_axis=2, tiled=True)
         return hidden_btd
 
+    def shared(self, name: str, x: jax.Array) -> jax.Array:
+        """`x` on its way into products with weight `name` [out, in], of which each device has its own rows.
+
+        Backward, the gradients by way of all rows are added up, in the dtype of `x`.
+        """
+        return x if self._dimension(name, TENSOR) is None else _summed_backward(x)
+
     def total(self, name: str, out: jax.Array) -> jax.Array:
         """The product with weight `name` [out, in], from those with its columns; added up in the dtype of `out`."""
-        return out if self._dimension(name, TENSOR) is None else lax.psum(out, TENSOR)
+        return out if self._dimension(name, TENSOR) is None else _summed(out)
 
-    def head(self, name: str, head_vd: jax.Array) -> jax.Array:
-        """This device's rows of the output projection `name`, with all their columns."""
+    def head(self, name: str, head_vd: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """This device's rows of the output projection `name`, with all their columns; dtypes as in `gathered_layer`."""
         dimension = self._dimension(name, DATA)
-        return head_vd if dimension is None else lax.all_gather(head_vd, DATA, axis=dimension, tiled=True)
+        return head_vd if dimension is None else _gathered(head_vd, dimension, jnp.dtype(dtype))
+
+    def total_gradients(self, gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """From gradients of the loss of this device's rows to those of the whole batch, laid out as the parameters.
+
+        What is split over `data` was added up where it was gathered, or looked up. The rest is added up here, at once.
+        """
+        totals: dict[str, jax.Array] = {}
+        for axes in ((), (DATA,), (DATA, TENSOR)):
+            group = {name: value for name, value in gradients.items() if self._partial_over(name) == axes}
+            totals |= lax.psum(group, axes) if axes and group else group
+        return totals
+
+    def _partial_over(self, name: str) -> tuple[str, ...]:
+        """The axes along which a gradient has parts: norms of single heads see the heads of one device."""
+        if self._dimension(name, DATA) is not None:
+            return ()
+        of_heads = name.endswith((".q_norm.weight", ".k_norm.weight"))
+        heads_are_split = self._dimension("layers.self_attn.q_proj.weight", TENSOR) is not None
+        return (DATA, TENSOR) if of_heads and heads_are_split else (DATA,)
 
     def vocabulary_axis(self, name: str) -> str | None:
         """The mesh axis over which rows of the output projection `name` are split."""
@@ -82,3 +115,42 @@ class ParameterSplit:
 
 
 LOCAL = ParameterSplit({})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(part: jax.Array, dimension: int, dtype: jnp.dtype) -> jax.Array:
+    """Gathered over `data` as `dtype`, then given the dtype of `part`: compilers drop that cast and the next one back.
+
+    A gradient has the dtype of its value. With this one it leaves the layer unrounded, and is added up so.
+    """
+    return lax.all_gather(part.astype(dtype), DATA, axis=dimension, tiled=True).astype(part.dtype)
+
+
+def _gathered_forward(part: jax.Array, dimension: int, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+    return _gathered(part, dimension, dtype), None
+
+
+def _gathered_backward(dimension: int, dtype: jnp.dtype, residuals: None, d_whole: jax.Array) -> tuple[jax.Array]:
+    del dtype, residuals
+    return (lax.psum_scatter(d_whole, DATA, scatter_dimension=dimension, tiled=True),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+@jax.custom_vjp
+def _summed(x: jax.Array) -> jax.Array:
+    """Sum over `tensor` of parts; every device then has the gradient of its part already."""
+    return lax.psum(x, TENSOR)
+
+
+_summed.defvjp(lambda x: (_summed(x), None), lambda _, d_out: (d_out,))
+
+
+@jax.custom_vjp
+def _summed_backward(x: jax.Array) -> jax.Array:
+    """A value that all devices along `tensor` share, and go on with differently: their gradients are added up."""
+    return x
+
+
+_summed_backward.defvjp(lambda x: (x, None), lambda _, d_out: (lax.psum(d_out, TENSOR),))
