@@ -87,10 +87,11 @@ def test_what_a_killed_run_was_writing_is_not_taken_and_removed(tmp_path: Path) 
     (tmp_path / "5").rename(tmp_path / "5.orbax-checkpoint-tmp")
     with CheckpointStore(tmp_path, IDENTITY, keep=2) as store:
         restored = store.restore_latest(abstract(state_of(0)))
+        store.save(state_of(5), 5)
     assert restored is not None
     assert restored.completed_steps == 4
     assert_equal(restored.state, state_of(4))
-    assert steps_in(tmp_path) == [4]
+    assert steps_in(tmp_path) == [4, 5]
 
 
 def files_of(checkpoint: Path) -> Iterator[Path]:
@@ -188,13 +189,7 @@ def test_eight_then_two_then_eight_devices_end_where_eight_end(tmp_path: Path) -
         for path in (moved / CHECKPOINTS).iterdir():  # as if it had been killed after step `last`
             if int(path.name) > last:
                 shutil.rmtree(path)
+    moved_by = np.linalg.norm(expected[NAME] - started[NAME])
+    assert moved_by > 0.1 * np.linalg.norm(started[NAME]), "the run is too short to show a difference"
     for name, value in weights_of(result.student).items():
-        print(
-            name,
-            np.linalg.norm(value - expected[name]) / np.linalg.norm(expected[name]),
-            np.linalg.norm(expected[name] - started[name]) / np.linalg.norm(expected[name]),
-        )
-    for name, value in weights_of(result.student).items():
-        scale = np.linalg.norm(expected[name])
-        assert np.linalg.norm(expected[name] - started[name]) > 1e-3 * scale, name
-        assert np.linalg.norm(value - expected[name]) <= 1e-6 * scale, name
+        assert np.linalg.norm(value - expected[name]) <= 1e-6 * np.linalg.norm(expected[name]), name
