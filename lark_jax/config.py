@@ -20,6 +20,7 @@ STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "repor
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
 TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGERS
+REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
 Section = TypeVar("Section")
 
 
@@ -102,7 +103,7 @@ class FinetuneConfig:
     dtype: str = "bfloat16"  # of the computation; parameters, moments and gradient sums stay float32
     tokens_per_batch: int = 32_768  # tokens per device and micro-batch, padding included
     packing: bool = False  # several trajectories in one row, kept apart by segment ids
-    remat: str = "block"  # recomputed in the backward pass: "none" or every "block"
+    remat: str = "block"  # one of REMAT_CHOICES: what the backward pass keeps instead of computing it again
     vocab_chunk: int = 4_096  # vocabulary rows per pass of the loss
     checkpoint_every: int = 50  # optimizer steps
     keep_checkpoints: int = 2  # the newest ones; with a held-out set, the best one too
@@ -123,7 +124,7 @@ class FinetuneConfig:
         valid_decay = 0 <= self.weight_decay < math.inf
         _require(valid_decay, "finetune.weight_decay", self.weight_decay, "a number >= 0")
         _require_one_of("finetune.dtype", self.dtype, DTYPES)
-        _require_one_of("finetune.remat", self.remat, ("none", "block"))
+        _require_one_of("finetune.remat", self.remat, REMAT_CHOICES)
         for logger in self.loggers:
             _require_one_of("finetune.loggers", logger, TRAINING_LOGGERS)
         _require(len(set(self.loggers)) == len(self.loggers), "finetune.loggers", self.loggers, "each at most once")

@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from lark_jax.errors import ConfigError
 from lark_jax.finetuning.data import MicroBatch
 from lark_jax.finetuning.objective import weighted_cross_entropy
 from lark_jax.finetuning.optimizer import Parameters
@@ -82,7 +83,8 @@ def make_train_step(
     Rows of a micro-batch are a multiple of the `data` axis.
 
     Raises:
-      ConfigError: the mesh does not fit the student, see `check_tensor_axis`.
+      ConfigError: the mesh does not fit the student, see `check_tensor_axis`; or the devices cannot do what
+        `student.remat` asks for.
     """
     return TrainStep(_jitted_accumulate(student, mesh, vocab_chunk), _jitted_apply(student, optimizer, mesh))
 
@@ -128,6 +130,7 @@ def trace_apply(architecture: Architecture, optimizer: optax.GradientTransformat
 def _jitted_accumulate(student: Decoder, mesh: Mesh, vocab_chunk: int) -> jax.stages.Wrapped:
     """(parameters, sums, rows) -> sums and the cross-entropy of every token; of `student` only shapes are kept."""
     check_tensor_axis(student.architecture, mesh)
+    _check_remat(student.remat, mesh)
     graph, template = _split_abstract(student)
     specs: Any = {name: parameter_spec(name, value.shape, mesh) for name, value in abstract_parameters(student).items()}
     split, head = ParameterSplit(specs), student.head_name
@@ -260,6 +263,15 @@ def abstract_parameters(student: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     """Dotted name -> shape of every float32 master parameter."""
     shapes = parameter_shapes(student.architecture)
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def _check_remat(remat: str, mesh: Mesh) -> None:
+    platform = mesh.devices.flat[0].platform
+    if remat == "offload" and platform == "cpu":
+        raise ConfigError(
+            "config.finetune.remat: 'offload' moves layer inputs from the device to its host, and a CPU is its own "
+            "host; use 'block'"
+        )
 
 
 def _on_mesh(shapes: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -3,20 +3,24 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
 from lark_jax import files
-from lark_jax.config import experiment_from_mapping
+from lark_jax.config import STAGES, Experiment, experiment_from_mapping
 from lark_jax.errors import ConfigError, LarkError
 from lark_jax.preflight.check import check
 from lark_jax.preflight.cost import Assumptions
 from lark_jax.preflight.lengths import find_lengths
 from lark_jax.preflight.report import as_json, as_text
 from lark_jax.preflight.topologies import parse_topology
+from lark_jax.preflight.training import check_training
+from lark_jax.preflight.training_report import training_as_json, training_as_text
 from lark_jax.run import CONFIG, parse_flags
 from lark_jax.students import read_architecture
 
+COMPILED = ("score", "finetune")  # stages
 EXIT_DOES_NOT_FIT = 1
 EXIT_USER_ERROR = 2
 
@@ -45,26 +49,42 @@ def run() -> int:
     if not 0 < EFFICIENCY.value <= 1:
         raise ConfigError(f"--efficiency={EFFICIENCY.value}: expected a share above 0, at most 1")
     topology = parse_topology(TOPOLOGY.value)
-    # Scoring is what is compiled; other stages would refuse a `tensor` axis.
-    experiment = experiment_from_mapping({**CONFIG.value.to_dict(), "stages": ("score",)})
+    experiment = compiled_stages(CONFIG.value.to_dict())
     student = ARCHITECTURE.value or experiment.student.path
     if not Path(student).exists():
         raise ConfigError(
             f"{student}: not a file or folder here; preflight downloads nothing: "
             "give --architecture=FOLDER with the student's config.json"
         )
-    findings = check(
-        experiment,
-        read_architecture(student),
-        topology,
-        find_lengths(experiment, LENGTHS.value),
-        Assumptions(compute=EFFICIENCY.value),
-        student_name=Path(student).resolve().name,
-    )
-    print(as_text(findings))
+    architecture, lengths = read_architecture(student), find_lengths(experiment, LENGTHS.value)
+    assumptions, name = Assumptions(compute=EFFICIENCY.value), Path(student).resolve().name
+    values: dict[str, Any] = {}
+    if "score" in experiment.stages:
+        scoring = check(experiment, architecture, topology, lengths, assumptions, student_name=name)
+        print(as_text(scoring))
+        values |= as_json(scoring)
+    if "finetune" in experiment.stages:
+        training = check_training(experiment, architecture, topology, lengths, assumptions, student_name=name)
+        print(training_as_text(training))
+        values["finetune"] = training_as_json(training)
+    values["fits"] = values.get("fits", True) and ("finetune" not in values or values["finetune"]["fits"])
     if OUT.value is not None:
-        files.write_json(Path(OUT.value), as_json(findings))
-    return 0 if findings.fits else EXIT_DOES_NOT_FIT
+        files.write_json(Path(OUT.value), values)
+    return 0 if values["fits"] else EXIT_DOES_NOT_FIT
+
+
+def compiled_stages(values: dict[str, Any]) -> Experiment:
+    """The experiment with only those of its stages that preflight compiles.
+
+    Raises:
+      ConfigError: there are none, or a field is wrong.
+    """
+    asked = values.get("stages", STAGES)
+    words = asked.split(",") if isinstance(asked, str) else [word for item in asked for word in item.split(",")]
+    stages = tuple(stage for stage in COMPILED if stage in words)
+    if not stages:
+        raise ConfigError(f"config.stages: preflight compiles {' and '.join(COMPILED)}, got {','.join(words)}")
+    return experiment_from_mapping({**values, "stages": stages})
 
 
 if __name__ == "__main__":

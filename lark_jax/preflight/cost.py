@@ -9,7 +9,7 @@ from lark_jax.preflight.hardware import Chip
 from lark_jax.preflight.lengths import Steps
 from lark_jax.preflight.requests import CompileAnswer
 from lark_jax.students.architecture import Architecture
-from lark_jax.students.flops import forward_flops
+from lark_jax.students.flops import forward_flops, training_flops
 
 ATTENTION_BLOCK = 512  # queries per pass over keys and values, in flash kernels and ours
 VOCABULARY_BLOCK = 4_096  # tokens per pass over the head
@@ -62,6 +62,17 @@ def step_cost(
     rereads = head * (math.ceil(tokens / VOCABULARY_BLOCK) - 1)
     weights = _weight_traffic(answer)
     return StepCost(flops, weights + activations + logits + rereads, _sent_bytes(answer, tokens))
+
+
+def training_cost(architecture: Architecture, answer: CompileAnswer, remat: str) -> StepCost:
+    """Of the micro-batch that `answer` is about, in bfloat16.
+
+    Memory traffic is taken as that of forward passes, as many as the FLOPs are worth. What is sent is that of the
+    compiled program, recomputation included.
+    """
+    forward = step_cost(architecture, answer, answer.rows_per_device, answer.length, 2)
+    flops = answer.rows_per_device * training_flops(architecture, answer.length, remat) / answer.tensor
+    return StepCost(flops, forward.memory_bytes * flops / forward.flops, float(total_sent(answer.collectives)))
 
 
 def step_time(cost: StepCost, chip: Chip, *, across_hosts: bool, assumptions: Assumptions) -> StepTime:

@@ -12,6 +12,7 @@ from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.pool import read_pool
+from lark_jax.pool.batching import bucket_lengths
 from lark_jax.pool.chat import load_chat_format
 from lark_jax.processes import EVERYTHING
 from lark_jax.scoring.lengths import count_inputs
@@ -75,6 +76,15 @@ def plan_steps(lengths: Lengths, tokens_per_batch: int, row_multiple: int) -> tu
     plans = plan_pool(lengths.inputs, tokens_per_batch, row_multiple)
     counts = collections.Counter((plan.length, plan.rows // row_multiple) for plan in plans)
     return tuple(Steps(rows, length, times) for (length, rows), times in sorted(counts.items(), reverse=True))
+
+
+def longest_rows(lengths: Lengths, tokens_per_batch: int) -> tuple[int, int]:
+    """Length of the longest rows of fine-tuning, and how many of them a device takes at once."""
+    length = bucket_lengths(lengths.longest)[-1]
+    rows = 1
+    while 2 * rows * length <= tokens_per_batch:
+        rows *= 2
+    return length, rows
 
 
 def _given(text: str, longest: int) -> Lengths:

@@ -51,7 +51,7 @@ def find_remedy(
     """Compiles the programs of candidates until all of one candidate fit.
 
     Args:
-      experiment: of scoring alone; fine-tuning would refuse a `tensor` axis.
+      experiment: of scoring.
       answers: the programs of `experiment`, of which at least one does not fit.
       requests_of: the programs of an experiment, in the order of `answers`.
     """
@@ -117,7 +117,7 @@ def settings_of(before: Experiment, after: Experiment) -> str:
     if after.mesh.data != before.mesh.data:
         flags.append(f"--config.mesh.data={after.mesh.data}")
     if after.mesh.tensor != before.mesh.tensor:
-        # Fine-tuning takes no `tensor` axis, so such a run is one of its own.
+        # What suits scoring need not suit fine-tuning, so such a run is one of its own.
         flags.append(f"--config.mesh.tensor={after.mesh.tensor} --config.stages=score")
     if after.score.vocab_chunk != before.score.vocab_chunk:
         flags.append(f"--config.score.vocab_chunk={after.score.vocab_chunk}")

@@ -65,7 +65,7 @@ def _heading(findings: Findings) -> str:
     hosts = f"{topology.num_hosts} hosts" if topology.num_hosts > 1 else "1 host"
     return (
         f"{findings.student} ({parameters / 1e9:.1f} billion parameters) on {topology.name}: "
-        f"{topology.num_devices} x {topology.chip.name}, {hosts}, {_gib(topology.memory_bytes)} GiB usable per device"
+        f"{topology.num_devices} x {topology.chip.name}, {hosts}, {gib(topology.memory_bytes)} GiB usable per device"
     )
 
 
@@ -77,17 +77,17 @@ def _program(program: Finding, findings: Findings) -> str:
         ("output", memory.output, ""),
         ("temporary", memory.temporary, _NOTES_ON_ATTENTION.get(answer.attention, "")),
         ("program", memory.code, ""),
-        ("total", memory.total, f"of {_gib(memory.available)} usable"),
+        ("total", memory.total, f"of {gib(memory.available)} usable"),
     ]
     return "\n".join(
         [
             f"{request.step}: {answer.rows_per_device} x {answer.length:,} tokens per device",
-            f"  mesh {_mesh(answer)}; attention {answer.attention}; compiled by {answer.compiler} in "
+            f"  mesh {mesh_text(answer)}; attention {answer.attention}; compiled by {answer.compiler} in "
             f"{answer.compile_seconds:.0f} s",
             "",
-            *_table("memory per device, GiB", [(name, _gib(size), note) for name, size, note in rows]),
+            *table("memory per device, GiB", [(name, gib(size), note) for name, size, note in rows]),
             "",
-            *_table("one step, per device", _costs(program, findings)),
+            *table("one step, per device", _costs(program, findings)),
             "",
             _verdict(program),
         ]
@@ -99,7 +99,7 @@ def _costs(program: Finding, findings: Findings) -> list[tuple[str, str, str]]:
     shares = findings.assumptions
     bandwidth = cost.sent_bytes / (time.network * shares.network) if time.network else 0.0
     sent = [
-        (f"  {item.kind} over {item.axes}", _gib(item.bytes_sent), f"GiB, {item.times} times")
+        (f"  {item.kind} over {item.axes}", gib(item.bytes_sent), f"GiB, {item.times} times")
         for item in (program.answer.collectives)
         if item.bytes_sent >= GIB / 20
     ]
@@ -112,12 +112,12 @@ def _costs(program: Finding, findings: Findings) -> list[tuple[str, str, str]]:
         ),
         (
             "memory traffic",
-            _gib(cost.memory_bytes),
+            gib(cost.memory_bytes),
             f"GiB      {time.memory:.2f} {at(shares.memory)} {chip.memory_bandwidth / 1e9:,.0f} GB/s (estimate)",
         ),
         (
             "sent to others",
-            _gib(cost.sent_bytes),
+            gib(cost.sent_bytes),
             f"GiB      {time.network:.2f} {at(shares.network)} {bandwidth / 1e9:,.0f} GB/s" if bandwidth else "GiB",
         ),
         *sent,
@@ -128,7 +128,7 @@ def _costs(program: Finding, findings: Findings) -> list[tuple[str, str, str]]:
 def _verdict(program: Finding) -> str:
     memory = program.answer.memory
     if memory.fits:
-        return f"  FITS, {_gib(memory.available - memory.total)} GiB to spare"
+        return f"  FITS, {gib(memory.available - memory.total)} GiB to spare"
     return f"  DOES NOT FIT, by {(memory.total - memory.available) / GIB:.2f} GiB"
 
 
@@ -136,7 +136,7 @@ def _remedy(remedy: Remedy) -> str:
     tried = [f"    tried, does not fit: {settings}" for settings in remedy.tried]
     if not remedy.found:
         return "\n".join(["No setting makes it fit; it needs devices with more memory, or more of them.", *tried])
-    total = _gib(max(answer.memory.total for answer in remedy.answers))
+    total = gib(max(answer.memory.total for answer in remedy.answers))
     return "\n".join([f"This was compiled and fits, with {total} GiB:", f"    {remedy.settings}", *tried])
 
 
@@ -156,7 +156,7 @@ def _pool(findings: Findings) -> str:
     )
 
 
-def _table(title: str, rows: Sequence[tuple[str, str, str]]) -> list[str]:
+def table(title: str, rows: Sequence[tuple[str, str, str]]) -> list[str]:
     return [f"  {title}", *(f"    {name:<32}{value:>10}  {note}".rstrip() for name, value, note in rows)]
 
 
@@ -167,12 +167,12 @@ def _split(answer: CompileAnswer) -> str:
     return " and ".join(how[axis] for axis in answer.parameter_axes)
 
 
-def _mesh(answer: CompileAnswer) -> str:
+def mesh_text(answer: CompileAnswer) -> str:
     shape = f"data={answer.data} x tensor={answer.tensor}"
     return f"{shape} in each of {answer.meshes} hosts" if answer.meshes > 1 else shape
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
     return f"{size / GIB:,.1f}"
 
 

@@ -54,6 +54,7 @@ class CompileRequest(MeshRequest):
       attention: as `config.score.attention`.
       rows_per_device: along `data`.
       length: tokens of a row.
+      remat: as `config.finetune.remat`; scoring has no backward pass.
     """
 
     step: str
@@ -61,6 +62,7 @@ class CompileRequest(MeshRequest):
     vocab_chunk: int
     rows_per_device: int
     length: int
+    remat: str = "none"
 
 
 Request = TypeVar("Request", bound=MeshRequest)
@@ -72,11 +74,12 @@ class Memory:
 
     parameters: int  # without the compiler's padding
     arguments: int
-    output: int
+    output: int  # that is not written over an argument
     temporary: int
     code: int
     total: int
     available: int
+    resident: int = 0  # what the run keeps beside this program: the moments of Adam, while gradients are added up
 
     @property
     def fits(self) -> bool:

@@ -8,15 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from lark_jax.config import MeshConfig
+from lark_jax.config import FinetuneConfig, MeshConfig
 from lark_jax.errors import LarkError, PreflightError
+from lark_jax.finetuning.optimizer import make_optimizer
+from lark_jax.finetuning.step import trace_accumulate, trace_apply
 from lark_jax.preflight.collectives import collectives_of
 from lark_jax.preflight.requests import (
     CompileAnswer,
@@ -60,8 +62,47 @@ def trace_score(
     )
 
 
-# What preflight compiles, by stage.
-STEPS: Mapping[str, TraceStep] = {"score": trace_score}
+def trace_micro_batch(
+    request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str, length: int
+) -> jax.stages.Traced:
+    del parameter_axes  # training has one layout
+    return trace_accumulate(
+        request.architecture,
+        mesh,
+        dtype=request.dtype,
+        vocab_chunk=request.vocab_chunk,
+        remat=request.remat,
+        attention_backend=attention,
+        rows=request.rows_per_device * mesh.shape[DATA],
+        length=length,
+    )
+
+
+def trace_update(
+    request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str, length: int
+) -> jax.stages.Traced:
+    del parameter_axes, attention, length
+    return trace_apply(request.architecture, make_optimizer(FinetuneConfig(), total_steps=1_000), mesh)
+
+
+class Step(NamedTuple):
+    """What preflight compiles.
+
+    Attributes:
+      parameter_dtype: None: that of the computation.
+      moments: arrays as large as the parameters that the run keeps on the devices and the program does not see.
+    """
+
+    trace: TraceStep
+    parameter_dtype: str | None = None
+    moments: int = 0
+
+
+STEPS: Mapping[str, Step] = {
+    "score": Step(trace_score),
+    "finetune": Step(trace_micro_batch, "float32", moments=2),
+    "finetune_update": Step(trace_update, "float32"),
+}
 
 
 def answer(request: CompileRequest) -> CompileAnswer:
@@ -76,12 +117,13 @@ def answer(request: CompileRequest) -> CompileAnswer:
     mesh, meshes = _mesh(request, topology)
     parameter_axes = choose_parameter_axes(request.architecture, mesh, dtype, request.parameters, topology.memory_bytes)
     attention = _attention(request, topology)
-    trace = STEPS[request.step]
-    traced = trace(request, mesh, parameter_axes, attention, request.length)
-    short = trace(request, mesh, parameter_axes, attention, min(SHORT_LENGTH, request.length))
-    parameters = parameter_bytes_per_device(request.architecture, mesh, dtype, parameter_axes)
+    step = STEPS[request.step]
+    traced = step.trace(request, mesh, parameter_axes, attention, request.length)
+    short = step.trace(request, mesh, parameter_axes, attention, min(SHORT_LENGTH, request.length))
+    parameter_dtype = jnp.dtype(step.parameter_dtype or dtype)
+    parameters = parameter_bytes_per_device(request.architecture, mesh, parameter_dtype, parameter_axes)
     start = time.monotonic()
-    memory = _compiled_memory(traced, topology, parameters)
+    memory = _compiled_memory(traced, topology, parameters, resident=step.moments * parameters)
     return CompileAnswer(
         memory=memory,
         parameter_axes=parameter_axes,
@@ -151,7 +193,7 @@ def _attention(request: CompileRequest, topology: Topology) -> str:
     return request.attention
 
 
-def _compiled_memory(traced: jax.stages.Traced, topology: Topology, parameters: int) -> Memory:
+def _compiled_memory(traced: jax.stages.Traced, topology: Topology, parameters: int, resident: int) -> Memory:
     try:
         analysis = traced.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -161,22 +203,19 @@ def _compiled_memory(traced: jax.stages.Traced, topology: Topology, parameters: 
                 f"{topology.name}: the compiler fails: {' '.join(str(error).split())[:300]}"
             ) from error
         # The compiler gives up with the total alone; rows of tokens are small beside parameters.
-        return Memory(parameters, parameters, 0, max(0, total - parameters), 0, total, topology.memory_bytes)
-    total = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-        + analysis.generated_code_size_in_bytes
-    )
+        temporary = max(0, total - parameters)
+        return Memory(parameters, parameters, 0, temporary, 0, total + resident, topology.memory_bytes, resident)
+    output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    program = analysis.argument_size_in_bytes + output + analysis.temp_size_in_bytes
     return Memory(
         parameters=parameters,
         arguments=analysis.argument_size_in_bytes,
-        output=analysis.output_size_in_bytes,
+        output=output,
         temporary=analysis.temp_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
-        total=total,
+        total=program + analysis.generated_code_size_in_bytes + resident,
         available=topology.memory_bytes,
+        resident=resident,
     )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 
 from lark_jax.students.dense_attention import visible_keys
+from lark_jax.students.remat import ATTENTION, named
 
 LARGEST_BLOCK = 256  # queries, and keys, per block; on a CPU 1.6 times as fast as 512, whose scores leave the cache
 BLOCK_MULTIPLE = 16
@@ -86,7 +87,8 @@ def _forward(
         return jnp.einsum("bkgtd->btkgd", out), state.maximum_bkgt + jnp.log(state.total_bkgt)
 
     out_nbtkgd, lse_nbkgt = jax.lax.map(attend_from, jnp.arange(q_btkgd.shape[1] // block))
-    out_btkgd = jnp.moveaxis(out_nbtkgd, 0, 1).reshape(q_btkgd.shape)
+    out_btkgd = named(jnp.moveaxis(out_nbtkgd, 0, 1).reshape(q_btkgd.shape), ATTENTION)
+    lse_nbkgt = named(lse_nbkgt, ATTENTION)
     return out_btkgd, (q_btkgd, k_bskd, v_bskd, segment_ids_bt, out_btkgd, lse_nbkgt)
 
 

@@ -16,11 +16,11 @@ from lark_jax.students.architecture import Architecture
 from lark_jax.students.attention import attend, matmul_precision
 from lark_jax.students.mixed_precision import add_bias, project, scale
 from lark_jax.students.parallel import LOCAL, ParameterSplit
+from lark_jax.students.remat import LAYER_INPUT, POLICIES, named, rematerialized
 from lark_jax.students.rope import rotate, rotation_tables
 
 Block = Callable[[jax.Array, nnx.State], tuple[jax.Array, None]]  # hidden states through one layer's parameters
 INITIALIZER_RANGE = 0.02  # standard deviation of fresh weights, HF's `initializer_range`
-REMAT_CHOICES = ("none", "block")
 
 
 class Weight(nnx.Module):
@@ -128,7 +128,8 @@ class Decoder(nnx.Module):
     Attributes:
       dtype: of the computation; weights are cast to it layer by layer, where they are used. Their gradients are summed
         over tokens and devices in float32.
-      remat: "none", or "block": the backward pass recomputes each layer from its input.
+      remat: what the backward pass keeps of each layer: a key of `remat.POLICIES`. "none": everything; "attention": the
+        input and the attention's output; "block": the input; "offload": the input, in the host's memory.
       attention_backend: a key of `attention.BACKENDS`; None: chosen by row length.
     """
 
@@ -147,8 +148,8 @@ class Decoder(nnx.Module):
         Raises:
           ConfigError: unknown `remat`.
         """
-        if remat not in REMAT_CHOICES:
-            raise ConfigError(f"remat: expected one of {', '.join(map(repr, REMAT_CHOICES))}, got {remat!r}")
+        if remat not in POLICIES:
+            raise ConfigError(f"remat: expected one of {', '.join(map(repr, POLICIES))}, got {remat!r}")
         self.architecture = architecture
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
@@ -179,12 +180,12 @@ class Decoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
 
         def block(hidden_btd: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            hidden_btd = named(hidden_btd, LAYER_INPUT)
             layer = nnx.merge(graphdef, split.gathered_layer(weights, self.dtype))
             return layer(hidden_btd, rotation, segment_ids_bt, self.attention_backend, split), None
 
-        block = jax.checkpoint(block, prevent_cse=False) if self.remat == "block" else block
         with jax.named_scope("layers"):
-            hidden_btd = _through_layers(block, hidden_btd, stacked)
+            hidden_btd = _through_layers(rematerialized(block, self.remat), hidden_btd, stacked)
         with jax.named_scope("norm"):
             return self.norm(hidden_btd)
 

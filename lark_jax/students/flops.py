@@ -76,6 +76,17 @@ def forward_flops(architecture: Architecture, length: int, *, vocab: bool = True
     return length * (projections + head) + attention_flops(architecture, length)
 
 
+def training_flops(architecture: Architecture, length: int, remat: str) -> float:
+    """FLOPs of a forward and a backward pass over one row, with what `remat` computes twice.
+
+    A backward pass has two products for each of the forward pass. A recomputation is taken as a whole forward pass;
+    "attention" leaves attention itself out of it.
+    """
+    forward = forward_flops(architecture, length)
+    recomputed = {"none": 0.0, "attention": forward - attention_flops(architecture, length)}.get(remat, forward)
+    return 3.0 * forward + recomputed
+
+
 def attention_flops(architecture: Architecture, length: int) -> float:
     """The part of `forward_flops` that grows with the square of `length`: q k' and p v over the lower triangle."""
     pairs = length * (length + 1) / 2

@@ -21,6 +21,7 @@ from jax.lax import Precision
 
 from lark_jax.students.blockwise_attention import pad_time
 from lark_jax.students.manual_axes import call_without_axis_types
+from lark_jax.students.remat import ATTENTION
 
 BLOCK_MULTIPLE = 128  # lanes of a vector register
 
@@ -108,7 +109,14 @@ def _run_kernel(
 ) -> jax.Array:
     # One mask serves every head.
     mask = MultiHeadMask([_Causal((q_bhtd.shape[2],) * 2)])
-    kernel = make_splash_mha(mask, block_sizes=_block_sizes(block), head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = make_splash_mha(
+        mask,
+        block_sizes=_block_sizes(block),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
+    )
 
     def one_row(q_htd: jax.Array, k_ksd: jax.Array, v_ksd: jax.Array, segment_ids_t: jax.Array | None) -> jax.Array:
         segments = None if segment_ids_t is None else SegmentIds(q=segment_ids_t, kv=segment_ids_t)

@@ -196,6 +196,35 @@ def test_weights_travel_as_bfloat16_one_layer_at_a_time_and_their_gradients_as_f
     assert len(reduced) - len(scattered) <= 2 + len(abstract_parameters(abstract_decoder(ARCHITECTURE)))
 
 
+def kept_by(remat: str) -> list[tuple[int, ...]]:
+    """Shapes, without the leading axis, of what the forward scan over the layers leaves for the backward one."""
+    jaxpr, _ = traced(8, 1, remat=remat)
+    scans = [e for e, _ in equations(jaxpr.jaxpr) if e.primitive.name == "scan" and e.params["length"] == 5]
+    forward = scans[0]
+    return [variable.aval.shape[1:] for variable in forward.outvars[forward.params["num_carry"] :]]
+
+
+def test_what_each_policy_keeps_of_a_layer() -> None:
+    """Of 12 matrices, norms and biases, and of the activations."""
+    layer_input = (1, LENGTH, ARCHITECTURE.hidden_size)
+    assert kept_by("block") == [layer_input]
+    kept = kept_by("attention")
+    assert layer_input in kept
+    attention = LENGTH * ARCHITECTURE.num_heads * ARCHITECTURE.head_dim  # outputs; one log-sum-exp for each head
+    assert sorted(math.prod(shape) for shape in kept if shape != layer_input or kept.count(shape) > 1) in (
+        [LENGTH * ARCHITECTURE.num_heads, attention],
+        [LENGTH * ARCHITECTURE.num_heads, attention, attention],
+    )
+    assert len(kept_by("none")) > 10
+
+
+@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("block", 3), ("attention", 2)])
+def test_with_its_output_kept_attention_runs_once_forward_and_once_backward(remat: str, passes: int) -> None:
+    """Each pass of the blockwise algorithm has one loop whose length depends on the block."""
+    jaxpr, _ = traced(8, 1, remat=remat)
+    assert sum(equation.primitive.name == "while" for equation, _ in equations(jaxpr.jaxpr)) == passes
+
+
 def test_bytes_that_travel_are_those_of_the_weights() -> None:
     """Gathered twice in bfloat16, the head once; gradients once in float32; tokens to the columns of the table."""
     jaxpr, mesh = traced(8, 1)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tiny_run import ARCHITECTURE, CONFIG, PAD_ID, random_examples, tiny_student
 
 from lark_jax.config import MeshConfig
+from lark_jax.errors import ConfigError
 from lark_jax.finetuning.data import Example, MicroBatch, StepBatch, TrainingSet
 from lark_jax.finetuning.loop import run_step
 from lark_jax.finetuning.optimizer import make_optimizer
@@ -179,11 +180,17 @@ def test_with_bfloat16_compute_the_gradient_of_the_head_is_reduced_in_float32() 
     assert not [kind for kind in reduced if kind.endswith("bf16")]
 
 
-def test_gradient_does_not_depend_on_remat() -> None:
+@pytest.mark.parametrize("remat", ["block", "attention"])
+def test_gradient_does_not_depend_on_remat(remat: str) -> None:
     examples = random_examples(np.random.default_rng().integers(1 << 30), 2, 2)
     _, gradient, _ = summed(examples, range(4))
-    _, other, _ = summed(examples, range(4), remat="block")
+    _, other, _ = summed(examples, range(4), remat=remat)
     assert_same_gradient(other, gradient)
+
+
+def test_offloading_is_refused_where_the_device_is_its_own_host() -> None:
+    with pytest.raises(ConfigError, match=r"config\.finetune\.remat: 'offload' .* use 'block'"):
+        compiled(1, remat="offload")
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 10_000], ids=["one_row_per_micro_batch", "one_micro_batch"])

@@ -18,7 +18,7 @@ has_cuda = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None
 def preflight(tmp_path: Path, student: str, *flags: str) -> subprocess.CompletedProcess[str]:
     config = tmp_path / f"{student}.json"
     config.write_text(json.dumps(STUDENT_SHAPES[student]), encoding="utf-8")
-    arguments = ["--config=configs/qwen7b.py", f"--architecture={config}", *flags]
+    arguments = ["--config=configs/qwen7b.py", f"--architecture={config}", "--config.stages=score", *flags]
     return subprocess.run(
         [sys.executable, "-m", "lark_jax.preflight", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )

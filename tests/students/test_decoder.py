@@ -7,12 +7,14 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lark_jax.config import REMAT_CHOICES
 from lark_jax.errors import ConfigError
 from lark_jax.sharding import parameter_sharding
 from lark_jax.students import random_student
 from lark_jax.students.architecture import architecture_from_config
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import abstract_decoder, flatten_parameters, parameter_shapes, replace_parameters
+from lark_jax.students.remat import POLICIES
 
 
 def make_architecture(model_type="qwen2", **fields):
@@ -109,8 +111,12 @@ def test_remat_changes_memory_and_not_gradients():
         np.testing.assert_allclose(remat[name], expected, rtol=0, atol=1e-5 * scale)
 
 
+def test_memory_policies_are_those_of_the_configuration():
+    assert set(POLICIES) == set(REMAT_CHOICES)
+
+
 def test_unknown_remat_is_refused():
-    with pytest.raises(ConfigError, match="remat: expected one of 'none', 'block', got 'full'"):
+    with pytest.raises(ConfigError, match="remat: expected one of 'none', 'attention', 'block', 'offload', got 'full'"):
         Decoder(make_architecture(), rngs=nnx.Rngs(0), remat="full")
 
 

@@ -1,0 +1,106 @@
+"""Fine-tuning on hardware that is not there: the peak of every memory policy, and the fastest that fits."""
+
+import dataclasses
+
+from lark_jax import runtime
+from lark_jax.config import REMAT_CHOICES, Experiment
+from lark_jax.preflight.cost import Assumptions, StepTime, step_time, training_cost
+from lark_jax.preflight.lengths import Lengths, longest_rows
+from lark_jax.preflight.requests import CompileAnswer, CompileRequest, compile_in_child
+from lark_jax.preflight.topologies import Topology
+from lark_jax.students.architecture import Architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyFinding:
+    """One memory policy, `finetune.remat`: a micro-batch compiled with it."""
+
+    remat: str
+    answer: CompileAnswer
+    flops: float  # of a micro-batch on one device, recomputation included
+    time: StepTime
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFindings:
+    """Of one run.
+
+    Attributes:
+      configured: the experiment's own `finetune.remat`.
+      policies: all of them, in the order of `config.REMAT_CHOICES`.
+      update: the optimizer step, which follows the last micro-batch.
+    """
+
+    student: str
+    topology: Topology
+    configured: str
+    policies: tuple[PolicyFinding, ...]
+    update: CompileAnswer
+    assumptions: Assumptions
+
+    def fits_with(self, policy: PolicyFinding) -> bool:
+        return policy.answer.memory.fits and self.update.memory.fits
+
+    def peak(self, policy: PolicyFinding) -> int:
+        """Bytes per device, parameters, moments and sums included."""
+        return max(policy.answer.memory.total, self.update.memory.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits as it is configured."""
+        return any(policy.remat == self.configured and self.fits_with(policy) for policy in self.policies)
+
+    @property
+    def fastest(self) -> PolicyFinding | None:
+        """Of the policies that fit; of equally fast ones, the one that moves less."""
+        fitting = [policy for policy in self.policies if self.fits_with(policy)]
+        return min(fitting, key=lambda policy: policy.time.seconds, default=None)
+
+
+def check_training(
+    experiment: Experiment,
+    architecture: Architecture,
+    topology: Topology,
+    lengths: Lengths,
+    assumptions: Assumptions,
+    *,
+    student_name: str,
+) -> TrainingFindings:
+    """Compiles the micro-batch of the longest rows under every policy, and the optimizer step.
+
+    Raises:
+      PreflightError: no compiler for this hardware is installed, or it refuses a program.
+    """
+    policies = []
+    for remat in REMAT_CHOICES:
+        request = training_request(experiment, architecture, topology, lengths, remat)
+        runtime.say(f"compiling finetune for {topology.name}: {request.length:,} tokens, remat={remat}")
+        answer = compile_in_child(request)
+        cost = training_cost(architecture, answer, remat)
+        across_hosts = topology.num_hosts > 1
+        time = step_time(cost, topology.chip, across_hosts=across_hosts, assumptions=assumptions)
+        policies.append(PolicyFinding(remat, answer, cost.flops, time))
+    update = compile_in_child(dataclasses.replace(request, step="finetune_update"))
+    return TrainingFindings(student_name, topology, experiment.finetune.remat, tuple(policies), update, assumptions)
+
+
+def training_request(
+    experiment: Experiment, architecture: Architecture, topology: Topology, lengths: Lengths, remat: str
+) -> CompileRequest:
+    """The micro-batch with the longest rows, as many as the budget allows, on one mesh over all devices."""
+    finetune, mesh = experiment.finetune, experiment.mesh
+    length, rows_per_device = longest_rows(lengths, finetune.tokens_per_batch)
+    return CompileRequest(
+        step="finetune",
+        architecture=architecture,
+        topology=topology.name,
+        data=topology.num_devices // mesh.tensor if mesh.data == -1 else mesh.data,
+        tensor=mesh.tensor,
+        dtype=finetune.dtype,
+        parameters="gathered",
+        attention="auto",
+        vocab_chunk=finetune.vocab_chunk,
+        rows_per_device=rows_per_device,
+        length=length,
+        remat=remat,
+    )

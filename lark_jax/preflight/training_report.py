@@ -1,0 +1,78 @@
+"""Findings on fine-tuning as text for people and as JSON for programs."""
+
+import dataclasses
+from typing import Any
+
+from lark_jax.preflight.cost import total_sent
+from lark_jax.preflight.report import gib, mesh_text, table
+from lark_jax.preflight.training import PolicyFinding, TrainingFindings
+
+
+def training_as_text(findings: TrainingFindings) -> str:
+    """One line per memory policy, what they have in common, and which to take."""
+    first, topology = findings.policies[0].answer, findings.topology
+    memory, update = first.memory, findings.update.memory
+    common = [
+        ("parameters", gib(memory.parameters), "float32"),
+        ("moments of Adam", gib(memory.resident), "float32"),
+        ("sums of the gradients", gib(memory.parameters), "float32"),
+    ]
+    policies = [
+        (_name(policy, findings), gib(findings.peak(policy)), _note(policy, findings)) for policy in findings.policies
+    ]
+    policies.append(("optimizer step", gib(update.total), f"{gib(update.temporary)} temporary"))
+    return "\n".join(
+        [
+            f"finetune: {first.rows_per_device} x {first.length:,} tokens per device and micro-batch",
+            f"  mesh {mesh_text(first)}; attention {first.attention}; compiled by {first.compiler}",
+            "",
+            *table("always on a device, GiB", common),
+            "",
+            *table(f"peak by finetune.remat, GiB of {gib(topology.memory_bytes)} usable", policies),
+            "",
+            _verdict(findings),
+        ]
+    )
+
+
+def training_as_json(findings: TrainingFindings) -> dict[str, Any]:
+    """The same content; bytes, FLOPs and seconds in plain numbers."""
+    fastest = findings.fastest
+    return {
+        "student": findings.student,
+        "topology": findings.topology.name,
+        "configured": findings.configured,
+        "fits": findings.fits,
+        "fastest": None if fastest is None else fastest.remat,
+        "policies": [
+            {
+                **dataclasses.asdict(policy),
+                "peak": findings.peak(policy),
+                "fits": findings.fits_with(policy),
+                "collective_bytes": total_sent(policy.answer.collectives),
+                "seconds_per_micro_batch": policy.time.seconds,
+            }
+            for policy in findings.policies
+        ],
+        "update": dataclasses.asdict(findings.update),
+        "assumptions": dataclasses.asdict(findings.assumptions),
+    }
+
+
+def _name(policy: PolicyFinding, findings: TrainingFindings) -> str:
+    return f"{policy.remat} (configured)" if policy.remat == findings.configured else policy.remat
+
+
+def _note(policy: PolicyFinding, findings: TrainingFindings) -> str:
+    time = f"{policy.flops / 1e12:,.0f} TFLOP, {policy.time.seconds:.1f} s ({policy.time.slowest} decides)"
+    return f"{'FITS' if findings.fits_with(policy) else 'DOES NOT FIT'}  {time}"
+
+
+def _verdict(findings: TrainingFindings) -> str:
+    fastest = findings.fastest
+    if fastest is None:
+        return (
+            "  No policy makes it fit: it needs more devices, a tensor axis (--config.mesh.tensor), or shorter rows "
+            "(--config.student.max_length)"
+        )
+    return f"  The fastest that fits: --config.finetune.remat={fastest.remat}"
