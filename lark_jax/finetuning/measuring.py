@@ -85,9 +85,10 @@ def read_step_metrics(
 def rates_of(
     data: TrainingSet, batch: StepBatch, architecture: Architecture, peak_flops: float | None, seconds: float
 ) -> Rates:
-    """Of a step that took `seconds`."""
+    """Of a step that took `seconds`. Counted is what the model needs: what remat computes again is not."""
     lengths = [data.examples[member].rendered.num_inputs for member in batch.members]
-    return Rates(sum(lengths) / seconds, training_flops(architecture, lengths) / seconds, peak_flops)
+    flops = sum(training_flops(architecture, length, remat="none") for length in lengths)
+    return Rates(sum(lengths) / seconds, flops / seconds, peak_flops)
 
 
 def timing_of(step: int, seconds: float, rates: Rates) -> StepTiming:

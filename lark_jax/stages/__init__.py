@@ -31,7 +31,7 @@ PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
 
 # After these the accelerator is given back: an evaluation engine and JAX do not share one.
 ACCELERATOR_STAGES = ("prepare", "score", "select", "finetune", "export")
-ONE_PROCESS_STAGES = ("prepare", "finetune", "export")
+ONE_PROCESS_STAGES = ("prepare", "export")
 
 
 def plan_tasks(experiment: Experiment) -> list[Task]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lark_jax import processes
 from lark_jax.config import Experiment
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning import (
@@ -59,6 +60,8 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         chat = open_chat(experiment)
         data = training_data(experiment, layout, chat, run)
         result = finetuned(experiment, chat, data, directory, what=run.name)
+        if not processes.is_first():
+            return Outcome(counts={})  # the first process reports for all
         counts = {
             "trajectories": len(data.examples),
             "truncated": sum(example.rendered.truncated for example in data.examples),
@@ -67,7 +70,8 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         }
         return Outcome(counts=counts, notes={**notes_on(chat), **_measured(result)})
 
-    return Task(f"finetune/{run.name}", layout.finetune(run), inputs, train, scratch=(CHECKPOINTS, LOGS))
+    folder = layout.finetune(run)
+    return Task(f"finetune/{run.name}", folder, inputs, train, scratch=(CHECKPOINTS, LOGS), everywhere=True)
 
 
 def training_data(experiment: Experiment, layout: Layout, chat: ChatFormat, run: Run) -> TrainingData:

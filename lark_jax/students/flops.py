@@ -1,6 +1,5 @@
 """Analytic cost of a forward pass, and what devices could do at best: the two sides of model FLOP utilisation."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jax.sharding import Mesh
@@ -24,7 +23,6 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("TPU v5", 459e12),
     ("TPU v4", 275e12),
 )
-PASSES_OF_TRAINING = 3  # in forward passes: one forward, two backward; what remat computes again is not counted
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,6 @@ def peak_flops_of(mesh: Mesh) -> float | None:
     """Of all devices of `mesh` together; None where it is not known."""
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     return None if peak is None else peak * mesh.devices.size
-
-
-def training_flops(architecture: Architecture, lengths: Iterable[int]) -> float:
-    """FLOPs of an optimizer step over rows of these lengths, see `forward_flops`."""
-    return PASSES_OF_TRAINING * sum(forward_flops(architecture, length) for length in lengths)
 
 
 def forward_flops(architecture: Architecture, length: int, *, vocab: bool = True) -> float:
