@@ -19,6 +19,7 @@ from lark_jax.errors import ConfigError
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
+TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGERS
 REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
 Section = TypeVar("Section")
 
@@ -106,14 +107,19 @@ class FinetuneConfig:
     remat: str = "block"  # one of REMAT_CHOICES: what the backward pass keeps instead of computing it again
     vocab_chunk: int = 4_096  # vocabulary rows per pass of the loss
     checkpoint_every: int = 50  # optimizer steps
+    keep_checkpoints: int = 2  # the newest ones; with a held-out set, the best one too
+    held_out_fraction: float = 0.0  # of the problems: never trained on, their loss is measured
+    evaluate_every: int = 50  # optimizer steps between two measurements of the held-out loss
+    loggers: tuple[str, ...] = ()  # beside metrics.jsonl: "tensorboard", "wandb"
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_grad_norm", "eps"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"finetune.{name}", value, "a positive number")
-        for name in ("epochs", "batch_size", "tokens_per_batch", "vocab_chunk", "checkpoint_every"):
+        counts = ("epochs", "batch_size", "tokens_per_batch", "vocab_chunk")
+        for name in (*counts, "checkpoint_every", "keep_checkpoints", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"finetune.{name}", getattr(self, name), "an integer >= 1")
-        for name in ("b1", "b2", "warmup_fraction"):
+        for name in ("b1", "b2", "warmup_fraction", "held_out_fraction"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"finetune.{name}", value, "a number in [0, 1)")
         valid_decay = 0 <= self.weight_decay < math.inf
@@ -125,6 +131,9 @@ class FinetuneConfig:
         _require(
             honoured, "finetune.attention", self.attention, "a backend that honours the segment ids of packed rows"
         )
+        for logger in self.loggers:
+            _require_one_of("finetune.loggers", logger, TRAINING_LOGGERS)
+        _require(len(set(self.loggers)) == len(self.loggers), "finetune.loggers", self.loggers, "each at most once")
 
 
 @dataclasses.dataclass(frozen=True)

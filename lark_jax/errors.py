@@ -1,8 +1,10 @@
 """Errors that a user can act on. Their message is complete: what is wrong, where, and what to do.
 
 `run.py` prints the message of a `LarkError` on one line and exits with status 2; any other exception is a
-bug in lark_jax and keeps its traceback.
+bug in lark_jax and keeps its traceback. `StoppedBySignal` is no error: the run did what it was asked to do.
 """
+
+import signal
 
 
 class LarkError(Exception):
@@ -43,3 +45,11 @@ class PipelineError(LarkError):
 
 class PreflightError(LarkError):
     """A step cannot be compiled ahead of time: no compiler for the hardware, or it refuses the program."""
+
+
+class StoppedBySignal(Exception):
+    """A signal asked the run to end, and it did, after saving all that it had computed."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(f"{signal.Signals(signal_number).name}: {message}")
+        self.exit_status = 128 + signal_number  # as shells report it: 143 for SIGTERM, 130 for SIGINT

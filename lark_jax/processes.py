@@ -20,7 +20,7 @@ from jax._src import distributed  # the one way to the coordination service; orb
 
 from lark_jax.clusters import Place, require_free_port
 from lark_jax.config import DistributedConfig
-from lark_jax.errors import PipelineError
+from lark_jax.errors import PipelineError, StoppedBySignal
 
 LONGEST_WAIT_MS = 30 * 24 * 3600 * 1000
 POLL_SECONDS = 0.5  # how often a process looks whether another one failed
@@ -117,7 +117,7 @@ def joined(place: Place, config: DistributedConfig) -> Iterator[None]:
     Where another process fails in the meantime, this one ends with status 2 within `POLL_SECONDS` (the first one
     after up to `FAREWELL_SECONDS` more); where one dies without a word, after `config.lost_timeout` seconds. Must be
     entered before JAX has looked for devices. When the block raises, the processes stay joined, so that the caller
-    can `announce_failure` and `end`.
+    can `announce_failure` and `end`; `StoppedBySignal` alone is raised in all of them, and they part in peace.
 
     Raises:
       PipelineError: the port of the coordinator is taken, or process 0 expects another number of processes.
@@ -130,11 +130,28 @@ def joined(place: Place, config: DistributedConfig) -> Iterator[None]:
     watcher = threading.Thread(target=_end_with_the_others, args=(stop,), daemon=True)
     watcher.start()
     _require_equal_counts(place)
-    yield
+    stopped: StoppedBySignal | None = None
+    try:
+        yield
+    except StoppedBySignal as error:
+        stopped = error
     barrier("the end")
     stop.set()
     watcher.join()
     jax.distributed.shutdown()
+    if stopped is not None:
+        raise stopped
+
+
+def post(name: str, value: Any) -> None:
+    """Makes `value` (JSON) known to all processes under `name`; the first one that is posted stays."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is one already
+        _client().key_value_set(f"lark_jax/post/{name}", json.dumps(value))
+
+
+def posted(name: str) -> Any:
+    """What some process has posted under `name`; None where none has. Costs a message to process 0, no waiting."""
+    return _value_of(f"lark_jax/post/{name}")
 
 
 def announce_failure(message: str) -> bool:
@@ -229,8 +246,12 @@ def _client() -> Any:
 
 
 def _known_failure() -> dict[str, Any] | None:
+    return _value_of(FAILURE)
+
+
+def _value_of(key: str) -> Any:
     try:
-        return json.loads(_client().key_value_try_get(FAILURE))
+        return json.loads(_client().key_value_try_get(key))
     except jax.errors.JaxRuntimeError as error:
         if "NOT_FOUND" in str(error):
             return None

@@ -53,6 +53,10 @@ def paper_recipe() -> ConfigDict:
     config.finetune.remat = "block"  # C.3 "gradient checkpointing"; or none, attention, offload: preflight compares
     config.finetune.vocab_chunk = 4_096
     config.finetune.checkpoint_every = 50  # steps; ours: the paper does not say
+    config.finetune.keep_checkpoints = 2  # the newest; ours
+    config.finetune.held_out_fraction = 0.0  # of the problems; ours: the paper trains on all and holds out none
+    config.finetune.evaluate_every = 50  # steps; of no effect without held-out problems
+    config.finetune.loggers = ()  # "tensorboard", "wandb"; metrics.jsonl is always written
 
     config.evaluate = ConfigDict()
     config.evaluate.engine = "vllm"  # C.3 "Software stack"

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from lark_jax import files, processes, runtime
 from lark_jax.clusters import ALONE, find_place
 from lark_jax.config import Experiment, distributed_from_mapping, experiment_from_mapping
-from lark_jax.errors import LarkError
+from lark_jax.errors import LarkError, StoppedBySignal
 from lark_jax.pipeline import require_current, run_tasks
 from lark_jax.stages import ACCELERATOR_STAGES, Layout, check_paths, check_stages, earlier_tasks, plan_tasks
 from lark_jax.stages.report import TABLE
@@ -58,7 +58,8 @@ def execute(values: Mapping[str, Any], only: tuple[str, ...] = ()) -> int:
 
     With `only`, the whole experiment is checked and these stages of it are run. Without a stage that computes, JAX
     sees the CPU alone, so that the accelerator is free for the evaluation engine, and the first process goes alone.
-    What the user can mend ends in one line on stderr and status 2; everything finished before stays.
+    What the user can mend ends in one line on stderr and status 2; everything finished before stays. A run that was
+    asked to stop while it trained has saved every step: 143 after SIGTERM, 130 after SIGINT.
     """
     try:
         distributed = distributed_from_mapping(values)
@@ -74,6 +75,9 @@ def execute(values: Mapping[str, Any], only: tuple[str, ...] = ()) -> int:
             experiment = dataclasses.replace(experiment, stages=only or experiment.stages)
             check_stages(experiment, place.count)
             ran = _run(experiment)
+    except StoppedBySignal as stopped:
+        runtime.say(str(stopped))
+        return stopped.exit_status
     except (LarkError, OSError) as error:
         return _fail(str(error))
     except jax.errors.JaxRuntimeError as error:

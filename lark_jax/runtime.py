@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -103,6 +104,15 @@ def package_versions() -> dict[str, str]:
 def hardware() -> str:
     """One line: accelerator and host."""
     return f"{_describe(jax.devices())}, {os.cpu_count()} CPU cores"
+
+
+def peak_memory_bytes() -> int:
+    """The most that the first device of this process has held; where it does not say (CPUs), the process itself."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics:
+        return int(statistics["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _describe(devices: Sequence[jax.Device]) -> str:

@@ -51,12 +51,14 @@ def experiment_with(**values: object) -> Experiment:
 
 
 def test_stages_of_one_process_are_refused_in_several_with_those_that_can_run() -> None:
-    with pytest.raises(ConfigError, match=r"finetune, export run in one process.*--config\.stages=score,select here"):
+    with pytest.raises(
+        ConfigError, match=r"stages: export run in one process.*--config\.stages=score,select,finetune here"
+    ):
         check_stages(experiment_with(stages=("score", "select", "finetune", "export")), 2)
     with pytest.raises(ConfigError, match=r"--config\.stages=score,select here"):
-        check_stages(experiment_with(stages=("finetune",)), 2)
+        check_stages(experiment_with(stages=("export",)), 2)
     check_stages(experiment_with(), 1)
-    check_stages(experiment_with(stages=("score", "select", "evaluate", "report")), 2)
+    check_stages(experiment_with(stages=("score", "select", "finetune", "evaluate", "report")), 2)
 
 
 def test_processes_are_no_part_of_what_the_report_depends_on() -> None:

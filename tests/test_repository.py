@@ -36,7 +36,12 @@ LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 WORKER = PACKAGE / "evaluation" / "worker"  # programs for another virtualenv: siblings import each other by bare name
 WORKER_SIBLINGS = {path.stem for path in WORKER.glob("*.py")}
 WITHOUT_JAX = ("errors", "files", "config", "pool.records", "pool.readers", "pool.chat", "evaluation", "report")
-OPTIONAL = ("torch", "vllm")  # extras: imported where they are used, never at the top of a module
+OPTIONAL = (
+    "torch",
+    "vllm",
+    "tensorboardX",
+    "wandb",
+)  # extras: imported where they are used, never at the top of a module
 IMPORT_NAMES = {"absl-py": "absl", "math-verify": "math_verify", "orbax-checkpoint": "orbax"}
 
 

@@ -279,7 +279,7 @@ def test_an_error_of_one_process_ends_both_with_its_line(material: Material, tmp
 
 
 def test_an_error_of_both_is_said_once(material: Material, tmp_path: Path) -> None:
-    with pair_of_srun(material.arguments(tmp_path / "run", stages="score,finetune")) as processes:
+    with pair_of_srun(material.arguments(tmp_path / "run", stages="score,export")) as processes:
         printed = "".join(outputs(processes, timeout=60))
     assert [process.returncode for process in processes] == [2, 2], printed
     assert printed.count("error:") == 1

@@ -1,18 +1,32 @@
 """Weighted supervised fine-tuning (Eq. 1 of the paper)."""
 
 from lark_jax.finetuning.data import Example, weighted_examples
-from lark_jax.finetuning.loop import CHECKPOINTS, FREE_FIELDS, FinetuneResult, finetune
-from lark_jax.finetuning.metrics import StepMetrics, read_metrics
+from lark_jax.finetuning.identity import FREE_FIELDS
+from lark_jax.finetuning.loggers import LOGS
+from lark_jax.finetuning.loop import CHECKPOINTS, FinetuneResult, finetune
+from lark_jax.finetuning.metrics import (
+    HeldOutMetrics,
+    StepMetrics,
+    StepTiming,
+    read_held_out,
+    read_metrics,
+    read_timings,
+)
 from lark_jax.finetuning.objective import weighted_cross_entropy
 
 __all__ = [
     "CHECKPOINTS",
     "FREE_FIELDS",
+    "LOGS",
     "Example",
     "FinetuneResult",
+    "HeldOutMetrics",
     "StepMetrics",
+    "StepTiming",
     "finetune",
+    "read_held_out",
     "read_metrics",
+    "read_timings",
     "weighted_cross_entropy",
     "weighted_examples",
 ]

@@ -1,17 +1,24 @@
-"""Checkpoints of a training run: parameters, optimizer state, completed steps and what the run was started with."""
+"""Checkpoints of a training run: parameters, optimizer state, completed steps and what the run was started with.
 
-from collections.abc import Mapping
+A run draws nothing at random but the order of its trajectories, which is a function of (seed, epoch). So there is no
+state of a random generator to save: the seed is part of the identity.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning.step import TrainState
 
-KEPT = 2  # newest checkpoints on disk; one more while the next is being written
-Identity = Mapping[str, str | int | float]  # name of an input of the run -> its value or hash
+Identity = Mapping[str, Any]  # name of an input of the run -> its value or hash, as JSON
 
 
 class Restored(NamedTuple):
@@ -22,17 +29,21 @@ class Restored(NamedTuple):
 class CheckpointStore:
     """Checkpoints under one directory, named by their number of completed steps.
 
-    A checkpoint is written in the background under a temporary name and renamed when complete, so a killed process
-    leaves none that is half-written. Use as a context manager: leaving it waits for the last write.
+    Kept are the newest `keep` and the one that the caller calls the best. A checkpoint is written in the background
+    under a temporary name and renamed when complete, so a killed process leaves none that is half-written. What a
+    machine leaves that loses its power is found out by a checksum of every array. Use as a context manager: leaving it
+    waits for the last write.
     """
 
-    def __init__(self, directory: Path, identity: Identity) -> None:
-        self._identity = dict(identity)
+    def __init__(self, directory: Path, identity: Identity, *, keep: int) -> None:
+        self._identity = json.loads(json.dumps(identity))  # as it reads back
         self._directory = directory.absolute()
+        self._best = _Step()
+        policy = AnyPreservationPolicy([LatestN(keep), self._best])
         self._manager = ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True),
-            item_names=("state", "identity"),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True),
+            item_names=("state", "identity", "checksums"),
         )
 
     def __enter__(self) -> "CheckpointStore":
@@ -43,36 +54,49 @@ class CheckpointStore:
     ) -> None:
         self._manager.close()
 
-    def save(self, state: TrainState, completed_steps: int) -> None:
-        """Starts writing; `state` may be donated as soon as this returns."""
+    def save(self, state: TrainState, completed_steps: int, best_step: int | None = None) -> None:
+        """Starts writing, after the checkpoint before is written; `state` may be donated as soon as this returns.
+
+        Args:
+          best_step: the checkpoint to keep beside the newest ones, this one or an earlier one.
+        """
+        self._best.number = best_step
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), identity=ocp.args.JsonSave(self._identity)
+            state=ocp.args.StandardSave(state._asdict()),
+            identity=ocp.args.JsonSave(self._identity),
+            checksums=ocp.args.JsonSave(checksums(state)),
         )
         self._manager.save(completed_steps, args=arguments)
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on the disk."""
+        self._manager.wait_until_finished()
 
     def restore_latest(self, abstract_state: TrainState) -> Restored | None:
         """The newest complete checkpoint, on the shardings of `abstract_state`; None where there is none.
 
         Raises:
           TrainingError: the checkpoint belongs to a run with other data, settings or weights (names what differs), or
-            cannot be read.
+            cannot be read, or its arrays are not those that were saved.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        saved = self._read(step, ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
-        self._require_same_run(saved, step)
+        items = ocp.args.Composite(identity=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore())
+        saved = self._read(step, items)
+        self._require_same_run(saved["identity"], step)
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state._asdict()))
-        return Restored(TrainState(**self._read(step, arguments)["state"]), step)
+        state = TrainState(**self._read(step, arguments)["state"])
+        self._require_undamaged(state, saved["checksums"], step)
+        return Restored(state, step)
 
     def _read(self, step: int, arguments: ocp.args.Composite) -> ocp.args.Composite:
         try:
             return self._manager.restore(step, args=arguments)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrainingError(
-                f"{self._directory / str(step)}: the checkpoint cannot be read ({_first_line(error)}); delete this "
-                "folder to continue from the checkpoint before it"
-            ) from error
+        except jax.errors.JaxRuntimeError:  # of the devices: out of memory
+            raise
+        except Exception as error:  # orbax and tensorstore raise all kinds for a damaged file
+            raise TrainingError(self._damaged(step, f"the checkpoint cannot be read ({_first_line(error)})")) from error
 
     def _require_same_run(self, saved: Identity, step: int) -> None:
         differing = sorted(name for name in {*saved, *self._identity} if saved.get(name) != self._identity.get(name))
@@ -82,6 +106,42 @@ class CheckpointStore:
                 f"{self._directory}: the checkpoint at step {step} belongs to another run: {changes}; "
                 "restore the old values to continue it, or delete the folder to start again"
             )
+
+    def _require_undamaged(self, state: TrainState, saved: Mapping[str, int], step: int) -> None:
+        found = checksums(state)
+        damaged = [name for name in found if found[name] != saved.get(name)]
+        if damaged:
+            raise TrainingError(self._damaged(step, f"{damaged[0]} is not what was saved"))
+
+    def _damaged(self, step: int, what: str) -> str:
+        return f"{self._directory / str(step)}: {what}; delete this folder to continue from the checkpoint before it"
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Path of each array -> the sum of its bits, as 32-bit words, modulo 2^32.
+
+    Exact, so equal on any number of devices.
+    """
+    sums = jax.device_get(_sums_of_bits(tree))
+    return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
+
+
+@jax.jit
+def _sums_of_bits(tree: Any) -> Any:
+    def sum_of_bits(value: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.bitcast_convert_type(value, jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(sum_of_bits, tree)
+
+
+class _Step:
+    """orbax's preservation policy that keeps one step."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:  # noqa: ARG002
+        return [checkpoint.step == self.number for checkpoint in checkpoints]
 
 
 def _first_line(error: Exception) -> str:

@@ -4,21 +4,24 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from lark_jax import files, runtime
+from lark_jax import runtime
 from lark_jax.config import FinetuneConfig
-from lark_jax.errors import TrainingError
-from lark_jax.finetuning.checkpoints import CheckpointStore, Identity
-from lark_jax.finetuning.data import Example, MicroBatch, StepBatch, TrainingSet, check_examples, cut, hash_of_examples
-from lark_jax.finetuning.metrics import METRICS, StepMetrics, StepTiming, TrainingLog
-from lark_jax.finetuning.optimizer import Parameters, learning_rate_schedule, make_optimizer
+from lark_jax.finetuning.boundary import StepBoundary
+from lark_jax.finetuning.checkpoints import CheckpointStore
+from lark_jax.finetuning.data import Example, MicroBatch, TrainingSet, check_examples, cut
+from lark_jax.finetuning.held_out import HeldOutLoss
+from lark_jax.finetuning.identity import run_identity
+from lark_jax.finetuning.loggers import loggers_of, require_installed
+from lark_jax.finetuning.measuring import PreparedStep, Seen, describe, rates_of, read_step_metrics, timing_of
+from lark_jax.finetuning.metrics import HELD_OUT, METRICS, TIMINGS, TrainingLog
+from lark_jax.finetuning.optimizer import learning_rate_schedule, make_optimizer
+from lark_jax.finetuning.preemption import StopRequest
 from lark_jax.finetuning.step import (
     Applied,
     StepSums,
@@ -33,25 +36,29 @@ from lark_jax.finetuning.step import (
 )
 from lark_jax.sharding import DATA
 from lark_jax.students.decoder import Decoder
-from lark_jax.students.parameters import abstract_decoder, flatten_parameters
+from lark_jax.students.flops import peak_flops_of
+from lark_jax.students.parameters import abstract_decoder
 
 CHECKPOINTS = "checkpoints"
-# What a run may change when it is continued: these decide memory and speed, not what is computed.
-FREE_FIELDS = ("attention", "checkpoint_every", "packing", "tokens_per_batch", "remat", "vocab_chunk")
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneResult:
     student: Decoder  # float32 parameters, sharded over `data`
     steps: int  # optimizer steps
-    metrics: Path
+    directory: Path  # what `finetune` was given
 
+    @property
+    def metrics(self) -> Path:
+        return self.directory / METRICS
 
-class PreparedStep(NamedTuple):
-    """An optimizer step's batch, cut and laid out on the host."""
+    @property
+    def timings(self) -> Path:
+        return self.directory / TIMINGS
 
-    batch: StepBatch
-    micro_batches: tuple[MicroBatch, ...]
+    @property
+    def held_out(self) -> Path:
+        return self.directory / HELD_OUT
 
 
 def finetune(
@@ -63,27 +70,35 @@ def finetune(
     mesh: Mesh,
     pad_id: int,
     directory: Path,
+    held_out: Sequence[Example] = (),
     what: str = "finetune",
 ) -> FinetuneResult:
     """Minimizes Eq. 1 of the paper over `examples`, starting at `student`, by the recipe of Appendix C.3.
 
     The loss of a step is (1 / n) * sum_i w_i * (mean cross-entropy over the target tokens of trajectory i), n being the
-    trajectories of that step. `directory` receives metrics.jsonl, timings.jsonl and checkpoints/. Called again with
-    the same arguments after an interruption, it continues from the last checkpoint and ends with the same bytes;
+    trajectories of that step. `directory` receives the logs (see `finetuning.metrics`) and checkpoints/. Called again
+    with the same arguments after an interruption, it continues from the last checkpoint and ends with the same bytes;
     called after the end, it returns the result at once. The number of devices may change in between.
+
+    What is measured and saved when: see `StepBoundary`. SIGTERM and SIGINT end the run after the step in which they
+    arrive, a second one ends it at once.
 
     Args:
       student: where training starts; any parameter dtype; left as it is, and let go before the first step. `config`
         decides the compute dtype, remat and the attention backend.
       examples: from `weighted_examples`.
       pad_id: token that fills rows; it is never a target.
+      held_out: trajectories whose loss is measured now and then, without weights.
       what: label of the progress bar.
 
     Raises:
       TrainingError: nothing to train on; the directory belongs to a run with other data, settings or weights; the
         loss or gradient of a step is not finite (names step and trajectories; the step is neither applied nor saved).
+      ConfigError: the package of one of `config.loggers` is not installed.
+      StoppedBySignal: SIGTERM or SIGINT came; all finished steps are saved.
     """
     check_examples(examples)
+    require_installed(config.loggers)
     data = TrainingSet(tuple(examples), config.batch_size, seed)
     total_steps = config.epochs * data.steps_per_epoch
     optimizer = make_optimizer(config, total_steps)
@@ -91,35 +106,45 @@ def finetune(
     model.attention_backend = None if config.attention == "auto" else config.attention
     train_step = make_train_step(model, optimizer, mesh, vocab_chunk=config.vocab_chunk)
     learning_rates = np.asarray(learning_rate_schedule(config, total_steps)(jnp.arange(total_steps)))
+    held_out_loss = HeldOutLoss(held_out, model, config, mesh, pad_id) if held_out else None
 
     def prepared(step: int) -> PreparedStep:
         batch = data.batch(step)
         return PreparedStep(batch, cut(data, batch, config, row_multiple=mesh.shape[DATA], pad_id=pad_id))
 
-    with CheckpointStore(directory / CHECKPOINTS, run_identity(student, examples, config, seed)) as store:
+    identity = run_identity(student, examples, held_out, config, seed)
+    with CheckpointStore(directory / CHECKPOINTS, identity, keep=config.keep_checkpoints) as store:
         restored = store.restore_latest(abstract_state(model, optimizer, mesh))
         state, completed = restored or (initial_state(student, optimizer, mesh), 0)
         del student, restored  # a second copy of the weights, unless the caller keeps the student
         sums = zero_sums(state.parameters, mesh)
+        seen = Seen.after(data, completed)
         upcoming = prepared(completed) if completed < total_steps else None
+        loggers = loggers_of(config.loggers, what, directory, completed, identity) if upcoming is not None else ()
         with (
-            TrainingLog(directory, completed) as log,
+            StopRequest() as stop,
+            TrainingLog(directory, completed, loggers) as log,
             runtime.progress_bar(what=what, total=total_steps, unit="step", initial=completed) as bar,
         ):
+            boundary = StepBoundary(config, total_steps, store, log, held_out_loss)
+            boundary.begin(state, completed, seen)
             while upcoming is not None:
                 started, current = time.perf_counter(), upcoming
+                stop.announce(completed + 1)
                 applied, cross_entropies = run_step(train_step, state, sums, current.micro_batches, mesh)
                 state, sums, completed = applied.state, applied.sums, completed + 1
                 # Prepared on the host while the devices work; reading the metrics waits for them.
                 upcoming = prepared(completed) if completed < total_steps else None
-                metrics = read_step_metrics(data, current, applied, cross_entropies, learning_rates)
-                log.write(metrics, _timing(metrics, time.perf_counter() - started))
-                if completed % config.checkpoint_every == 0 or completed == total_steps:
-                    log.flush_to_disk()
-                    store.save(state, completed)
-                bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
+                metrics = read_step_metrics(data, current, applied, cross_entropies, learning_rates, seen)
+                seconds = time.perf_counter() - started
+                seen = Seen.with_step(metrics)
+                rates = rates_of(data, current.batch, model.architecture, peak_flops_of(mesh), seconds)
+                log.write(metrics, timing_of(completed, seconds, rates))
+                boundary.after_step(state, completed, seen, stop.after(completed))
+                bar.set_postfix_str(describe(metrics, rates, boundary.latest_held_out_loss), refresh=False)
                 bar.update()
-    return FinetuneResult(trained_student(model, state.parameters), total_steps, directory / METRICS)
+            store.wait()  # here, where a signal does not yet end the process
+    return FinetuneResult(trained_student(model, state.parameters), total_steps, directory)
 
 
 def run_step(
@@ -134,80 +159,3 @@ def run_step(
         sums, cross_entropy_bt = train_step.accumulate(state.parameters, sums, put_rows(micro_batch, mesh))
         cross_entropies.append(cross_entropy_bt)
     return train_step.apply(state, sums), cross_entropies
-
-
-def read_step_metrics(
-    data: TrainingSet,
-    prepared: PreparedStep,
-    applied: Applied,
-    cross_entropies: Sequence[jax.Array],
-    learning_rates: np.ndarray,
-) -> StepMetrics:
-    """Waits for the step and describes it.
-
-    Raises:
-      TrainingError: its loss or gradient is not finite.
-    """
-    batch = prepared.batch
-    losses: dict[int, float] = {}
-    for micro_batch, cross_entropy_bt in zip(prepared.micro_batches, jax.device_get(cross_entropies), strict=True):
-        losses |= micro_batch.mean_losses(cross_entropy_bt)
-    if not bool(applied.finite):
-        raise TrainingError(_describe_non_finite(data, batch, losses))
-    examples = [data.examples[member] for member in batch.members]
-    losses_of_members = np.array([losses[member] for member in batch.members])
-    weights = np.array([example.weight for example in examples])
-    return StepMetrics(
-        step=batch.step + 1,
-        epoch=batch.epoch + 1,
-        loss=float(np.mean(weights * losses_of_members)),
-        unweighted_loss=float(np.mean(losses_of_members)),
-        grad_norm=float(applied.grad_norm),
-        learning_rate=float(learning_rates[batch.step]),
-        trajectories=len(examples),
-        tokens=sum(example.rendered.num_inputs for example in examples),
-        target_tokens=sum(len(example.rendered.target_tokens) for example in examples),
-    )
-
-
-def run_identity(student: Decoder, examples: Sequence[Example], config: FinetuneConfig, seed: int) -> Identity:
-    """What the weights at every step depend on; a checkpoint is only continued by a run with the same."""
-    settings = {
-        f"finetune.{name}": value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
-    }
-    return {
-        "seed": seed,
-        "training set": hash_of_examples(examples),
-        "architecture": files.sha256_of_json(dataclasses.asdict(student.architecture)),
-        "initial weights": _hash_of_parameters(flatten_parameters(nnx.state(student, nnx.Param))),
-        **settings,
-    }
-
-
-def _hash_of_parameters(parameters: Parameters) -> str:
-    """Of the sum of each parameter's float32 bits modulo 2^32: exact, so equal on any number of devices."""
-
-    def sum_of_bits(value: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
-        return jnp.sum(bits, dtype=jnp.uint32)
-
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(sum_of_bits, tree))(parameters))
-    return files.sha256_of_json({name: int(value) for name, value in sums.items()})
-
-
-def _timing(metrics: StepMetrics, seconds: float) -> StepTiming:
-    return StepTiming(metrics.step, round(seconds, 6), round(metrics.tokens / seconds, 1))
-
-
-def _describe_non_finite(data: TrainingSet, batch: StepBatch, losses: dict[int, float]) -> str:
-    where = f"step {batch.step + 1} (epoch {batch.epoch + 1})"
-    culprits = [member for member in batch.members if not np.isfinite(losses[member])]
-    if culprits:
-        what, members = "the loss is not finite for", culprits
-    else:
-        what, members = "every loss is finite, but the gradient is not, for the sum over", list(batch.members)
-    names = ", ".join(data.examples[member].name for member in members)
-    return (
-        f"{where}: {what} {names}; the step was not applied or saved; look at these trajectories, or lower "
-        "finetune.learning_rate"
-    )

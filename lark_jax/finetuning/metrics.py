@@ -1,22 +1,26 @@
-"""The two logs of a training run, one JSON line per optimizer step.
+"""The logs of a training run, one JSON line per optimizer step or measurement.
 
-`metrics.jsonl` holds what is computed and is the same, byte for byte, however often the run was interrupted;
-`timings.jsonl` holds what the clock says.
+`metrics.jsonl` and `held_out.jsonl` hold what is computed and are the same, byte for byte, however often the run was
+interrupted; `timings.jsonl` holds what the clock and the memory say. Every line of the first two carries what the
+student has seen so far, so that runs can be compared at equal tokens and at equal trajectories.
 """
 
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
-from lark_jax import files
+from lark_jax import files, processes
 from lark_jax.errors import TrainingError
+from lark_jax.finetuning.loggers import Logger
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
+HELD_OUT = "held_out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -30,27 +34,54 @@ class StepMetrics:
     trajectories: int
     tokens: int  # that went through the student, without padding
     target_tokens: int  # that the loss is taken over
+    trajectories_seen: int  # since the first step, this one included; one that is seen twice counts twice
+    target_tokens_seen: int
 
 
 @dataclass(frozen=True)
 class StepTiming:
     step: int
-    seconds: float
+    seconds: float  # the first step of a shape of rows has its compilation in it
     tokens_per_second: float  # without padding
+    gflops_per_second: float  # of the model: three forward passes, see `students.flops`
+    model_flop_utilization: float | None  # share of the devices' bfloat16 peak; None where that is not known
+    peak_memory_bytes: int  # of the first device so far, or of the process where the device does not say
+
+
+@dataclass(frozen=True)
+class HeldOutMetrics:
+    step: int  # completed steps; 0 is the student as it came
+    loss: float  # mean over the held-out trajectories of their mean cross-entropy, nats per token; no weights
+    trajectories_seen: int  # in training
+    target_tokens_seen: int
 
 
 class TrainingLog:
-    """Appends to both files; when opened, forgets what an interrupted run wrote after its last checkpoint.
+    """Appends to the files and to the loggers, in the first process; in the others it does nothing.
+
+    When opened, it forgets what an interrupted run wrote after its last checkpoint.
+
+    Args:
+      loggers: opened once the files are in order.
 
     Raises:
       TrainingError: a file holds fewer steps than the checkpoint.
     """
 
-    def __init__(self, directory: Path, completed_steps: int) -> None:
-        self._paths = (directory / METRICS, directory / TIMINGS)
-        for path in self._paths:
-            _keep_first_steps(path, completed_steps)
-        self._streams: tuple[TextIO, ...] = tuple(path.open("a", encoding="utf-8") for path in self._paths)
+    def __init__(
+        self, directory: Path, completed_steps: int, open_loggers: Sequence[Callable[[], Logger]] = ()
+    ) -> None:
+        self._streams: dict[str, TextIO] = {}
+        self._loggers: list[Logger] = []
+        self.held_out_losses: dict[int, float] = {}  # step -> loss, of the lines that were kept
+        if not processes.is_first():
+            return
+        for name in (METRICS, TIMINGS, HELD_OUT):
+            kept = _keep_first_steps(directory / name, completed_steps, complete=name != HELD_OUT)
+            self._streams[name] = (directory / name).open("a", encoding="utf-8")
+            if name == HELD_OUT:
+                self.held_out_losses = {line["step"]: line["loss"] for line in kept}
+        self._loggers = [open_logger() for open_logger in open_loggers]
 
     def __enter__(self) -> "TrainingLog":
         return self
@@ -58,33 +89,86 @@ class TrainingLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for stream in self._streams:
+        for stream in self._streams.values():
             stream.close()
+        for logger in self._loggers:
+            logger.close()
 
     def write(self, metrics: StepMetrics, timing: StepTiming) -> None:
-        records = (dataclasses.asdict(metrics), dataclasses.asdict(timing))
-        for stream, record in zip(self._streams, records, strict=True):
-            stream.write(json.dumps(record) + "\n")
-            stream.flush()
+        self._append(METRICS, dataclasses.asdict(metrics))
+        self._append(TIMINGS, dataclasses.asdict(timing))
+        values = {f"train/{name}": value for name, value in _values(metrics)}
+        self._log(metrics.step, values | {f"speed/{name}": value for name, value in _values(timing)})
+
+    def write_held_out(self, metrics: HeldOutMetrics) -> None:
+        self.held_out_losses[metrics.step] = metrics.loss
+        self._append(HELD_OUT, dataclasses.asdict(metrics))
+        self._log(metrics.step, {"held_out/loss": metrics.loss})
 
     def flush_to_disk(self) -> None:
         """Before a checkpoint: its steps must be in the log, whatever happens to the machine."""
-        for stream in self._streams:
+        for stream in self._streams.values():
             os.fsync(stream.fileno())
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if name in self._streams:
+            self._streams[name].write(json.dumps(record) + "\n")
+            self._streams[name].flush()
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        for logger in self._loggers:
+            logger.log(step, values)
 
 
 def read_metrics(path: Path) -> tuple[StepMetrics, ...]:
     """The steps of a finished run's `metrics.jsonl`."""
+    return tuple(StepMetrics(**record) for record in _records(path))
+
+
+def read_timings(path: Path) -> tuple[StepTiming, ...]:
+    """The steps of a finished run's `timings.jsonl`."""
+    return tuple(StepTiming(**record) for record in _records(path))
+
+
+def read_held_out(path: Path) -> tuple[HeldOutMetrics, ...]:
+    """The measurements of a finished run's `held_out.jsonl`; none where there was no held-out set."""
+    return tuple(HeldOutMetrics(**record) for record in _records(path))
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as stream:
-        return tuple(StepMetrics(**json.loads(line)) for line in stream)
+        return [json.loads(line) for line in stream]
 
 
-def _keep_first_steps(path: Path, completed_steps: int) -> None:
-    """Drops the lines of later steps; only the last line of an interrupted run can be incomplete."""
+def _values(record: StepMetrics | StepTiming) -> list[tuple[str, float]]:
+    """The numbers but for the step."""
+    return [item for item in dataclasses.asdict(record).items() if item[0] != "step" and item[1] is not None]
+
+
+def _keep_first_steps(path: Path, completed_steps: int, *, complete: bool) -> list[dict[str, Any]]:
+    """Drops the lines of later steps, and returns the others; only the last line of a killed run can be incomplete.
+
+    Args:
+      complete: the file has a line for every step.
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if len(lines) < completed_steps:
+    if complete and len(lines) < completed_steps:
         raise TrainingError(
             f"{path}: {len(lines)} lines, but the checkpoint beside it is at step {completed_steps}; "
             f"restore the file, or delete {path.parent} to start again"
         )
-    files.write_text(path, "".join(line + "\n" for line in lines[:completed_steps]))
+    kept: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] > completed_steps:
+            break
+        kept.append(record)
+    if complete and len(kept) != completed_steps:
+        raise TrainingError(
+            f"{path}: line {len(kept) + 1} is damaged; restore the file, or delete {path.parent} to start again"
+        )
+    files.write_text(path, "".join(line + "\n" for line in lines[: len(kept)]))
+    return kept

@@ -34,13 +34,23 @@ class AccuracyResult:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """A loss (nats per token), and what the student had been trained on when it had it."""
+
+    step: int  # completed optimizer steps
+    trajectories: int  # seen; one that was seen twice counts twice
+    target_tokens: int  # seen
+    loss: float
+
+
+@dataclass(frozen=True)
 class LossCurve:
-    """Training loss of one run: the mean weighted cross-entropy (nats per token) of each optimizer step."""
+    """The losses of one run."""
 
     method: str
     budget: int | None
-    steps: tuple[int, ...]
-    losses: tuple[float, ...]
+    training: tuple[CurvePoint, ...]  # weighted, of the trajectories of each step
+    held_out: tuple[CurvePoint, ...] = ()  # unweighted, on the same trajectories for all runs
 
     @property
     def student(self) -> str:

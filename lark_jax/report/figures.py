@@ -1,4 +1,4 @@
-"""The report's three figures: accuracy, training loss, and the g_hat landscape of one problem."""
+"""The report's three figures: accuracy, training and held-out loss, and the g_hat landscape of one problem."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from lark_jax.report.content import AccuracyResult, Landscape, LandscapeCandidate, LossCurve
+from lark_jax.report.content import AccuracyResult, CurvePoint, Landscape, LandscapeCandidate, LossCurve
 from lark_jax.report.style import (
     DASHES,
     GRID,
@@ -47,23 +47,32 @@ def accuracy_figure(results: Sequence[AccuracyResult], styles: Mapping[str, Meth
 
 
 def loss_figure(curves: Sequence[LossCurve], styles: Mapping[str, MethodStyle]) -> Figure:
-    """Loss per optimizer step of every run: the values pale, their trailing mean over 1/20 of the run on top."""
+    """Losses of every run at equal trajectories (left) and at equal tokens (right).
+
+    Above the training loss of each step, pale, with its trailing mean over 1/20 of the run on top; below the held-out
+    loss, where there is one.
+    """
+    has_held_out = any(curve.held_out for curve in curves)
     budgets = list(dict.fromkeys(curve.budget for curve in curves))
     with drawing_style():
-        figure = new_figure(8.0, 3.8)
-        axes = figure.subplots()
+        figure = new_figure(10.0, 6.6 if has_held_out else 3.8)
+        grid = figure.subplots(2 if has_held_out else 1, 2, squeeze=False, sharey="row", sharex="col")
         for curve in curves:
-            colour = styles[curve.method].colour
-            dash = DASHES[budgets.index(curve.budget) % len(DASHES)]
-            losses = np.asarray(curve.losses, dtype=float)
-            marker = "o" if len(losses) == 1 else None
-            axes.plot(curve.steps, losses, color=colour, alpha=0.3, linewidth=0.8)
-            axes.plot(curve.steps, trailing_mean(losses), dash, color=colour, marker=marker, label=short(curve.student))
-        quiet_axes(axes, "y")
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("training loss (nats per token)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside right upper", handlelength=2.6)
+            colour, dash = styles[curve.method].colour, DASHES[budgets.index(curve.budget) % len(DASHES)]
+            _draw_training_loss(grid[0], curve, colour, dash)
+            if has_held_out:
+                _draw_held_out_loss(grid[1], curve, colour, dash)
+        for axes in grid.flat:
+            quiet_axes(axes, "y")
+        grid[0, 0].set_ylabel("training loss (nats per token)")
+        if has_held_out:
+            grid[1, 0].set_ylabel("held-out loss (nats per token)")
+        for axes, label in zip(grid[-1], ("trajectories seen", "target tokens seen"), strict=True):
+            axes.set_xlabel(label)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", handlelength=2.6)
     return figure
 
 
@@ -91,6 +100,25 @@ def trailing_mean(losses: np.ndarray) -> np.ndarray:
     """Mean of each value [steps] and those before it, over a window of 1/20 of the length (at least one value)."""
     window = max(1, len(losses) // 20)
     return np.asarray([losses[max(0, end - window) : end].mean() for end in range(1, len(losses) + 1)])
+
+
+def _draw_training_loss(row: Sequence[Axes], curve: LossCurve, colour: str, dash: str) -> None:
+    losses = np.asarray([point.loss for point in curve.training], dtype=float)
+    marker = "o" if len(losses) == 1 else None
+    for axes, seen in zip(row, _seen(curve.training), strict=True):
+        axes.plot(seen, losses, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(seen, trailing_mean(losses), dash, color=colour, marker=marker, label=short(curve.student))
+
+
+def _draw_held_out_loss(row: Sequence[Axes], curve: LossCurve, colour: str, dash: str) -> None:
+    losses = [point.loss for point in curve.held_out]
+    for axes, seen in zip(row, _seen(curve.held_out), strict=True):
+        axes.plot(seen, losses, dash, color=colour, marker="o", markersize=3.5)
+
+
+def _seen(points: Sequence[CurvePoint]) -> tuple[list[int], list[int]]:
+    """The two horizontal axes."""
+    return [point.trajectories for point in points], [point.target_tokens for point in points]
 
 
 def _draw_accuracy_panel(axes: Axes, results: Sequence[AccuracyResult], styles: Mapping[str, MethodStyle]) -> None:

@@ -81,17 +81,27 @@ def _plates(content: ReportContent) -> dict[str, _Plate]:
         figure = accuracy_figure(content.results, styles)
         plates["accuracy"] = _Plate(figure, "Accuracy by method and budget", _accuracy_figure_caption(content))
     if content.curves:
-        plates["loss"] = _Plate(loss_figure(content.curves, styles), "Training loss by optimizer step", _LOSS_CAPTION)
+        figure = loss_figure(content.curves, styles)
+        plates["loss"] = _Plate(figure, "Loss by trajectories and by tokens", _loss_caption(content))
     if content.landscape and content.landscape.candidates:
         caption = _landscape_caption(content.landscape)
         plates["landscape"] = _Plate(landscape_figure(content.landscape), "Scores of one problem's candidates", caption)
     return plates
 
 
-_LOSS_CAPTION = (
-    "Training loss of each run: pale, every optimizer step; strong, the trailing mean over 1/20 of the run. "
-    "Runs train on different trajectories, so the height of a curve does not rank the methods."
-)
+def _loss_caption(content: ReportContent) -> str:
+    caption = (
+        "Training loss of each run, weighted as in Eq. 1, against the trajectories and the target tokens that the "
+        "student had seen: pale, every optimizer step; strong, the trailing mean over 1/20 of the run. Runs train on "
+        "different trajectories, so the height of these curves does not rank the methods."
+    )
+    if any(curve.held_out for curve in content.curves):
+        caption += (
+            " Below, the unweighted loss on one random trajectory of each held-out problem, the same for all runs. "
+            "It says how well a student predicts the pool's average answer, which is what random selection trains for; "
+            "accuracy is what counts."
+        )
+    return caption
 
 
 def _accuracy_caption(content: ReportContent) -> str:

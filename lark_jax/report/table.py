@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lark_jax.report.content import AccuracyResult, LossCurve, ReportContent, StageSummary
+from lark_jax.report.content import AccuracyResult, CurvePoint, LossCurve, ReportContent, StageSummary
 
 MISSING = "–"
 
@@ -57,17 +57,33 @@ def accuracy_detail_table(results: Sequence[AccuracyResult]) -> Table:
 
 
 def loss_table(curves: Sequence[LossCurve]) -> Table:
-    """One row per run: its number of steps, first and last loss."""
-    rows = tuple(
-        (
-            curve.method,
-            _budget(curve.budget),
-            f"{len(curve.steps):,}",
-            *((f"{curve.losses[0]:.4f}", f"{curve.losses[-1]:.4f}") if curve.losses else (MISSING, MISSING)),
-        )
-        for curve in curves
-    )
-    return Table(("method", "B", "steps", "first loss", "last loss"), rows, (False, True, True, True, True))
+    """One row per run: what it was trained on, first and last training loss; held-out loss where there is one."""
+    header = ["method", "B", "steps", "trajectories", "target tokens", "first loss", "last loss"]
+    if any(curve.held_out for curve in curves):
+        header += ["held out before", "lowest (step)", "after"]
+    rows = []
+    for curve in curves:
+        last = curve.training[-1] if curve.training else CurvePoint(0, 0, 0, math.nan)
+        row = [curve.method, _budget(curve.budget)]
+        row += [f"{count:,}" for count in (len(curve.training), last.trajectories, last.target_tokens)]
+        row += [_first_loss(curve.training), _last_loss(curve.training)]
+        if len(header) > len(row):
+            row += [_first_loss(curve.held_out), _lowest_loss(curve.held_out), _last_loss(curve.held_out)]
+        rows.append(tuple(row))
+    return Table(tuple(header), tuple(rows), (False,) + (True,) * (len(header) - 1))
+
+
+def _first_loss(points: Sequence[CurvePoint]) -> str:
+    return f"{points[0].loss:.4f}" if points else MISSING
+
+
+def _last_loss(points: Sequence[CurvePoint]) -> str:
+    return f"{points[-1].loss:.4f}" if points else MISSING
+
+
+def _lowest_loss(points: Sequence[CurvePoint]) -> str:
+    lowest = min(points, key=lambda point: point.loss, default=None)
+    return MISSING if lowest is None else f"{lowest.loss:.4f} ({lowest.step:,})"
 
 
 def accuracy_cell(result: AccuracyResult) -> str:

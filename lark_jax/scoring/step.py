@@ -43,7 +43,7 @@ def make_score_step(student: Decoder, mesh: Mesh, vocab_chunk: int, *, parameter
     Raises:
       ConfigError: the mesh does not fit the student, see `check_tensor_axis`.
     """
-    compiled = _jitted_step(student, mesh, vocab_chunk, parameter_axes)
+    compiled = jitted_score_step(student, mesh, vocab_chunk, parameter_axes)
     parameters = {
         name: jax.device_put(value, parameter_sharding(name, value.shape, mesh, parameter_axes))
         for name, value in flatten_parameters(nnx.state(student)).items()
@@ -88,7 +88,9 @@ def trace_score_step(
     }
     tokens_bt = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=rows_sharding(mesh))
     mask_bt = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=rows_sharding(mesh))
-    return _jitted_step(student, mesh, vocab_chunk, parameter_axes).trace(parameters, tokens_bt, tokens_bt, mask_bt)
+    return jitted_score_step(student, mesh, vocab_chunk, parameter_axes).trace(
+        parameters, tokens_bt, tokens_bt, mask_bt
+    )
 
 
 def lower_score_step(architecture: Architecture, mesh: Mesh, **arguments: Any) -> jax.stages.Lowered:
@@ -96,8 +98,10 @@ def lower_score_step(architecture: Architecture, mesh: Mesh, **arguments: Any) -
     return trace_score_step(architecture, mesh, **arguments).lower()
 
 
-def _jitted_step(student: Decoder, mesh: Mesh, vocab_chunk: int, parameter_axes: Sequence[str]) -> jax.stages.Wrapped:
-    """(parameters by name, tokens, targets, mask) -> means; of `student` only shapes are kept."""
+def jitted_score_step(
+    student: Decoder, mesh: Mesh, vocab_chunk: int, parameter_axes: Sequence[str]
+) -> jax.stages.Wrapped:
+    """The step as a function of (parameters by name, tokens, targets, mask); of `student` only shapes are kept."""
     check_tensor_axis(student.architecture, mesh)
     graph, state = nnx.split(student)
     state = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), state)

@@ -15,7 +15,7 @@ from lark_jax.scoring.reductions import TrajectoryMeans
 from lark_jax.scoring.step import ScoreStep
 from lark_jax.scoring.workload import Part, Workload
 from lark_jax.students.architecture import Architecture
-from lark_jax.students.flops import forward_flops, peak_flops
+from lark_jax.students.flops import Rates, forward_flops, peak_flops_of
 
 
 @dataclass(frozen=True)
@@ -45,32 +45,15 @@ class Throughput:
         return self.compile_seconds / self.seconds if self.seconds else 0.0
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self._computing_seconds
-
-    @property
-    def flops_per_second(self) -> float:
-        return self.flops / self._computing_seconds
-
-    @property
-    def model_flop_utilization(self) -> float | None:
-        """Share of the devices' bfloat16 peak, in [0, 1]."""
-        return None if self.peak_flops is None else self.flops_per_second / self.peak_flops
-
-    @property
-    def _computing_seconds(self) -> float:
-        return max(self.seconds - self.compile_seconds, 1e-9)
-
-    def rates(self) -> str:
-        utilization = self.model_flop_utilization
-        compute = f"{self.flops_per_second / 1e9:,.1f} GFLOP/s" if utilization is None else f"MFU {utilization:.1%}"
-        return f"{self.tokens_per_second:,.0f} tokens/s, {compute}"
+    def rates(self) -> Rates:
+        seconds = max(self.seconds - self.compile_seconds, 1e-9)
+        return Rates(self.tokens / seconds, self.flops / seconds, self.peak_flops)
 
     def __str__(self) -> str:
         return (
             f"{self.trajectories:,} trajectories, {self.tokens:,} tokens, {self.padding:.2%} padding, "
             f"{self.shapes} shapes; {self.seconds:,.1f} s, {self.compiling:.1%} of them compiling, "
-            f"the rest at {self.rates()}"
+            f"the rest at {self.rates}"
         )
 
     def notes(self) -> dict[str, Any]:
@@ -82,9 +65,9 @@ class Throughput:
             "shapes": self.shapes,
             "seconds": round(self.seconds, 2),
             "compiling": round(self.compiling, 4),
-            "tokens_per_second": round(self.tokens_per_second, 1),
-            "gflops_per_second": round(self.flops_per_second / 1e9, 2),
-            "model_flop_utilization": self.model_flop_utilization,
+            "tokens_per_second": round(self.rates.tokens_per_second, 1),
+            "gflops_per_second": round(self.rates.flops_per_second / 1e9, 2),
+            "model_flop_utilization": self.rates.model_flop_utilization,
         }
 
 
@@ -163,15 +146,14 @@ class Progress:
         self._tokens += sum(self._lengths_of(part, batch))
         self._padded_tokens += batch.rows * batch.length
         left = datetime.timedelta(seconds=round(self.seconds_left(watch)))
-        self._bar.set_postfix_str(f"{left} left, {self.throughput(watch).rates()}", refresh=False)
+        self._bar.set_postfix_str(f"{left} left, {self.throughput(watch).rates}", refresh=False)
         self._bar.update(len(batch.members))
 
     def seconds_left(self, watch: Stopwatch) -> float:
         """Without what is still to compile; known from the first batch on."""
-        return self._flops_left / self.throughput(watch).flops_per_second
+        return self._flops_left / self.throughput(watch).rates.flops_per_second
 
     def throughput(self, watch: Stopwatch) -> Throughput:
-        peak = peak_flops(self._mesh.devices.flat[0].device_kind)
         return Throughput(
             trajectories=self._trajectories,
             tokens=self._tokens,
@@ -180,7 +162,7 @@ class Progress:
             seconds=time.monotonic() - self._start,
             compile_seconds=watch.compile_seconds,
             flops=self._flops,
-            peak_flops=None if peak is None else peak * self._mesh.devices.size,
+            peak_flops=peak_flops_of(self._mesh),
         )
 
     def _flops_of(self, part: Part, batch: BatchPlan) -> list[float]:

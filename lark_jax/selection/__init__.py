@@ -1,5 +1,6 @@
 """Which trajectories to train on, with which weights: pure algebra over the score table (paper, Section 4)."""
 
+from lark_jax.selection.held_out import choose_held_out
 from lark_jax.selection.learnability import lark_scores, learnability_rate
 from lark_jax.selection.methods import METHODS, SCORES, WEIGHTINGS, Method, resolve_methods
 from lark_jax.selection.output import TRAIN_JSONL, WeightedTrajectory, read_training_set, write_selection
@@ -17,6 +18,7 @@ __all__ = [
     "SelectionCounts",
     "WeightedTrajectory",
     "chi2_top_b",
+    "choose_held_out",
     "lark_scores",
     "learnability_rate",
     "method_scores",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lark_jax.config import STAGES, Experiment
 from lark_jax.errors import ConfigError
+from lark_jax.finetuning.loggers import require_installed
 from lark_jax.pipeline import Task
 from lark_jax.stages.evaluate import evaluate_tasks
 from lark_jax.stages.export import export_tasks
@@ -30,7 +31,7 @@ PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
 
 # After these the accelerator is given back: an evaluation engine and JAX do not share one.
 ACCELERATOR_STAGES = ("prepare", "score", "select", "finetune", "export")
-ONE_PROCESS_STAGES = ("prepare", "finetune", "export")
+ONE_PROCESS_STAGES = ("prepare", "export")
 
 
 def plan_tasks(experiment: Experiment) -> list[Task]:
@@ -46,11 +47,13 @@ def earlier_tasks(experiment: Experiment) -> list[Task]:
 
 
 def check_paths(experiment: Experiment) -> None:
-    """Looks for every file of the user's that some stage will read, before hours of work are spent.
+    """Looks for every file and package that some stage will need, before hours of work are spent.
 
     Raises:
       ConfigError: names the field; paths below the working directory are left to the stages that write them.
     """
+    if "finetune" in experiment.stages:
+        require_installed(experiment.finetune.loggers)
     evaluating = "evaluate" in experiment.stages
     paths = [("pool.path", experiment.pool.path), ("student.chat_template", experiment.student.chat_template)]
     if evaluating:

@@ -7,7 +7,7 @@ from lark_jax.config import Experiment
 from lark_jax.errors import PipelineError
 from lark_jax.finetuning import CHECKPOINTS
 from lark_jax.pipeline import Outcome, Task, require_manifest
-from lark_jax.stages.finetune import finetuned, training_examples
+from lark_jax.stages.finetune import finetuned, training_data
 from lark_jax.stages.layout import STUDENT, Layout, Run
 from lark_jax.stages.student import open_chat
 from lark_jax.students import export_student, local_folder
@@ -29,8 +29,8 @@ def _export_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
                 "whole folder and run the stage 'finetune' again"
             )
         chat = open_chat(experiment)
-        examples = training_examples(experiment, chat, layout.selection(run))
-        result = finetuned(experiment, chat, examples, layout.finetune(run), what=run.name)
+        data = training_data(experiment, layout, chat, run)
+        result = finetuned(experiment, chat, data, layout.finetune(run), what=run.name)
         export_student(
             result.student,
             source,

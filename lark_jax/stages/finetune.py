@@ -1,26 +1,48 @@
 """Stage "finetune": weighted SFT of the student on each selection, `finetune/<method>_B<budget>/`."""
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from lark_jax import runtime
+from lark_jax import processes, runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import TrainingError
-from lark_jax.finetuning import CHECKPOINTS, FREE_FIELDS, Example, FinetuneResult, finetune, weighted_examples
+from lark_jax.finetuning import (
+    CHECKPOINTS,
+    FREE_FIELDS,
+    LOGS,
+    Example,
+    FinetuneResult,
+    finetune,
+    read_held_out,
+    read_timings,
+    weighted_examples,
+)
 from lark_jax.finetuning.row_use import report_rows
 from lark_jax.pipeline import Outcome, Task, require_manifest
+from lark_jax.pool import read_pool
 from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
-from lark_jax.pool.records import SkippedRecord
-from lark_jax.selection import TRAIN_JSONL, read_training_set
+from lark_jax.pool.records import SkippedRecord, Trajectory
+from lark_jax.scoring import read_scores
+from lark_jax.selection import TRAIN_JSONL, choose_held_out, read_training_set
 from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout, Run
+from lark_jax.stages.score import SCORES
 from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
 from lark_jax.students import local_folder, read_architecture
 from lark_jax.students.attention import describe_backend, kernel_platform
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What one run is trained on, and what all runs of the experiment are measured on."""
+
+    examples: tuple[Example, ...]
+    held_out: tuple[Example, ...]  # of problems that are not among `examples`; weights 1
 
 
 def finetune_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -33,6 +55,7 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         recipe = dataclasses.asdict(experiment.finetune)
         return {
             "training_set": layout.hashes.of(layout.selection(run) / TRAIN_JSONL),
+            **_held_out_inputs(experiment, layout),
             **student_inputs(experiment, layout),
             "finetune": {name: value for name, value in recipe.items() if name not in FREE_FIELDS},
             "seed": experiment.seed,
@@ -40,41 +63,46 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
 
     def train(directory: Path) -> Outcome:
         chat = open_chat(experiment)
-        examples = training_examples(experiment, chat, layout.selection(run))
+        data = training_data(experiment, layout, chat, run)
         rows = report_rows(
-            examples,
+            data.examples,
             experiment.finetune,
             seed=experiment.seed,
             row_multiple=make_mesh(experiment.mesh).shape[DATA],
         )
         runtime.say(f"{run.name}: {rows}")
         runtime.say(describe_attention(experiment, rows.used.row_lengths))
-        result = finetuned(experiment, chat, examples, directory, what=run.name)
+        result = finetuned(experiment, chat, data, directory, what=run.name)
+        if not processes.is_first():
+            return Outcome(counts={})  # the first process reports for all
         counts = {
-            "trajectories": len(examples),
-            "truncated": sum(example.rendered.truncated for example in examples),
+            "trajectories": len(data.examples),
+            "truncated": sum(example.rendered.truncated for example in data.examples),
+            "held out": len(data.held_out),
             "steps": result.steps,
             **rows.counts(),
         }
-        return Outcome(counts=counts, notes={**notes_on(chat), "rows": rows.notes()})
+        return Outcome(counts=counts, notes={**notes_on(chat), "rows": rows.notes(), **_measured(result)})
 
-    return Task(f"finetune/{run.name}", layout.finetune(run), inputs, train, scratch=(CHECKPOINTS,))
+    folder = layout.finetune(run)
+    return Task(f"finetune/{run.name}", folder, inputs, train, scratch=(CHECKPOINTS, LOGS), everywhere=True)
 
 
-def training_examples(experiment: Experiment, chat: ChatFormat, selection: Path) -> tuple[Example, ...]:
-    """The selected trajectories as tokens, with their weights scaled for Eq. 1.
+def training_data(experiment: Experiment, layout: Layout, chat: ChatFormat, run: Run) -> TrainingData:
+    """The selected trajectories as tokens, with their weights scaled for Eq. 1, and the held-out ones.
 
     Raises:
-      TrainingError: a selected trajectory cannot be rendered (the template changed since scoring).
+      TrainingError: a trajectory cannot be rendered (the template changed since scoring).
     """
-    training_set = read_training_set(selection)
-    trajectories = [item.trajectory for item in training_set]
-    rendered: list[RenderedTrajectory] = []
-    for item in render_trajectories(chat, trajectories, experiment.student.max_length):
-        if isinstance(item, SkippedRecord):
-            raise TrainingError(f"{item.location}: {item.problem_id}/{item.candidate_id}: {item.reason}")
-        rendered.append(item)
-    return weighted_examples(rendered, [item.weight for item in training_set])
+    held_out = _held_out_trajectories(experiment, layout)
+    problems = {trajectory.problem_id for trajectory in held_out}
+    selected = read_training_set(layout.selection(run))
+    kept = [item for item in selected if item.trajectory.problem_id not in problems]
+    rendered = _rendered(experiment, chat, (item.trajectory for item in kept))
+    return TrainingData(
+        examples=weighted_examples(rendered, [item.weight for item in kept]),
+        held_out=tuple(Example(item, weight=1.0) for item in _rendered(experiment, chat, held_out)),
+    )
 
 
 def describe_attention(experiment: Experiment, row_lengths: Sequence[int]) -> str:
@@ -95,17 +123,68 @@ def describe_attention(experiment: Experiment, row_lengths: Sequence[int]) -> st
 
 
 def finetuned(
-    experiment: Experiment, chat: ChatFormat, examples: tuple[Example, ...], directory: Path, what: str
+    experiment: Experiment, chat: ChatFormat, data: TrainingData, directory: Path, what: str
 ) -> FinetuneResult:
     """Trains in `directory`, or continues there; returns at once what a finished run left there."""
     mesh = make_mesh(experiment.mesh)
     return finetune(
         open_student(experiment, mesh, "float32"),
-        examples,
+        data.examples,
         experiment.finetune,
         seed=experiment.seed,
         mesh=mesh,
         pad_id=chat.pad_id,
         directory=directory,
+        held_out=data.held_out,
         what=what,
     )
+
+
+def _held_out_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
+    """Where the held-out trajectories come from; nothing where none are held out."""
+    if experiment.finetune.held_out_fraction == 0:
+        return {}
+    require_manifest(layout.score, "score")
+    return {
+        "scores": layout.hashes.of(layout.score / SCORES),
+        "pool": layout.hashes.of(experiment.pool.path),
+        "on_bad_record": experiment.pool.on_bad_record,
+    }
+
+
+def _held_out_trajectories(experiment: Experiment, layout: Layout) -> list[Trajectory]:
+    if experiment.finetune.held_out_fraction == 0:
+        return []
+    choices = choose_held_out(
+        read_scores(layout.score / SCORES), experiment.finetune.held_out_fraction, experiment.seed
+    )
+    pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
+    by_ids = {(trajectory.problem_id, trajectory.candidate_id): trajectory for trajectory in pool.trajectories}
+    return [by_ids[choice.problem_id, choice.candidate_id] for choice in choices]
+
+
+def _rendered(experiment: Experiment, chat: ChatFormat, trajectories: Iterable[Trajectory]) -> list[RenderedTrajectory]:
+    rendered: list[RenderedTrajectory] = []
+    for item in render_trajectories(chat, list(trajectories), experiment.student.max_length):
+        if isinstance(item, SkippedRecord):
+            raise TrainingError(f"{item.location}: {item.problem_id}/{item.candidate_id}: {item.reason}")
+        rendered.append(item)
+    return rendered
+
+
+def _measured(result: FinetuneResult) -> dict[str, Any]:
+    """Medians over the steps, which leave out the few that compile; the held-out loss before, after and at best."""
+    timings = read_timings(result.timings)
+    utilizations = [t.model_flop_utilization for t in timings if t.model_flop_utilization is not None]
+    throughput = {
+        "tokens_per_second": round(statistics.median(t.tokens_per_second for t in timings), 1),
+        "gflops_per_second": round(statistics.median(t.gflops_per_second for t in timings), 2),
+        "model_flop_utilization": round(statistics.median(utilizations), 4) if utilizations else None,
+        "peak_memory_bytes": max(t.peak_memory_bytes for t in timings),
+    }
+    measured = read_held_out(result.held_out)
+    if not measured:
+        return {"throughput": throughput}
+    best = min(measured, key=lambda held_out: held_out.loss)
+    losses = {"first": measured[0].loss, "last": measured[-1].loss, "lowest": best.loss, "lowest at step": best.step}
+    return {"throughput": throughput, "held_out_loss": losses}

@@ -11,7 +11,8 @@ from lark_jax import files, runtime
 from lark_jax.config import Experiment
 from lark_jax.evaluation.accuracy import CONFIDENCE, RESAMPLES
 from lark_jax.evaluation.runner import SampleRow, StudentResult, read_samples, read_student_result
-from lark_jax.finetuning import read_metrics
+from lark_jax.finetuning import HeldOutMetrics, StepMetrics, read_held_out, read_metrics
+from lark_jax.finetuning.metrics import HELD_OUT, METRICS
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
 from lark_jax.pool import read_pool
 from lark_jax.pool.records import SkippedRecord, Trajectory
@@ -19,6 +20,7 @@ from lark_jax.report import ReportContent, terminal_report, write_report
 from lark_jax.report.content import (
     AccuracyResult,
     Count,
+    CurvePoint,
     Landscape,
     LandscapeCandidate,
     LossCurve,
@@ -35,7 +37,6 @@ from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.score import SCORES
 
 TABLE = "table.txt"
-METRICS = "metrics.jsonl"
 PROBLEMS_SHOWN = 2  # of each benchmark, with an answer of every student
 
 
@@ -142,9 +143,17 @@ def _first_samples(directory: Path, benchmark: str, num_problems: int) -> list[S
 def _curves(layout: Layout) -> Iterator[LossCurve]:
     for run in layout.runs:
         if read_manifest(layout.finetune(run)) is not None:
-            metrics = read_metrics(layout.finetune(run) / METRICS)
-            steps, losses = tuple(m.step for m in metrics), tuple(m.loss for m in metrics)
-            yield LossCurve(run.method.name, run.budget, steps, losses)
+            yield loss_curve(run.method.name, run.budget, layout.finetune(run))
+
+
+def loss_curve(method: str, budget: int | None, directory: Path) -> LossCurve:
+    """From the logs that `finetune` left in `directory`."""
+    training = tuple(map(_curve_point, read_metrics(directory / METRICS)))
+    return LossCurve(method, budget, training, tuple(map(_curve_point, read_held_out(directory / HELD_OUT))))
+
+
+def _curve_point(metrics: StepMetrics | HeldOutMetrics) -> CurvePoint:
+    return CurvePoint(metrics.step, metrics.trajectories_seen, metrics.target_tokens_seen, metrics.loss)
 
 
 def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:

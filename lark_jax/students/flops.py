@@ -1,5 +1,9 @@
 """Analytic cost of a forward pass, and what devices could do at best: the two sides of model FLOP utilisation."""
 
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
 from lark_jax.students.architecture import Architecture
 
 # Dense bfloat16 peak of one device (one JAX device, so half a TPU v2/v3 board is not in here), from the vendors' data
@@ -21,9 +25,34 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Rates:
+    """How fast tokens that are not padding go through a student."""
+
+    tokens_per_second: float
+    flops_per_second: float
+    peak_flops: float | None  # FLOP/s of all devices together; None where it is not known
+
+    @property
+    def model_flop_utilization(self) -> float | None:
+        """Share of the devices' bfloat16 peak, in [0, 1]."""
+        return None if self.peak_flops is None else self.flops_per_second / self.peak_flops
+
+    def __str__(self) -> str:
+        utilization = self.model_flop_utilization
+        compute = f"{self.flops_per_second / 1e9:,.1f} GFLOP/s" if utilization is None else f"MFU {utilization:.1%}"
+        return f"{self.tokens_per_second:,.0f} tokens/s, {compute}"
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device that is called `device_kind`; None for a kind that is not in the table."""
     return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
+
+
+def peak_flops_of(mesh: Mesh) -> float | None:
+    """Of all devices of `mesh` together; None where it is not known."""
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    return None if peak is None else peak * mesh.devices.size
 
 
 def forward_flops(architecture: Architecture, length: int, *, vocab: bool = True) -> float:

@@ -1,12 +1,6 @@
 import dataclasses
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -230,48 +224,3 @@ def test_an_empty_training_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="training set is empty"):
         run(tmp_path, examples=())
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_and_restarted_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    _start(undisturbed, tmp_path / "cache").wait()
-    for steps in sorted(random.sample(range(2, TOTAL_STEPS - 1), 2)):
-        process = _start(killed, tmp_path / "cache")
-        _wait_for_steps(process, killed / "metrics.jsonl", steps)
-        time.sleep(random.uniform(0.0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (killed / "weights.npz").exists()
-    last = _start(killed, tmp_path / "cache")
-    assert last.wait() == 0
-    expected = np.load(undisturbed / "weights.npz")
-    actual = np.load(killed / "weights.npz")
-    assert sorted(actual.files) == sorted(expected.files)
-    for name in expected.files:
-        assert actual[name].tobytes() == expected[name].tobytes(), name
-    assert (killed / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
-
-
-def _start(directory: Path, compilation_cache: Path) -> subprocess.Popen[bytes]:
-    directory.mkdir(exist_ok=True)
-    root = Path(__file__).resolve().parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        [sys.executable, tiny_run.__file__, str(directory)], env=environment, stderr=subprocess.DEVNULL
-    )
-
-
-def _wait_for_steps(process: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
-    """Returns as soon as the run has logged `steps` steps."""
-    deadline = time.monotonic() + 240
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.002)

@@ -1,6 +1,5 @@
-"""A training run of a second or two: `python tiny_run.py DIRECTORY` trains there, or continues."""
+"""A training run of a second or two."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +71,7 @@ def run(
     *,
     student: Decoder | None = None,
     examples: Sequence[Example] | None = None,
+    held_out: Sequence[Example] = (),
     seed: int = 11,
     num_devices: int = 1,
 ) -> FinetuneResult:
@@ -83,14 +83,10 @@ def run(
         mesh=make_mesh(MeshConfig(), jax.devices()[:num_devices]),
         pad_id=PAD_ID,
         directory=directory,
+        held_out=held_out,
     )
 
 
 def weights_of(student: Decoder) -> dict[str, np.ndarray]:
     parameters = flatten_parameters(nnx.state(student, nnx.Param))
     return {name: np.asarray(value) for name, value in parameters.items()}
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    np.savez(folder / "weights.npz", **weights_of(run(folder).student))

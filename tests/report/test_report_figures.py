@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from lark_jax.report.content import AccuracyResult, Landscape, LandscapeCandidate, LossCurve
+from lark_jax.report.content import AccuracyResult, CurvePoint, Landscape, LandscapeCandidate, LossCurve
 from lark_jax.report.figures import accuracy_figure, landscape_figure, loss_figure, trailing_mean
 from lark_jax.report.style import HIGHLIGHT, PALETTE, method_styles, png_bytes, svg_text
 
@@ -120,17 +120,39 @@ def test_landscape_extremes_are_drawable(scores: list[float]) -> None:
     assert "t" in texts(landscape_figure(Landscape("1", "p", "lark", 1, candidates)))
 
 
-def test_every_run_is_in_the_legend_and_methods_keep_their_colour() -> None:
-    curves = [LossCurve(m, b, (1, 2, 3), (1.0, 0.5, 0.4)) for m in ("lark", "random") for b in (1, 3)]
+def points(*losses: float) -> tuple[CurvePoint, ...]:
+    return tuple(CurvePoint(step, 16 * step, 900 * step, loss) for step, loss in enumerate(losses, start=1))
+
+
+def test_every_run_is_in_the_legend_once_and_methods_keep_their_colour() -> None:
+    curves = [LossCurve(m, b, points(1.0, 0.5, 0.4)) for m in ("lark", "random") for b in (1, 3)]
     figure = loss_figure(curves, method_styles(["lark", "random"]))
     words = texts(figure)
-    assert all(curve.student in words for curve in curves)
+    assert all(words.count(curve.student) == 1 for curve in curves)
+    assert len(figure.axes) == 2
     assert {line.get_color() for line in figure.axes[0].lines} == set(PALETTE[:2])
 
 
+def test_losses_lie_at_the_trajectories_and_at_the_tokens_that_were_seen() -> None:
+    """One run has longer trajectories: at equal tokens it lies further right than at equal trajectories."""
+    first = LossCurve("lark", 1, points(1.0, 0.5), held_out=(CurvePoint(0, 0, 0, 3.0), CurvePoint(2, 32, 1800, 2.0)))
+    second = LossCurve("random", 1, (CurvePoint(1, 16, 300, 0.9),), held_out=(CurvePoint(1, 16, 300, 2.5),))
+    figure = loss_figure([first, second], method_styles(["lark", "random"]))
+    by_trajectories, by_tokens, held_out_by_trajectories, held_out_by_tokens = figure.axes
+    lines = {axes: [line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes}
+    assert [[16, 1.0], [32, 0.5]] in lines[by_trajectories]
+    assert [[900, 1.0], [1800, 0.5]] in lines[by_tokens]
+    assert [[16, 0.9]] in lines[by_trajectories]
+    assert [[300, 0.9]] in lines[by_tokens]
+    assert lines[held_out_by_trajectories] == [[[0, 3.0], [32, 2.0]], [[16, 2.5]]]
+    assert lines[held_out_by_tokens] == [[[0, 3.0], [1800, 2.0]], [[300, 2.5]]]
+    assert all(word in texts(figure) for word in ("trajectories seen", "target tokens seen", "held-out loss"))
+
+
 @pytest.mark.parametrize("losses", [(), (1.0,), (1.0, math.nan, 0.5)])
-def test_loss_extremes_are_drawable(losses: tuple[float, ...]) -> None:
-    curve = LossCurve("lark", 1, tuple(range(1, len(losses) + 1)), losses)
+@pytest.mark.parametrize("held_out", [(), (1.0,), (math.nan, 2.0)])
+def test_loss_extremes_are_drawable(losses: tuple[float, ...], held_out: tuple[float, ...]) -> None:
+    curve = LossCurve("lark", 1, points(*losses), points(*held_out))
     assert "lark B=1" in texts(loss_figure([curve], method_styles(["lark"])))
 
 

@@ -16,6 +16,7 @@ from lark_jax.report import ReportContent, write_report
 from lark_jax.report.content import (
     AccuracyResult,
     Count,
+    CurvePoint,
     Landscape,
     LandscapeCandidate,
     LossCurve,
@@ -80,7 +81,14 @@ def full_content(text: str = "plain", skipped: int = 3) -> ReportContent:
             AccuracyResult(f"method {text}", 3, text, 5, 40, 3, 0.41, 0.02, (0.3, 0.5)),
         ),
         interval_note=f"95% {text}",
-        curves=(LossCurve(f"method {text}", 3, (1, 2, 3), (1.5, 1.2, 1.1)),),
+        curves=(
+            LossCurve(
+                f"method {text}",
+                3,
+                tuple(CurvePoint(step, 64 * step, 9_000 * step, loss) for step, loss in ((1, 1.5), (2, 1.2), (3, 1.1))),
+                (CurvePoint(0, 0, 0, 1.75), CurvePoint(3, 192, 27_000, 1.25)),
+            ),
+        ),
         landscape=Landscape(f"{text} 839", f"{text} problem", f"method {text}", 3, candidates),
         samples=(Sample(f"student {text}", text, f"{text} asks", f"{text} answers", f"{text} 5", False),),
         stages=(StageSummary(f"score {text}", (Count(f"trajectories {text}", 1234),), records),),

@@ -9,12 +9,22 @@ from hypothesis import strategies as st
 
 from lark_jax.config import Experiment, PoolConfig, StudentConfig
 from lark_jax.pool.records import SkippedRecord
-from lark_jax.report.content import AccuracyResult, Count, ReportContent, Setting, StageSummary, settings_from
+from lark_jax.report.content import (
+    AccuracyResult,
+    Count,
+    CurvePoint,
+    LossCurve,
+    ReportContent,
+    Setting,
+    StageSummary,
+    settings_from,
+)
 from lark_jax.report.table import (
     MISSING,
     Table,
     accuracy_cell,
     accuracy_table,
+    loss_table,
     markdown_table,
     terminal_report,
     text_table,
@@ -127,3 +137,15 @@ def test_settings_of_nested_mappings_keep_empty_ones() -> None:
         Setting("a.d", "{}"),
         Setting("e", "'x'"),
     )
+
+
+def test_the_loss_table_says_what_was_seen_and_the_lowest_held_out_loss() -> None:
+    training = (CurvePoint(1, 64, 5_000, 1.5), CurvePoint(2, 100, 8_000, 1.25))
+    held_out = (CurvePoint(0, 0, 0, 2.0), CurvePoint(1, 64, 5_000, 1.75), CurvePoint(2, 100, 8_000, 1.8))
+    table = loss_table([LossCurve("lark", 3, training, held_out), LossCurve("grape", 1, (), ())])
+    assert table.header[-3:] == ("held out before", "lowest (step)", "after")
+    assert table.rows == (
+        ("lark", "3", "2", "100", "8,000", "1.5000", "1.2500", "2.0000", "1.7500 (1)", "1.8000"),
+        ("grape", "1", "0", "0", "0", MISSING, MISSING, MISSING, MISSING, MISSING),
+    )
+    assert len(loss_table([LossCurve("lark", 3, training)]).header) == 7

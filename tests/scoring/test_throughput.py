@@ -49,8 +49,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_rates_are_over_the_time_that_is_not_spent_compiling() -> None:
     assert FIGURES.padding == pytest.approx(0.05)
     assert FIGURES.compiling == pytest.approx(0.2)
-    assert FIGURES.tokens_per_second == pytest.approx(9_500)
-    assert FIGURES.model_flop_utilization == pytest.approx(0.5)
+    assert FIGURES.rates.tokens_per_second == pytest.approx(9_500)
+    assert FIGURES.rates.model_flop_utilization == pytest.approx(0.5)
     assert str(FIGURES) == (
         "1,000 trajectories, 950,000 tokens, 5.00% padding, 7 shapes; 125.0 s, 20.0% of them compiling, "
         "the rest at 9,500 tokens/s, MFU 50.0%"
@@ -59,13 +59,13 @@ def test_rates_are_over_the_time_that_is_not_spent_compiling() -> None:
 
 def test_without_a_known_peak_the_achieved_rate_is_shown() -> None:
     unknown = dataclasses.replace(FIGURES, peak_flops=None)
-    assert unknown.model_flop_utilization is None
-    assert unknown.rates() == "9,500 tokens/s, 200,000.0 GFLOP/s"
+    assert unknown.rates.model_flop_utilization is None
+    assert str(unknown.rates) == "9,500 tokens/s, 200,000.0 GFLOP/s"
 
 
 def test_nothing_done_has_no_rates_but_is_no_error() -> None:
     nothing = Throughput(0, 0, 0, 0, 0.0, 0.0, 0.0, None)
-    assert (nothing.padding, nothing.compiling, nothing.tokens_per_second) == (0, 0, 0)
+    assert (nothing.padding, nothing.compiling, nothing.rates.tokens_per_second) == (0, 0, 0)
 
 
 def test_only_the_first_call_of_a_shape_counts_as_compiling(material: Material, tmp_path: Path, clock: Clock) -> None:
@@ -116,14 +116,14 @@ def test_time_left_is_that_of_the_flops_left_at_the_rate_of_this_run(
             assert progress.seconds_left(watch) == pytest.approx(expected, rel=1e-9, abs=1e-6)
         figures = progress.throughput(watch)
     assert figures.flops == pytest.approx(cost(todo))
-    assert figures.tokens_per_second == pytest.approx(figures.tokens / (2.0 * len(todo)))
+    assert figures.rates.tokens_per_second == pytest.approx(figures.tokens / (2.0 * len(todo)))
     assert figures.trajectories < sum(len(part.members) for part in own)
 
 
 def test_the_peak_is_that_of_all_devices_of_the_mesh(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lark_jax.scoring.throughput.peak_flops", lambda _: 1e12)
+    monkeypatch.setattr("lark_jax.students.flops.peak_flops", lambda _: 1e12)
     architecture = material.student.architecture
     with Progress(material.workload(tmp_path), EVERYTHING, NOTHING, architecture, small_mesh(4)) as progress:
         assert progress.throughput(Stopwatch(costless_step)).peak_flops == 4e12

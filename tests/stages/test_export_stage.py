@@ -67,7 +67,7 @@ def test_the_exported_student_has_the_template_of_the_experiment(
     experiment = experiment_with(tmp_path, student_folder, template if given else None)
     # What fine-tuning would hand over, without training.
     result = SimpleNamespace(student=load_student(student_folder, dtype="float32")[0])
-    monkeypatch.setattr(stage, "training_examples", lambda *_: ())
+    monkeypatch.setattr(stage, "training_data", lambda *_: None)
     monkeypatch.setattr(stage, "finetuned", lambda *_, **__: result)
     layout = Layout.of(experiment)
     (layout.finetune(layout.runs[0]) / CHECKPOINTS).mkdir(parents=True)

@@ -1,0 +1,68 @@
+"""The loss on trajectories of problems that the student is not trained on."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lark_jax.config import FinetuneConfig
+from lark_jax.errors import TrainingError
+from lark_jax.finetuning.data import Example
+from lark_jax.finetuning.optimizer import Parameters
+from lark_jax.finetuning.row_plans import plan_micro_batches
+from lark_jax.pool.batching import TokenRows, assemble, bucket_lengths
+from lark_jax.scoring.step import jitted_score_step
+from lark_jax.sharding import DATA, TENSOR, rows
+from lark_jax.students.decoder import Decoder
+
+
+class HeldOutLoss:
+    """Mean over trajectories of the mean cross-entropy of their target tokens, without weights, nats.
+
+    It is the forward pass of the score stage, with parameters gathered layer by layer over the mesh: before training it
+    is the mean of `loss` in the score table, up to rounding. Where the mesh spans several processes, all call it.
+
+    Args:
+      model: structure and computation dtype; its parameters are not looked at.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], model: Decoder, config: FinetuneConfig, mesh: Mesh, pad_id: int
+    ) -> None:
+        self._examples = examples
+        self._mesh = mesh
+        rendered = [example.rendered for example in examples]
+        lengths = {member: trajectory.num_inputs for member, trajectory in enumerate(rendered)}
+        buckets = bucket_lengths(max(lengths.values(), default=1))
+        plans = plan_micro_batches(lengths, buckets, config.tokens_per_batch, mesh.shape[DATA])
+        self._batches = [assemble(rendered, plan, pad_id) for plan in plans]
+        step = jitted_score_step(model, mesh, config.vocab_chunk, (DATA, TENSOR))
+
+        def losses(parameters: Parameters, *arrays: jax.Array) -> jax.Array:
+            return step({name: value.astype(model.dtype) for name, value in parameters.items()}, *arrays).loss
+
+        self._losses = jax.jit(losses)
+
+    def __call__(self, parameters: Parameters) -> float:
+        """Of the student with these float32 parameters.
+
+        Raises:
+          TrainingError: it is not finite; names the trajectories.
+        """
+        waiting = [(batch.row_ids_b, self._losses(parameters, *self._put(batch))) for batch in self._batches]
+        losses = np.zeros(len(self._examples))
+        for row_ids_b, losses_b in waiting:
+            losses[row_ids_b[row_ids_b >= 0]] = np.asarray(losses_b)[row_ids_b >= 0]
+        if not np.all(np.isfinite(losses)):
+            culprits = [self._examples[member].name for member in np.flatnonzero(~np.isfinite(losses))]
+            raise TrainingError(
+                f"the held-out loss is not finite for {', '.join(culprits)}; look at these trajectories"
+            )
+        return float(np.mean(losses))
+
+    def _put(self, batch: TokenRows) -> tuple[jax.Array, ...]:
+        def on_devices(array: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(array.shape, rows(self._mesh), array.__getitem__)
+
+        return on_devices(batch.tokens_bt), on_devices(batch.targets_bt), on_devices(batch.mask_bt)

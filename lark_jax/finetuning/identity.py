@@ -1,0 +1,45 @@
+"""What decides the weights and logs of a training run: a checkpoint is only continued by a run with the same."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+
+from lark_jax import files
+from lark_jax.config import FinetuneConfig
+from lark_jax.finetuning.checkpoints import Identity, checksums
+from lark_jax.finetuning.data import Example, hash_of_examples
+from lark_jax.students.decoder import Decoder
+from lark_jax.students.parameters import flatten_parameters
+
+# What a run may change when it is continued: these decide memory, speed and company, not what is computed.
+FREE_FIELDS = (
+    "attention",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "loggers",
+    "packing",
+    "remat",
+    "tokens_per_batch",
+    "vocab_chunk",
+)
+
+
+def run_identity(
+    student: Decoder, examples: Sequence[Example], held_out: Sequence[Example], config: FinetuneConfig, seed: int
+) -> Identity:
+    """Name of each input of the run -> its value or hash."""
+    settings = {
+        f"finetune.{name}": value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
+    }
+    parameters = flatten_parameters(nnx.state(student, nnx.Param))
+    in_float32 = {name: value.astype(jnp.float32) for name, value in parameters.items()}
+    return {
+        "seed": seed,
+        "training set": hash_of_examples(examples),
+        "held-out set": hash_of_examples(held_out),
+        "architecture": files.sha256_of_json(dataclasses.asdict(student.architecture)),
+        "initial weights": files.sha256_of_json(checksums(in_float32)),
+        **settings,
+    }
