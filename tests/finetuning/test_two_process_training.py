@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import two_process_run
 from tiny_run import CONFIG, run
+from two_process_run import ROW_BY_ROW
 
 from lark_jax.finetuning import read_metrics, read_timings
 from lark_jax.finetuning.loop import CHECKPOINTS
@@ -58,7 +59,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_none_is_lost
     both = start_both(tmp_path / "run", tmp_path / "cache")
     assert [process.wait(timeout=300) for process in both] == [0, 0]
     assert metrics.read_bytes().startswith(logged)
-    together, alone = read_metrics(metrics), read_metrics(run(tmp_path / "alone").metrics)
+    together, alone = read_metrics(metrics), read_metrics(run(tmp_path / "alone", ROW_BY_ROW).metrics)
     assert [m.step for m in together] == [m.step for m in alone]
     np.testing.assert_allclose([m.loss for m in together], [m.loss for m in alone], rtol=1e-5)
     assert len(read_timings(tmp_path / "run" / "timings.jsonl")) == TOTAL_STEPS == CONFIG.epochs * 5
