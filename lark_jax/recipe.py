@@ -50,7 +50,7 @@ def paper_recipe() -> ConfigDict:
     config.finetune.tokens_per_batch = 32_768  # per device and micro-batch; C.3: per-device batch 1
     config.finetune.packing = False  # C.3 packs: less padding, but attention needs a kernel that honours segment ids
     config.finetune.attention = "auto"  # kernel by platform, row length and packing; C.3: FlashAttention-2
-    config.finetune.remat = "block"  # C.3 "gradient checkpointing"
+    config.finetune.remat = "block"  # C.3 "gradient checkpointing"; or none, attention, offload: preflight compares
     config.finetune.vocab_chunk = 4_096
     config.finetune.checkpoint_every = 50  # steps; ours: the paper does not say
 

@@ -7,25 +7,45 @@ from pathlib import Path
 
 from student_shapes import STUDENT_SHAPES
 
+from lark_jax.config import Experiment, PoolConfig, StudentConfig
+from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileRequest
+from lark_jax.preflight.topologies import parse_topology
+from lark_jax.preflight.training import training_request
 from lark_jax.students.architecture import architecture_from_config
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 LENGTH = 32_768
 
 # name -> student and slice; one row of 32,768 tokens per chip, everything else at its default.
-CASES: Mapping[str, tuple[str, str]] = {
+SCORING: Mapping[str, tuple[str, str]] = {
     "qwen2.5-1.5b on v5e-4": ("qwen2.5-1.5b", "v5e-4"),
     "llama-3.2-3b on v5e-8": ("llama-3.2-3b", "v5e-8"),
     "qwen2.5-7b on v5e-16": ("qwen2.5-7b", "v5e-16"),
     "qwen2.5-7b on v5p-8": ("qwen2.5-7b", "v5p-8"),
     "qwen2.5-72b on v5p-64": ("qwen2.5-72b", "v5p-64"),
 }
+# name -> student, slice and memory policy; the same rows.
+TRAINING: Mapping[str, tuple[str, str, str]] = {
+    "fine-tuning qwen2.5-7b on v5e-64": ("qwen2.5-7b", "v5e-64", "offload"),
+    "fine-tuning qwen2.5-7b on v5p-16": ("qwen2.5-7b", "v5p-16", "block"),
+}
+CASES = (*SCORING, *TRAINING)
 
 
 def request_of(case: str) -> CompileRequest:
-    student, topology = CASES[case]
-    return score_request(student, topology)
+    if case in SCORING:
+        return score_request(*SCORING[case])
+    student, name, remat = TRAINING[case]
+    topology = parse_topology(name)
+    experiment = Experiment(
+        workdir="runs/x",
+        stages=("finetune",),
+        student=StudentConfig(path="nowhere/student"),
+        pool=PoolConfig(path="nowhere/pool.jsonl"),
+    )
+    architecture = architecture_from_config(STUDENT_SHAPES[student])
+    return training_request(experiment, architecture, topology, Lengths((LENGTH,), "given"), remat)
 
 
 def score_request(student: str, topology: str, **changes: object) -> CompileRequest:

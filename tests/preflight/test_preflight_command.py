@@ -46,6 +46,21 @@ def test_a_student_that_fits(tmp_path: Path) -> None:
 
 @needs_libtpu
 @pytest.mark.slow
+def test_fine_tuning_names_the_fastest_policy_that_fits(tmp_path: Path) -> None:
+    out = tmp_path / "findings.json"
+    flags = ("--lengths=300:64", f"--out={out}", "--config.stages=select,finetune", "--config.mesh.tensor=2")
+    done = preflight(tmp_path, "tiny", "--topology=v5e-4", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "mesh data=2 x tensor=2; attention splash" in done.stdout
+    assert "The fastest that fits: --config.finetune.remat=none" in done.stdout
+    findings = json.loads(out.read_text(encoding="utf-8"))
+    assert "programs" not in findings
+    peaks = {policy["remat"]: policy["peak"] for policy in findings["finetune"]["policies"]}
+    assert peaks["none"] > peaks["attention"] > peaks["block"] > 0
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_one_that_does_not_fit_gets_a_setting_that_was_compiled(tmp_path: Path) -> None:
     settings = ("--config.score.parameters=replicated", "--config.score.vocab_chunk=1024")
     done = preflight(tmp_path, "qwen2.5-7b", "--topology=v5e-4", "--lengths=32767:8", *settings)
@@ -70,6 +85,7 @@ def test_one_that_cannot_fit_is_told_so(tmp_path: Path) -> None:
         (("--topology=v5e-4", "--lengths=many"), "--lengths=many"),
         (("--topology=v5e-4", "--architecture=nowhere"), "nowhere: not a file or folder here"),
         (("--topology=v5e-4", "--config.score.dtype=int8"), "config.score.dtype"),
+        (("--topology=v5e-4", "--config.stages=select,report"), "preflight compiles score and finetune"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
