@@ -28,7 +28,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from finetuning_contestants import CONTESTANTS, Request, Result
+from finetuning_contestants import CONTESTANTS
+from finetuning_request import Request, Result
 from measuring import matmul_rate, random_checkpoint, run_contestant, versions
 from shapes import SHAPES
 

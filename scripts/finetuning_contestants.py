@@ -11,60 +11,12 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from finetuning_request import LEARNING_RATE, PAD_ID, Request, Result, Trajectories
 from measuring import forget_peak, jax_peak_bytes, torch_peak_bytes
-
-LEARNING_RATE = 1e-5
-PAD_ID = 0
-
-
-@dataclass(frozen=True)
-class Request:
-    contestant: str
-    student: str  # checkpoint folder
-    trajectories: str  # .npz, see `Trajectories`
-    dtype: str  # of the computation
-    remat: bool  # recompute layers in the backward pass
-    tokens_per_batch: int  # of ours, padding included
-    vocab_chunk: int  # of ours
-    rows_per_batch: int  # of the Trainer
-    steps: int  # one more is made first, which is not timed
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """One optimizer step: trajectories end to end."""
-
-    tokens: np.ndarray  # int32
-    lengths: np.ndarray  # tokens of prompt and answer
-    prompts: np.ndarray  # tokens of the prompt alone
-    weights: np.ndarray  # w_i of Eq. 1
-
-    @classmethod
-    def read(cls, path: str) -> "Trajectories":
-        with np.load(path) as arrays:
-            return cls(*(arrays[name] for name in ("tokens", "lengths", "prompts", "weights")))
-
-    def split(self) -> list[np.ndarray]:
-        return np.split(self.tokens, np.cumsum(self.lengths)[:-1])
-
-
-@dataclass(frozen=True)
-class Result:
-    contestant: str
-    seconds: float  # median step
-    all_seconds: tuple[float, ...]
-    losses: tuple[float, ...]  # of every step, the first, untimed one included
-    grad_norms: tuple[float, ...]  # likewise, before clipping
-    micro_batches: int  # of a step
-    padding: float  # share of the tokens that went through the student
-    peak_bytes: int  # of the device, or of the process on a CPU, while training
-    resident_bytes: int  # the same before the first step: interpreter, libraries, parameters and moments (ours)
-    setup_seconds: float  # first step minus a later one: compilation, warm-up
 
 
 def ours(request: Request, trajectories: Trajectories) -> Result:
@@ -149,118 +101,28 @@ def trainer_with_liger(request: Request, trajectories: Trajectories) -> Result:
 
 def trainer_contestant(request: Request, trajectories: Trajectories, liger: bool) -> Result:
     import torch
-    import transformers
+    from hf_trainer import Clock, WeightedTrainer, arguments, collate, weighted_items
+    from transformers import AutoModelForCausalLM, PrinterCallback
 
-    cuda = torch.cuda.is_available()
-    num_rows, num_steps = len(trajectories.lengths), request.steps + 1
-    items = [
-        {"tokens": tokens, "prompt": int(prompt), "weight": float(weight) / (len(tokens) - int(prompt)) / num_rows}
-        for tokens, prompt, weight in zip(trajectories.split(), trajectories.prompts, trajectories.weights, strict=True)
-    ]
     # Neighbours share a micro-batch: of about one length, so that little is padded.
-    items.sort(key=lambda item: -len(item["tokens"]))
-    slots = 0
-
-    def collate(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        nonlocal slots
-        shape = (len(rows), max(len(row["tokens"]) for row in rows) - 1)
-        slots += shape[0] * shape[1]
-        tokens, targets = np.full(shape, PAD_ID, np.int64), np.full(shape, PAD_ID, np.int64)
-        weights = np.zeros(shape, np.float32)
-        for index, row in enumerate(rows):
-            inputs = len(row["tokens"]) - 1
-            tokens[index, :inputs], targets[index, :inputs] = row["tokens"][:-1], row["tokens"][1:]
-            weights[index, row["prompt"] - 1 : inputs] = row["weight"]
-        return {name: torch.from_numpy(x) for name, x in (("t", tokens), ("targets", targets), ("weights", weights))}
-
-    class WeightedTrainer(transformers.Trainer):
-        """Rows are right-padded under causal attention and need no mask. Nothing is divided per micro-batch."""
-
-        loss_is_scaled_for_ga = True  # else the Trainer divides by the number of micro-batches
-
-        def __init__(self, *arguments: Any, **fields: Any) -> None:
-            super().__init__(*arguments, **fields)
-            self.loss_is_scaled_for_ga = True
-            self.micro_batch_losses: list[torch.Tensor] = []
-
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> torch.Tensor:
-            assert not return_outputs
-            logits = model(input_ids=inputs["t"], use_cache=False).logits
-            cross_entropy = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), inputs["targets"].flatten(), reduction="none"
-            )
-            loss = (cross_entropy * inputs["weights"].flatten()).sum()
-            self.micro_batch_losses.append(loss.detach())
-            return loss
-
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    class Clock(transformers.TrainerCallback):
-        def __init__(self) -> None:
-            self.marks: list[float] = []
-            self.grad_norms: list[float] = []
-
-        def mark(self) -> None:
-            if cuda:
-                torch.cuda.synchronize()
-            self.marks.append(time.perf_counter())
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.mark()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.mark()
-
-        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
-            if logs and "grad_norm" in logs:
-                self.grad_norms.append(float(logs["grad_norm"]))
-
-    micro_batches = -(-num_rows // request.rows_per_batch)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        request.student, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    items = sorted(weighted_items(trajectories), key=lambda item: -item.inputs)
+    groups = [items[start : start + request.rows_per_batch] for start in range(0, len(items), request.rows_per_batch)]
+    slots = sum(len(group) * group[0].inputs for group in groups)
+    model = AutoModelForCausalLM.from_pretrained(request.student, dtype=torch.float32, attn_implementation="sdpa")
     with tempfile.TemporaryDirectory() as folder:
-        options = transformers.TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=request.rows_per_batch,
-            gradient_accumulation_steps=micro_batches,
-            num_train_epochs=num_steps,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="cosine",
-            warmup_steps=0,
-            max_grad_norm=1.0,
-            bf16=request.dtype == "bfloat16",
-            gradient_checkpointing=request.remat,
-            use_liger_kernel=liger,
-            liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if liger else None,
-            use_cpu=not cuda,
-            remove_unused_columns=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+        options = arguments(request, folder, accumulation=len(groups), liger=liger)
         clock = Clock()
         learner = WeightedTrainer(
             model=model, args=options, train_dataset=items, data_collator=collate, callbacks=[clock]
         )
-        learner.remove_callback(transformers.PrinterCallback)
+        learner.remove_callback(PrinterCallback)
         forget_peak()
         resident = torch_peak_bytes()
         learner.train()
-    losses = torch.stack(learner.micro_batch_losses).view(num_steps, micro_batches).double().sum(1).tolist()
-    real = num_steps * sum(len(item["tokens"]) - 1 for item in items)
-    return outcome(
-        request,
-        np.diff(clock.marks).tolist(),
-        losses,
-        clock.grad_norms,
-        micro_batches,
-        1 - real / slots,
-        torch_peak_bytes(),
-        resident,
-    )
+    losses = torch.stack(learner.micro_batch_losses).view(-1, len(groups)).double().sum(1).tolist()
+    padding = 1 - sum(item.inputs for item in items) / slots
+    seconds = np.diff(clock.marks).tolist()
+    return outcome(request, seconds, losses, clock.grad_norms, len(groups), padding, torch_peak_bytes(), resident)
 
 
 def outcome(

@@ -142,9 +142,11 @@ class TrainingSet:
             yield self.packed_micro_batch(plan, len(batch.members), pad_id)
 
     def plans(self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int) -> tuple[BatchPlan, ...]:
+        """What `micro_batches` fills."""
         return plan_micro_batches(self._lengths_of(batch), self._row_lengths, tokens_per_batch, row_multiple)
 
     def packed_plans(self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int) -> tuple[PackedPlan, ...]:
+        """What `packed_micro_batches` fills."""
         row_lengths = packed_row_lengths(self._paddings, tokens_per_batch)
         return plan_packed_micro_batches(self._lengths_of(batch), row_lengths, tokens_per_batch, row_multiple)
 

@@ -85,10 +85,12 @@ def test_resumed_run_ends_with_the_same_bytes(finished: tuple[Path, FinetuneResu
     assert resumed.metrics.read_bytes() == result.metrics.read_bytes()
 
 
-def test_resume_on_other_devices_and_micro_batches(finished: tuple[Path, FinetuneResult], tmp_path: Path) -> None:
+def test_resume_on_other_devices_with_other_micro_batches_and_packed_rows(
+    finished: tuple[Path, FinetuneResult], tmp_path: Path
+) -> None:
     directory, result = finished
     copy_with_checkpoint(directory, tmp_path / "run", step=12)
-    config = dataclasses.replace(CONFIG, tokens_per_batch=500, checkpoint_every=2)
+    config = dataclasses.replace(CONFIG, tokens_per_batch=500, packing=True, checkpoint_every=2)
     resumed = run(tmp_path / "run", config, num_devices=8)
     expected = weights_of(result.student)
     for name, value in weights_of(resumed.student).items():

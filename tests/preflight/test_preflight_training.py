@@ -105,11 +105,11 @@ def test_an_optimizer_step_that_does_not_fit_lets_no_policy_fit(monkeypatch: pyt
 
 def test_flops_are_three_forward_passes_and_what_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = findings_of(monkeypatch, dict.fromkeys(REMAT_CHOICES, 40))
-    forward = forward_flops(ARCHITECTURE, 20_480)
+    forward = forward_flops(ARCHITECTURE, 20_096)
     flops = {policy.remat: policy.flops for policy in found.policies}
     assert flops["none"] == pytest.approx(3 * forward)
     assert flops["block"] == flops["offload"] == pytest.approx(4 * forward)
-    assert flops["attention"] == pytest.approx(4 * forward - attention_flops(ARCHITECTURE, 20_480))
+    assert flops["attention"] == pytest.approx(4 * forward - attention_flops(ARCHITECTURE, 20_096))
 
 
 def test_the_rows_are_the_longest_ones_of_the_run() -> None:
@@ -117,7 +117,7 @@ def test_the_rows_are_the_longest_ones_of_the_run() -> None:
     assert longest_rows(Lengths((2_000, 100), "given"), 32_768) == (2_048, 16)
     assert longest_rows(Lengths((5_000,), "given"), 32_768) == (5_120, 4)
     request = training_request(experiment_with(tensor=2), ARCHITECTURE, TOPOLOGY, LENGTHS, "attention")
-    assert (request.data, request.tensor, request.length, request.rows_per_device) == (4, 2, 20_480, 1)
+    assert (request.data, request.tensor, request.length, request.rows_per_device) == (4, 2, 20_096, 1)
     assert dataclasses.replace(request, data=8, tensor=1) == training_request(
         experiment_with(), ARCHITECTURE, TOPOLOGY, LENGTHS, "attention"
     )
