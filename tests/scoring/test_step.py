@@ -172,7 +172,7 @@ def test_every_layout_gives_the_scores_of_one_device(name: str, layout: str) -> 
     for field in ("mean_rank", "mean_clipped_rank"):
         difference = np.abs(getattr(found, field) - getattr(expected, field)) * case.rows.mask_bt.sum(-1)
         assert (difference <= moved_b + 1e-5 * MAX_RANK * LENGTH).all(), field
-    assert moved_b.mean() < 1, "so many near-ties that the comparison says little"
+    assert moved_b.sum() < 0.2 * case.rows.mask_bt.sum(), "so many near-ties that the comparison says little"
 
 
 @functools.cache
