@@ -71,6 +71,6 @@ def twenty_steps(mesh: Mesh) -> Trace:
 
 
 if __name__ == "__main__":
-    port, data, tensor, process, out = sys.argv[1:]
+    port, process, data, tensor, out = sys.argv[1:]
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     np.save(out, twenty_steps(make_mesh(MeshConfig(int(data), int(tensor)))).losses)
