@@ -4,6 +4,7 @@ Mesh axes: `data` (rows; in fine-tuning also parameters, gradients and Adam mome
 layers). Names and layouts are those of `students.decoder`: HF's, layers stacked on a leading axis.
 """
 
+import collections
 import re
 from collections.abc import Sequence
 
@@ -48,9 +49,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"({devices[0].platform}); set mesh.data=-1 to use them all"
         )
     axis_types = (AxisType.Auto,) * 2
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    devices_by_slice = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    slices = len(devices_by_slice)
     if slices == 1:
         return jax.make_mesh((data, config.tensor), (DATA, TENSOR), axis_types=axis_types, devices=devices)
+    if len(set(devices_by_slice.values())) > 1:
+        raise ConfigError(
+            f"config.mesh: slices have {', '.join(map(str, devices_by_slice.values()))} devices; use slices of one size"
+        )
     if data % slices:
         raise ConfigError(
             f"config.mesh.tensor: {config.tensor} leaves data={data}, which the {slices} slices of the {len(devices)} "

@@ -76,7 +76,8 @@ echo "job ${SLURM_JOB_ID:-?} on ${SLURM_JOB_NODELIST:-?}, attempt $((${SLURM_RES
 # fails, the others follow within seconds; when one dies without a word, within config.distributed.lost_timeout.
 step "$python" -m lark_jax.run "$@" --config.stages=score,select --config.distributed.connect_timeout=600
 
-# One process, on the first node, for what does not run in several yet.
+# One process, on the first node. Export, evaluation and report need no more; fine-tuning could take all nodes, by
+# `finetune` among the stages above, where the student does not fit the GPUs of one.
 if [ -n "${LARK_STAGES:-}" ]; then
   step --nodes=1 --ntasks=1 "$python" -m lark_jax.run "$@" --config.stages="$LARK_STAGES"
 fi

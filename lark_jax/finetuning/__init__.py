@@ -1,7 +1,7 @@
 """Weighted supervised fine-tuning (Eq. 1 of the paper)."""
 
 from lark_jax.finetuning.data import Example, weighted_examples
-from lark_jax.finetuning.identity import FREE_FIELDS
+from lark_jax.finetuning.identity import deciding_settings
 from lark_jax.finetuning.loggers import LOGS
 from lark_jax.finetuning.loop import CHECKPOINTS, FinetuneResult, finetune
 from lark_jax.finetuning.metrics import (
@@ -16,13 +16,13 @@ from lark_jax.finetuning.objective import weighted_cross_entropy
 
 __all__ = [
     "CHECKPOINTS",
-    "FREE_FIELDS",
     "LOGS",
     "Example",
     "FinetuneResult",
     "HeldOutMetrics",
     "StepMetrics",
     "StepTiming",
+    "deciding_settings",
     "finetune",
     "read_held_out",
     "read_metrics",

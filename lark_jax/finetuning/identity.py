@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -26,13 +27,17 @@ FREE_FIELDS = (
 )
 
 
+def deciding_settings(config: FinetuneConfig, holds_out: bool) -> dict[str, Any]:
+    """The settings without those that a continued run may change. Where nothing is held out, when to measure is one."""
+    free = FREE_FIELDS if holds_out else (*FREE_FIELDS, "evaluate_every")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+
+
 def run_identity(
     student: Decoder, examples: Sequence[Example], held_out: Sequence[Example], config: FinetuneConfig, seed: int
 ) -> Identity:
     """Name of each input of the run -> its value or hash."""
-    settings = {
-        f"finetune.{name}": value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
-    }
+    settings = {f"finetune.{name}": value for name, value in deciding_settings(config, bool(held_out)).items()}
     parameters = flatten_parameters(nnx.state(student, nnx.Param))
     in_float32 = {name: value.astype(jnp.float32) for name, value in parameters.items()}
     return {

@@ -102,9 +102,20 @@ def require_installed(names: Sequence[str]) -> None:
 def loggers_of(
     names: Sequence[str], what: str, directory: Path, completed_steps: int, settings: Mapping[str, Any]
 ) -> list[Callable[[], Logger]]:
-    """A function for each of `names` that opens its logger below `directory`."""
+    """A function for each of `names` that opens its logger below `directory`, or raises ConfigError."""
     runs = [RunDescription(what, directory / LOGS / name, completed_steps, settings) for name in names]
-    return [functools.partial(LOGGERS[name].open, run) for name, run in zip(names, runs, strict=True)]
+    return [functools.partial(_opened, name, run) for name, run in zip(names, runs, strict=True)]
+
+
+def _opened(name: str, run: RunDescription) -> Logger:
+    try:
+        return LOGGERS[name].open(run)
+    except Exception as error:  # a service raises what it likes: no login, no network
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"config.finetune.loggers: {name!r} cannot start: {reason}; log in or set it to work offline "
+            "(WANDB_MODE=offline), or leave it out"
+        ) from error
 
 
 def _run_id(path: Path) -> str:

@@ -28,7 +28,7 @@ class StepMetrics:
     step: int  # completed steps, from 1
     epoch: int  # from 1
     loss: float  # Eq. 1: mean over the step's trajectories of w_i * (mean cross-entropy of i), nats per token
-    unweighted_loss: float  # the same with every w_i = 1
+    unweighted_loss: float  # the same with every w_i = 1; a loss that is not finite counts 0 where w_i is 0
     grad_norm: float  # of the gradient of `loss`, before clipping
     learning_rate: float
     trajectories: int

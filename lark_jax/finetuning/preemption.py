@@ -31,6 +31,7 @@ class StopRequest:
         self._number: int | None = None
         self._acted = False
         self._handlers: dict[signal.Signals, object] = {}
+        self._listens = False
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
@@ -45,12 +46,13 @@ class StopRequest:
                 signal.signal(number, _leave_it_to_the_thread)
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
+        self._listens = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._handlers:
+        if not self._listens:
             return
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

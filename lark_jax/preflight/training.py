@@ -87,14 +87,15 @@ def check_training(
 def training_request(
     experiment: Experiment, architecture: Architecture, topology: Topology, lengths: Lengths, remat: str
 ) -> CompileRequest:
-    """The micro-batch with the longest rows, as many as the budget allows, on one mesh over all devices."""
+    """The micro-batch with the longest rows, as many as budget and step allow, on one mesh over all devices."""
     finetune, mesh = experiment.finetune, experiment.mesh
-    length, rows_per_device = longest_rows(lengths, finetune.tokens_per_batch)
+    data = topology.num_devices // mesh.tensor if mesh.data == -1 else mesh.data
+    length, rows_per_device = longest_rows(lengths, finetune.tokens_per_batch, -(-finetune.batch_size // data))
     return CompileRequest(
         step="finetune",
         architecture=architecture,
         topology=topology.name,
-        data=topology.num_devices // mesh.tensor if mesh.data == -1 else mesh.data,
+        data=data,
         tensor=mesh.tensor,
         dtype=finetune.dtype,
         parameters="gathered",

@@ -13,10 +13,10 @@ from lark_jax.config import Experiment
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning import (
     CHECKPOINTS,
-    FREE_FIELDS,
     LOGS,
     Example,
     FinetuneResult,
+    deciding_settings,
     finetune,
     read_held_out,
     read_timings,
@@ -52,12 +52,11 @@ def finetune_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
 def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
     def inputs() -> dict[str, Any]:
         require_manifest(layout.selection(run), "select")
-        recipe = dataclasses.asdict(experiment.finetune)
         return {
             "training_set": layout.hashes.of(layout.selection(run) / TRAIN_JSONL),
             **_held_out_inputs(experiment, layout),
             **student_inputs(experiment, layout),
-            "finetune": {name: value for name, value in recipe.items() if name not in FREE_FIELDS},
+            "finetune": deciding_settings(experiment.finetune, experiment.finetune.held_out_fraction > 0),
             "seed": experiment.seed,
         }
 

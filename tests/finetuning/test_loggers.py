@@ -45,6 +45,18 @@ class RecordingWandb(ModuleType):
         self.finished += 1
 
 
+def test_a_service_that_refuses_to_start_is_one_line_that_names_the_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithoutLogin(RecordingWandb):
+        def init(self, **_: Any) -> "RecordingWandb":
+            raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setitem(sys.modules, "wandb", WithoutLogin())
+    with pytest.raises(ConfigError, match=r"config\.finetune\.loggers: 'wandb' cannot start: no API key configured"):
+        run(tmp_path, dataclasses.replace(SHORT, loggers=("wandb",)))
+
+
 def test_the_configuration_knows_the_same_loggers() -> None:
     assert set(TRAINING_LOGGERS) == set(LOGGERS)
 

@@ -75,6 +75,14 @@ def test_a_signal_that_the_process_ignores_stays_ignored() -> None:
         assert eventually(lambda: stop.after(1) == signal.SIGTERM)
 
 
+def test_nothing_is_left_behind_where_the_process_ignores_both_signals() -> None:
+    threads = threading.active_count()
+    with handling(signal.SIGINT, signal.SIG_IGN), handling(signal.SIGTERM, signal.SIG_IGN), StopRequest():
+        assert threading.active_count() == threads + 1
+    assert threading.active_count() == threads
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 def test_outside_of_the_main_thread_signals_are_left_alone() -> None:
     seen = []
 

@@ -122,6 +122,15 @@ def test_a_changed_run_is_not_continued(
     assert str(raised.value).count("was") == 1
 
 
+def test_when_to_measure_decides_nothing_where_nothing_is_held_out(
+    finished: tuple[Path, FinetuneResult], tmp_path: Path
+) -> None:
+    directory, result = finished
+    copy_with_checkpoint(directory, tmp_path / "run", step=12)
+    again = run(tmp_path / "run", dataclasses.replace(CONFIG, evaluate_every=7))
+    assert again.metrics.read_bytes() == result.metrics.read_bytes()
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(finished: tuple[Path, FinetuneResult], tmp_path: Path) -> None:
     directory, _ = finished
     copy_with_checkpoint(directory, tmp_path / "run", step=12)

@@ -7,6 +7,7 @@ import pytest
 from budget_cases import score_request
 
 from lark_jax.config import REMAT_CHOICES, Experiment, FinetuneConfig, MeshConfig, PoolConfig, StudentConfig
+from lark_jax.finetuning.row_plans import plan_micro_batches
 from lark_jax.preflight import training
 from lark_jax.preflight.cost import Assumptions
 from lark_jax.preflight.hardware import GIB
@@ -113,9 +114,22 @@ def test_flops_are_three_forward_passes_and_what_is_computed_again(monkeypatch: 
 
 
 def test_the_rows_are_the_longest_ones_of_the_run() -> None:
-    assert longest_rows(Lengths((32_767, 100), "given"), 32_768) == (32_768, 1)
-    assert longest_rows(Lengths((2_000, 100), "given"), 32_768) == (2_048, 16)
-    assert longest_rows(Lengths((5_000,), "given"), 32_768) == (5_120, 4)
+    assert longest_rows(Lengths((32_767, 100), "given"), 32_768, 8) == (32_768, 1)
+    assert longest_rows(Lengths((2_000, 100), "given"), 32_768, 64) == (2_048, 16)
+    assert longest_rows(Lengths((5_000,), "given"), 32_768, 64) == (5_120, 4)
+
+
+@pytest.mark.parametrize(("length", "rows_per_step"), [(1_024, 8), (1_024, 1), (4_096, 5), (2_048, 64)])
+def test_the_rows_are_those_that_the_run_makes_of_equal_trajectories(length: int, rows_per_step: int) -> None:
+    """However large the budget; what a step cuts in two for less padding counts as one."""
+    devices = 2
+    plans = plan_micro_batches(dict.fromkeys(range(rows_per_step * devices), length), (length,), 32_768, devices)
+    largest = max(plan.rows for plan in plans) // devices
+    _, rows = longest_rows(Lengths((length,), "given"), 32_768, rows_per_step)
+    assert largest <= rows < 2 * rows_per_step
+
+
+def test_the_request_is_of_the_longest_rows_on_the_mesh_of_the_run() -> None:
     request = training_request(experiment_with(tensor=2), ARCHITECTURE, TOPOLOGY, LENGTHS, "attention")
     assert (request.data, request.tensor, request.length, request.rows_per_device) == (4, 2, 20_096, 1)
     assert dataclasses.replace(request, data=8, tensor=1) == training_request(
