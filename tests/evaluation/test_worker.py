@@ -186,6 +186,8 @@ def test_a_killed_worker_resumes_to_the_same_bytes(tmp_path, random_student, mak
 @pytest.mark.usefixtures("main")
 def test_libtpu_is_hidden_from_vllm_on_a_machine_without_a_tpu(monkeypatch, tmp_path, file, hidden):
     monkeypatch.setitem(sys.modules, "libtpu", sys)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "libtpu.py").touch()  # an installed one, which children would find
     if file is not None:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
@@ -193,6 +195,8 @@ def test_libtpu_is_hidden_from_vllm_on_a_machine_without_a_tpu(monkeypatch, tmp_
 
     hide_libtpu_without_tpu(tmp_path)
     assert (sys.modules["libtpu"] is None) == hidden
+    child = subprocess.run([sys.executable, "-c", "import libtpu"], capture_output=True, check=False)
+    assert (child.returncode != 0) == hidden
 
 
 @pytest.mark.slow

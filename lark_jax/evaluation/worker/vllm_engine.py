@@ -12,6 +12,7 @@ from worker_request import Job, Request, Sample
 CPU_KV_CACHE_BYTES = 1 << 30  # unless two single sequences need more
 CPU_SEQUENCES = 256  # decoded together
 CPU_TOKENS_PER_STEP = 4_096  # or one longest sequence
+WITHOUT_LIBTPU = Path(__file__).with_name("without_libtpu")
 
 
 def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, list[Sample]]]:
@@ -46,11 +47,15 @@ def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, li
 def hide_libtpu_without_tpu(devices: Path = Path("/dev")) -> None:
     """vLLM takes an installed libtpu for a TPU; it may be there only to compile for TPUs ahead of time.
 
+    Hidden from this process and from those that it starts: vLLM looks at a model's class in one of its own.
+
     Args:
       devices: the system's folder of device files; a TPU is one of `accel*` or of `vfio/`, by its driver.
     """
     if not [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]:
         sys.modules["libtpu"] = None  # type: ignore[assignment]  # how Python spells "cannot be imported"
+        search_path = [str(WITHOUT_LIBTPU), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(search_path)
 
 
 def _sampling(request: Request, job: Job) -> Any:
