@@ -54,6 +54,7 @@ def test_a_student_that_fits(tmp_path: Path) -> None:
 def test_fine_tuning_names_the_fastest_policy_that_fits(tmp_path: Path) -> None:
     out = tmp_path / "findings.json"
     flags = ("--lengths=300:64", f"--out={out}", "--config.stages=select,finetune", "--config.mesh.tensor=2")
+    flags = (*flags, "--config.finetune.tokens_per_batch=2048")
     done = preflight(tmp_path, "tiny", "--topology=v5e-4", *flags)
     assert done.returncode == 0, done.stderr
     assert "mesh data=2 x tensor=2; attention splash" in done.stdout
