@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
-from lark_jax.pipeline import Outcome, Task, require_manifest
+from lark_jax.pipeline import Manifest, Outcome, Task, require_manifest
 from lark_jax.pool import read_pool
 from lark_jax.scoring import read_scores
-from lark_jax.selection import Selection, select_trajectories, write_selection
+from lark_jax.selection import Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.score import SCORES
 
@@ -27,15 +27,36 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
             "method": run.method.name,
             "budget": run.budget,
             "seed": experiment.seed,
+            "resample": experiment.select.resample,
         }
 
     def select(directory: Path) -> Outcome:
         pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
         selection = select_trajectories(read_scores(layout.score / SCORES), run.method, run.budget, experiment.seed)
-        write_selection(selection, pool, directory)
-        return outcome_of(selection)
+        copies = experiment.select.resample
+        counts = resampled_counts(selection.choices, copies, experiment.seed) if copies else None
+        write_selection(selection, pool, directory, counts)
+        scored_by = provenance(require_manifest(layout.score, "score"))
+        return dataclasses.replace(outcome_of(selection), notes={"scored_by": scored_by})
 
     return Task(f"select/{run.name}", layout.selection(run), inputs, select)
+
+
+def provenance(score: Manifest) -> dict[str, Any]:
+    """What made the scores, in the selection's own manifest: its folder may be taken to another trainer.
+
+    With the manifest's other entries (hash of the pool, method, budget, seed, versions) nothing about a selection has
+    to be looked up in the working directory that it came from.
+    """
+    tokens = ("tokenizer_sha256", "chat_template_sha256", "frozen_date")
+    return {
+        "student_sha256": score.inputs["student"],
+        **{name: score.outcome.notes[name] for name in tokens},
+        "max_length": score.inputs["max_length"],
+        "dtype": score.inputs["dtype"],
+        "pool_sha256": score.inputs["pool"],
+        "versions": score.versions,
+    }
 
 
 def outcome_of(selection: Selection) -> Outcome:
