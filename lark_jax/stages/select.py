@@ -11,6 +11,7 @@ from lark_jax.scoring import read_scores
 from lark_jax.selection import Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.score import SCORES
+from lark_jax.stages.student import SCORED_WITH
 
 
 def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -36,27 +37,18 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         copies = experiment.select.resample
         counts = resampled_counts(selection.choices, copies, experiment.seed) if copies else None
         write_selection(selection, pool, directory, counts)
-        scored_by = provenance(require_manifest(layout.score, "score"))
-        return dataclasses.replace(outcome_of(selection), notes={"scored_by": scored_by})
+        scored = provenance(require_manifest(layout.score, "score"))
+        return dataclasses.replace(outcome_of(selection), notes={"scored": scored})
 
     return Task(f"select/{run.name}", layout.selection(run), inputs, select)
 
 
 def provenance(score: Manifest) -> dict[str, Any]:
-    """What made the scores, in the selection's own manifest: its folder may be taken to another trainer.
+    """What made the scores, for the selection's own manifest: its folder may be taken to another trainer.
 
-    With the manifest's other entries (hash of the pool, method, budget, seed, versions) nothing about a selection has
-    to be looked up in the working directory that it came from.
+    Null where the manifest of the score stage does not say it.
     """
-    tokens = ("tokenizer_sha256", "chat_template_sha256", "frozen_date")
-    return {
-        "student_sha256": score.inputs["student"],
-        **{name: score.outcome.notes[name] for name in tokens},
-        "max_length": score.inputs["max_length"],
-        "dtype": score.inputs["dtype"],
-        "pool_sha256": score.inputs["pool"],
-        "versions": score.versions,
-    }
+    return {**{name: score.outcome.notes.get(name) for name in SCORED_WITH}, "versions": score.versions}
 
 
 def outcome_of(selection: Selection) -> Outcome:
