@@ -79,7 +79,7 @@ class WeightedCollator(DataCollatorForLanguageModeling):
 
 
 class WeightedSFTTrainer(SFTTrainer):
-    """SFTTrainer with the loss above. Data parallel (DDP, FSDP, ZeRO), any accumulation, with or without LoRA."""
+    """SFTTrainer with the loss above: data parallel, any accumulation, with or without LoRA."""
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the trajectories of the whole step
 
