@@ -78,6 +78,7 @@ class SelectConfig:
     budgets: tuple[int, ...] = (3,)  # B, trajectories kept per problem
     score: str | None = None  # with `weighting`: one more method, "<score>-<weighting>"
     weighting: str | None = None
+    resample: int = 0  # copies per problem in train_resampled.jsonl, for trainers without weights; 0: no such file
 
     def __post_init__(self) -> None:
         _require(len(self.methods) > 0 or self.score is not None, "select.methods", self.methods, "one or more")
@@ -85,6 +86,7 @@ class SelectConfig:
         valid_budgets = len(self.budgets) > 0 and all(budget >= 1 for budget in self.budgets)
         _require(valid_budgets, "select.budgets", self.budgets, "one or more integers >= 1")
         _require(len(set(self.budgets)) == len(self.budgets), "select.budgets", self.budgets, "distinct integers")
+        _require(self.resample >= 0, "select.resample", self.resample, "an integer >= 0")
         both_or_none = (self.score is None) == (self.weighting is None)
         _require(both_or_none, "select.weighting", self.weighting, "score and weighting given together")
 

@@ -35,6 +35,7 @@ def paper_recipe() -> ConfigDict:
     config.select.budgets = (1, 3)  # 5.1 "Selection budgets"
     config.select.score = config_dict.placeholder(str)  # with weighting: one more method, e.g. "g_hat" x "uniform"
     config.select.weighting = config_dict.placeholder(str)
+    config.select.resample = 0  # copies per problem in an unweighted file for other trainers; ours, 0: no such file
 
     config.finetune = ConfigDict()
     config.finetune.learning_rate = 1e-5  # C.3, main experiments (5e-6 for 500 trajectories)

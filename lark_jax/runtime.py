@@ -1,5 +1,6 @@
 """The process around the computation: platform checks, compilation cache, versions, progress with ETA."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from lark_jax import processes
 from lark_jax.errors import ConfigError
+from lark_jax.files import sha256_of_json, sha256_of_path
 
 Item = TypeVar("Item")
 
@@ -91,14 +93,22 @@ def progress(items: Iterable[Item], *, what: str, total: int, unit: str) -> Iter
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of every recorded package that is installed."""
-    versions = {"python": platform.python_version()}
+    """Versions of Python and of every recorded package that is installed, and the hash of our own code."""
+    versions = {"python": platform.python_version(), "lark_jax code": code_hash()}
     for package in RECORDED_PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+@functools.cache
+def code_hash() -> str:
+    """SHA-256 of the package's modules, their names and bytes: one version number covers many states of the code."""
+    package = Path(__file__).parent
+    modules = sorted(package.rglob("*.py"))
+    return sha256_of_json([[path.relative_to(package).as_posix(), sha256_of_path(path)] for path in modules])
 
 
 def hardware() -> str:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from lark_jax.files import read_json, sha256_of_path
+from lark_jax.pool.chat import load_chat_format
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 MINIATURE = {
     "synthetic.num_problems": 6,
@@ -87,6 +90,22 @@ def test_every_stage_runs_and_the_table_and_the_report_come_out(undisturbed: Und
     page = (workdir / "report" / "index.html").read_text()
     assert page.count("<svg") == 3
     assert len(undisturbed.results) > 25
+
+
+@pytest.mark.slow
+def test_a_selection_says_which_student_and_tokens_it_was_made_for(undisturbed: Undisturbed) -> None:
+    workdir = undisturbed.workdir
+    chat = load_chat_format(workdir / "prepare/pretrain/student")
+    scored = read_json(workdir / "selection/lark_B3/manifest.json")["outcome"]["notes"]["scored"]
+    del scored["versions"]
+    assert scored == {
+        "student_sha256": sha256_of_path(workdir / "prepare/pretrain/student"),
+        "tokenizer_sha256": chat.tokenizer_hash,
+        "chat_template_sha256": chat.template_hash,
+        "frozen_date": None,
+        "max_length": 512,
+        "dtype": "float32",
+    }
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from lark_jax.selection.held_out import choose_held_out
 from lark_jax.selection.learnability import lark_scores, learnability_rate
 from lark_jax.selection.methods import METHODS, SCORES, WEIGHTINGS, Method, resolve_methods
 from lark_jax.selection.output import TRAIN_JSONL, WeightedTrajectory, read_training_set, write_selection
+from lark_jax.selection.resampling import resampled_counts
 from lark_jax.selection.selector import Choice, Selection, SelectionCounts, method_scores, select_trajectories
 from lark_jax.selection.weighting import chi2_top_b, uniform_top_b
 
@@ -23,6 +24,7 @@ __all__ = [
     "learnability_rate",
     "method_scores",
     "read_training_set",
+    "resampled_counts",
     "resolve_methods",
     "select_trajectories",
     "uniform_top_b",

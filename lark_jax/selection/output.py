@@ -1,8 +1,13 @@
-"""A selection as training files, and back: train.jsonl, train.parquet, dataset_info.json for LLaMA-Factory."""
+"""A selection as training files, and back.
+
+`train.jsonl` and `train.parquet` hold the same rows; `train_resampled.jsonl` repeats rows in place of weights.
+`dataset_info.json` describes them to LLaMA-Factory, and the data set card `README.md` to the `datasets` library, which
+would otherwise take every file called "train..." for a piece of one data set.
+"""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark_jax.errors import SelectionError
-from lark_jax.files import atomic_path, write_json, write_jsonl
+from lark_jax.files import atomic_path, write_json, write_jsonl, write_text
 from lark_jax.pool.records import ROLES, Message, Pool, Trajectory
 from lark_jax.selection.selector import Choice, Selection
 
 TRAIN_JSONL = "train.jsonl"
 TRAIN_PARQUET = "train.parquet"
+TRAIN_RESAMPLED = "train_resampled.jsonl"
 DATASET_INFO = "dataset_info.json"
+CARD = "README.md"
 
 _IDENTITY = ("problem_id", "candidate_id", "teacher")
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -25,7 +32,7 @@ _META = pa.struct(
     [
         *((name, pa.string()) for name in _IDENTITY),
         ("score", pa.float64()),
-        ("rank", pa.int32()),
+        ("rank", pa.int64()),  # what a JSON reader makes of it
     ]
 )
 TRAIN_SCHEMA = pa.schema([("messages", pa.list_(_MESSAGE)), ("weight", pa.float64()), ("meta", _META)])
@@ -37,21 +44,33 @@ class WeightedTrajectory:
     weight: float  # q_k of Eq. 1, > 0; sums to 1 over the trajectories of a problem
 
 
-def write_selection(selection: Selection, pool: Pool, directory: str | Path) -> None:
+def write_selection(
+    selection: Selection, pool: Pool, directory: str | Path, resampled: Sequence[int] | None = None
+) -> None:
     """Writes the chosen trajectories of positive weight, messages exactly as in the pool, in the order of the choices.
 
     Each row: `messages`, `weight`, `meta` with problem_id, candidate_id, teacher, score and rank. Equal arguments give
     equal bytes. Choices of weight 0 would train nothing; they stay in `selection.counts`.
 
+    Args:
+      resampled: how often each choice stands in `train_resampled.jsonl`, whose rows have no `weight`
+        (see `resampled_counts`); without it there is no such file.
+
     Raises:
       SelectionError: the pool does not hold a chosen candidate.
     """
     directory = Path(directory)
-    rows = list(_rows(selection, pool))
-    write_jsonl(directory / TRAIN_JSONL, rows)
+    rows = _rows(selection, pool)
+    weighted = [row for row in rows if row["weight"] > 0]
+    write_jsonl(directory / TRAIN_JSONL, weighted)
     with atomic_path(directory / TRAIN_PARQUET) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=TRAIN_SCHEMA), temporary)
-    write_json(directory / DATASET_INFO, _dataset_info(selection.name))
+        pq.write_table(pa.Table.from_pylist(weighted, schema=TRAIN_SCHEMA), temporary)
+    files = {"weighted": TRAIN_JSONL}
+    if resampled is not None:
+        write_jsonl(directory / TRAIN_RESAMPLED, _repeated(rows, resampled))
+        files["resampled"] = TRAIN_RESAMPLED
+    write_json(directory / DATASET_INFO, _dataset_info(selection.name, files))
+    write_text(directory / CARD, _card(selection, files))
 
 
 def read_training_set(directory: str | Path) -> tuple[WeightedTrajectory, ...]:
@@ -67,15 +86,16 @@ def read_training_set(directory: str | Path) -> tuple[WeightedTrajectory, ...]:
         return tuple(_weighted_trajectory(line, f"{path}:{number}") for number, line in enumerate(lines, start=1))
 
 
-def _rows(selection: Selection, pool: Pool) -> Iterator[dict[str, Any]]:
+def _rows(selection: Selection, pool: Pool) -> list[dict[str, Any]]:
     trajectories = {(item.problem_id, item.candidate_id): item for item in pool.trajectories}
+    rows = []
     for choice in selection.choices:
         trajectory = trajectories.get((choice.problem_id, choice.candidate_id))
         if trajectory is None:
             name = f"{choice.problem_id}/{choice.candidate_id}"
             raise SelectionError(f"selection {selection.name}: the pool has no candidate {name}; score this pool again")
-        if choice.weight > 0:
-            yield _row(choice, trajectory)
+        rows.append(_row(choice, trajectory))
+    return rows
 
 
 def _row(choice: Choice, trajectory: Trajectory) -> dict[str, Any]:
@@ -92,7 +112,13 @@ def _row(choice: Choice, trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def _dataset_info(name: str) -> dict[str, Any]:
+def _repeated(rows: Sequence[dict[str, Any]], counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    for row, count in zip(rows, counts, strict=True):
+        unweighted = {name: value for name, value in row.items() if name != "weight"}
+        yield from [unweighted] * count
+
+
+def _dataset_info(name: str, files: Mapping[str, str]) -> dict[str, Any]:
     """LLaMA-Factory's description of role/content messages. It knows no weights: it trains with equal ones."""
     tags = {
         "role_tag": "role",
@@ -101,8 +127,37 @@ def _dataset_info(name: str) -> dict[str, Any]:
         "assistant_tag": "assistant",
         "system_tag": "system",
     }
-    columns = {"messages": "messages"}
-    return {name: {"file_name": TRAIN_JSONL, "formatting": "sharegpt", "columns": columns, "tags": tags}}
+    description = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    names = {"weighted": name, "resampled": f"{name}_resampled"}
+    return {names[kind]: {"file_name": file, **description} for kind, file in files.items()}
+
+
+def _card(selection: Selection, files: Mapping[str, str]) -> str:
+    """A data set card: which file is which configuration, for `load_dataset(folder)` here or on the hub.
+
+    All are JSON lines: the library reads every configuration of a folder in the format of the first.
+    """
+    configs = "".join(
+        f"- config_name: {kind}\n  data_files: {file}\n  default: {json.dumps(file == TRAIN_JSONL)}\n"
+        for kind, file in files.items()
+    )
+    return _CARD.format(name=selection.name, method=selection.method, budget=selection.budget, configs=configs)
+
+
+_CARD = f"""---
+configs:
+{{configs}}---
+# {{name}}
+
+Trajectories that the method `{{method}}` selected for one student, at most {{budget}} per problem.
+
+- `{TRAIN_JSONL}`, and the same rows in `{TRAIN_PARQUET}`: `messages` as in the pool, `weight` (> 0; sums to 1 over the
+  rows of a problem), `meta`. A trainer that ignores `weight` trains another objective.
+- `{TRAIN_RESAMPLED}`, where it was asked for: for trainers without weights. Rows have no `weight`; each is repeated in
+  proportion to it, on average.
+- `{DATASET_INFO}`: the same for LLaMA-Factory.
+- `manifest.json`: hashes of pool, student, tokenizer, chat template and code; counts; what was left out.
+"""
 
 
 def _weighted_trajectory(line: str, location: str) -> WeightedTrajectory:

@@ -31,7 +31,7 @@ from lark_jax.scoring.mesh_choice import fits_one_process
 from lark_jax.scoring.parameter_axes import choose_parameter_axes, smallest_device_memory
 from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout
-from lark_jax.stages.student import notes_on, open_chat, student_inputs
+from lark_jax.stages.student import open_chat, scored_with, student_inputs
 from lark_jax.students import Decoder, load_student, local_folder, lossless_dtype, read_architecture
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.attention import describe_backend, kernel_platform
@@ -87,7 +87,7 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
         refuse_if_nothing_scored(scores)
         write_scores(directory / SCORES, scores)
         measured = {**throughput.notes(), "share_of_process": processes.label() if own else None}
-        notes = {**notes_on(chat), "batches": workload.notes(), "throughput": measured}
+        notes = {**scored_with(experiment, layout, chat), "batches": workload.notes(), "throughput": measured}
         return dataclasses.replace(outcome_of(pool, scores), notes=notes)
 
     return [Task("score", layout.score, inputs, run, scratch=(PARTS,), everywhere=True)]

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
-from lark_jax.pipeline import Outcome, Task, require_manifest
+from lark_jax.pipeline import Manifest, Outcome, Task, require_manifest
 from lark_jax.pool import read_pool
 from lark_jax.scoring import read_scores
-from lark_jax.selection import Selection, select_trajectories, write_selection
+from lark_jax.selection import Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.score import SCORES
+from lark_jax.stages.student import SCORED_WITH
 
 
 def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -27,15 +28,27 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
             "method": run.method.name,
             "budget": run.budget,
             "seed": experiment.seed,
+            "resample": experiment.select.resample,
         }
 
     def select(directory: Path) -> Outcome:
         pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
         selection = select_trajectories(read_scores(layout.score / SCORES), run.method, run.budget, experiment.seed)
-        write_selection(selection, pool, directory)
-        return outcome_of(selection)
+        copies = experiment.select.resample
+        counts = resampled_counts(selection.choices, copies, experiment.seed) if copies else None
+        write_selection(selection, pool, directory, counts)
+        scored = provenance(require_manifest(layout.score, "score"))
+        return dataclasses.replace(outcome_of(selection), notes={"scored": scored})
 
     return Task(f"select/{run.name}", layout.selection(run), inputs, select)
+
+
+def provenance(score: Manifest) -> dict[str, Any]:
+    """What made the scores, for the selection's own manifest: its folder may be taken to another trainer.
+
+    Null where the manifest of the score stage does not say it.
+    """
+    return {**{name: score.outcome.notes.get(name) for name in SCORED_WITH}, "versions": score.versions}
 
 
 def outcome_of(selection: Selection) -> Outcome:

@@ -21,6 +21,20 @@ def student_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
     }
 
 
+# Notes of the score stage, and of each selection, on the student that made the scores.
+SCORED_WITH = ("student_sha256", "max_length", "dtype", "tokenizer_sha256", "chat_template_sha256", "frozen_date")
+
+
+def scored_with(experiment: Experiment, layout: Layout, chat: ChatFormat) -> dict[str, Any]:
+    """The values of `SCORED_WITH`."""
+    return {
+        "student_sha256": layout.hashes.of(local_folder(experiment.student.path)),
+        "max_length": experiment.student.max_length,
+        "dtype": experiment.score.dtype,
+        **notes_on(chat),
+    }
+
+
 def open_chat(experiment: Experiment) -> ChatFormat:
     """The chat format of the student.
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from lark_jax.errors import SelectionError
 from lark_jax.pool.records import Message, Pool, Trajectory
 from lark_jax.selection import Choice, Selection, SelectionCounts, read_training_set, write_selection
+from lark_jax.selection.output import TRAIN_SCHEMA
 
-FILES = ["dataset_info.json", "train.jsonl", "train.parquet"]
+FILES = ["README.md", "dataset_info.json", "train.jsonl", "train.parquet"]
 AWKWARD = 'tab\t "quotes" \\boxed{½}\r\nnext\u2028line \u0000 \x85 𝒙 trailing  \n'
 
 
@@ -101,17 +102,54 @@ def test_dataset_info_describes_the_training_file_to_llama_factory(tmp_path):
     assert entry["tags"]["content_tag"] == "content"
 
 
-@pytest.mark.parametrize(("builder", "file"), [("json", "train.jsonl"), ("parquet", "train.parquet")])
-def test_the_datasets_library_loads_the_training_files(tmp_path, builder, file):
-    datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
-    pool = Pool((_trajectory("c0"), _trajectory("c1", AWKWARD)))
-    write_selection(_selection([_choice("c1", 0.7), _choice("c0", 0.3, rank=2)]), pool, tmp_path)
-    loaded = datasets.load_dataset(
-        builder, data_files=str(tmp_path / file), split="train", cache_dir=tmp_path / "cache"
-    )
-    assert loaded.column_names == ["messages", "weight", "meta"]
-    assert loaded["weight"] == [0.7, 0.3]
+def test_the_resampled_file_repeats_rows_without_their_weights(tmp_path):
+    pool = Pool(tuple(_trajectory(f"c{k}", AWKWARD * k or "x") for k in range(4)))
+    choices = [_choice("c2", 0.6), _choice("c0", 0.3, 2), _choice("c3", 0.1, 3), _choice("c1", 0.0, 4)]
+    write_selection(_selection(choices), pool, tmp_path, resampled=(2, 1, 0, 0))
+    weighted, repeated = (_lines(tmp_path / name) for name in ("train.jsonl", "train_resampled.jsonl"))
+    for row in weighted:
+        del row["weight"]
+    assert repeated == [weighted[0], weighted[0], weighted[1]]
+
+
+def test_each_data_set_of_llama_factory_names_its_file(tmp_path):
+    write_selection(_selection([_choice("c0")]), Pool((_trajectory("c0"),)), tmp_path, resampled=(3,))
+    info = json.loads((tmp_path / "dataset_info.json").read_text())
+    files = {name: entry.pop("file_name") for name, entry in info.items()}
+    assert files == {"lark_B3": "train.jsonl", "lark_B3_resampled": "train_resampled.jsonl"}
+    assert info["lark_B3"] == info["lark_B3_resampled"]
+
+
+@pytest.fixture
+def datasets(tmp_path_factory, monkeypatch):
+    module = pytest.importorskip("datasets", reason="the datasets library is not installed")
+    monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    return module
+
+
+@pytest.mark.parametrize("arguments", [{}, {"name": "weighted"}, {"data_files": "train.parquet"}], ids=str)
+def test_the_datasets_library_loads_the_folder_byte_for_byte(tmp_path, datasets, arguments):
+    pool = Pool((_trajectory("c0"), _trajectory("c1", AWKWARD, system="")))
+    choices = [_choice("c1", 1.0), _choice("c0", 2.0, rank=2)]  # written "1.0": must not become integers
+    write_selection(_selection(choices), pool, tmp_path, resampled=(2, 1))
+    (tmp_path / "manifest.json").write_text('{"name": "select/lark_B3"}')
+    loaded = datasets.load_dataset(str(tmp_path), split="train", **arguments)
+    assert loaded.to_list() == _lines(tmp_path / "train.jsonl")
+    assert loaded[0]["messages"][0] == {"role": "system", "content": ""}
     assert loaded[0]["messages"][-1] == {"role": "assistant", "content": AWKWARD}
+    assert loaded.features == datasets.Features.from_arrow_schema(TRAIN_SCHEMA)
+
+
+def test_the_datasets_library_loads_the_resampled_rows_by_name(tmp_path, datasets):
+    pool = Pool((_trajectory("c0"), _trajectory("c1", AWKWARD)))
+    write_selection(_selection([_choice("c1"), _choice("c0", rank=2)]), pool, tmp_path, resampled=(2, 1))
+    loaded = datasets.load_dataset(str(tmp_path), "resampled", split="train")
+    assert loaded.to_list() == _lines(tmp_path / "train_resampled.jsonl")
+    assert set(loaded.features) == {"messages", "meta"}
+
+
+def _lines(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 VALID_ROW = {

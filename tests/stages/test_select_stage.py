@@ -1,0 +1,102 @@
+"""What a selection's folder says about itself, and which settings make it anew."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lark_jax.config import experiment_from_mapping
+from lark_jax.files import read_json, write_jsonl
+from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest, run_tasks
+from lark_jax.runtime import code_hash
+from lark_jax.scoring import CandidateScore, write_scores
+from lark_jax.selection import read_training_set
+from lark_jax.stages.layout import Layout
+from lark_jax.stages.score import SCORES
+from lark_jax.stages.select import select_tasks
+
+SCORED = {"student_sha256": "ab12", "tokenizer_sha256": "cd34", "chat_template_sha256": "ef56", "frozen_date": None}
+PROBLEMS, CANDIDATES, BUDGET = 3, 6, 2
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    records = [
+        {
+            "problem_id": f"p{p}",
+            "candidate_id": f"c{c}",
+            "teacher": "teacher",
+            "messages": [{"role": "user", "content": f"Question {p}?"}, {"role": "assistant", "content": f"{p} {c}"}],
+        }
+        for p in range(PROBLEMS)
+        for c in range(CANDIDATES)
+    ]
+    write_jsonl(tmp_path / "pool.jsonl", records)
+    return tmp_path / "pool.jsonl"
+
+
+def selected(pool: Path, **select: object) -> Path:
+    """The folder of the one selection, made from a finished score stage without a student."""
+    experiment = experiment_from_mapping(
+        {
+            "workdir": str(pool.parent / "run"),
+            "student": {"path": "never read"},
+            "pool": {"path": str(pool)},
+            "stages": ("score", "select"),
+            "select": {"methods": ("lark",), "budgets": (BUDGET,), **select},
+        }
+    )
+    layout = Layout.of(experiment)
+    run_tasks([scored(layout)])
+    run_tasks(select_tasks(experiment, layout))
+    return layout.selection(layout.runs[0])
+
+
+def scored(layout: Layout) -> Task:
+    rng = np.random.default_rng(3)  # the same table on every call: else select would run for that reason
+
+    def write(directory: Path) -> Outcome:
+        write_scores(
+            directory / SCORES,
+            [
+                CandidateScore(f"p{p}", f"c{c}", "teacher", 5, 9, False, *rng.uniform(0.1, 0.9, 6).tolist())
+                for p in range(PROBLEMS)
+                for c in range(CANDIDATES)
+            ],
+        )
+        return Outcome(counts={}, notes={**SCORED, "max_length": 512, "dtype": "float32", "throughput": 3})
+
+    return Task("score", layout.score, dict, write)
+
+
+def manifest_of(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return manifest
+
+
+def test_the_manifest_carries_what_made_the_scores_and_the_selection(pool: Path) -> None:
+    folder = selected(pool)
+    manifest = manifest_of(folder)
+    versions = manifest_of(folder.parents[1] / "score").versions
+    assert manifest.outcome.notes["scored"] == {
+        **SCORED,
+        "max_length": 512,
+        "dtype": "float32",
+        "versions": versions,
+    }
+    assert {"scores", "pool", "method", "budget", "seed", "resample"} <= set(manifest.inputs)
+    assert manifest.versions["lark_jax code"] == code_hash()
+    assert str(pool.parent) not in (folder / MANIFEST).read_text(), "no path that another machine does not have"
+
+
+def test_resampling_writes_one_more_file_and_leaves_the_weighted_ones_as_they_are(pool: Path) -> None:
+    folder = selected(pool)
+    before = {path.name: path.read_bytes() for path in folder.glob("train*")}
+    assert "train_resampled.jsonl" not in before
+    assert selected(pool, resample=5) == folder
+    after = {path.name: path.read_bytes() for path in folder.glob("train*")}
+    assert after.pop("train_resampled.jsonl").count(b"\n") == PROBLEMS * 5
+    assert after == before
+    assert set(read_json(folder / "dataset_info.json")) == {"lark_B2", "lark_B2_resampled"}
+    assert len(read_training_set(folder)) <= PROBLEMS * BUDGET
