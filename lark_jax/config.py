@@ -23,7 +23,7 @@ from lark_jax.judge_config import JudgeConfig
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
-SCORE_METRICS = ("rule_quality",)  # keys of stages.metrics.METRICS
+SCORE_METRICS = ("judge", "rule_quality")  # keys of stages.metrics.METRICS
 TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGERS
 REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
 STUDENT_PLACEHOLDER = "{student}"  # in evaluate.server_model
@@ -67,6 +67,8 @@ class ScoreConfig:
         for metric in self.metrics:
             _require_one_of("score.metrics", metric, SCORE_METRICS)
         _require(len(set(self.metrics)) == len(self.metrics), "score.metrics", self.metrics, "each at most once")
+        if "judge" in self.metrics:
+            self.judge.require_usable()
         _require(self.vocab_chunk >= 1, "score.vocab_chunk", self.vocab_chunk, "an integer >= 1")
         _require_one_of("score.attention", self.attention, ("auto", *ATTENTION_BACKENDS))
         _require_one_of("score.parameters", self.parameters, ("auto", "replicated", "gathered"))

@@ -56,6 +56,10 @@ def check_paths(experiment: Experiment) -> None:
         require_installed(experiment.finetune.loggers)
     evaluating = "evaluate" in experiment.stages
     paths = [("pool.path", experiment.pool.path), ("student.chat_template", experiment.student.chat_template)]
+    judge = experiment.score.judge
+    if "score" in experiment.stages and "judge" in experiment.score.metrics:
+        paths += [("score.judge.prompt_file", judge.prompt_file)]
+        paths += [("score.judge.model", judge.model if judge.engine == "vllm" else None)]
     if evaluating:
         paths += [("evaluate.benchmarks", path) for path in experiment.evaluate.benchmarks]
         paths += [("evaluate.python", experiment.evaluate.python)]

@@ -58,6 +58,11 @@ class Layout:
         return self.root / "metrics" / name
 
     @property
+    def judge(self) -> Path:
+        """A judge's answers: not in the folder of its metric, which another rubric empties."""
+        return self.root / "judge"
+
+    @property
     def report(self) -> Path:
         return self.root / "report"
 
