@@ -1,5 +1,6 @@
 """Trajectories before a judge behind a scripted server: what is asked, what is kept, what is listed."""
 
+import itertools
 import json
 import threading
 import time
@@ -175,7 +176,7 @@ def test_a_flood_of_429_is_waited_out_by_everybody(tmp_path):
         judged = judge(server, pool_of(*map(str, range(20))), tmp_path / "a", retries=0, concurrency=6)
         assert len(server.asked) == 26
     assert judged.reasons == {}
-    assert times[6] - times[5] > 0.25
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) > 0.25
 
 
 def test_the_rate_limit_is_kept(tmp_path):
@@ -189,12 +190,10 @@ def test_the_rate_limit_is_kept(tmp_path):
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_wrong_key_or_model_ends_the_run_at_once_with_address_and_reason(tmp_path, status):
     with serving(lambda *_: json_reply({"error": {"message": "the model `x` does not exist"}}, status)) as server:
-        with pytest.raises(
-            JudgeError, match=rf"judge big-judge at http://.*HTTP {status}: the model `x` does not"
-        ) as e:
+        with pytest.raises(JudgeError, match=rf"big-judge at http://.*HTTP {status}: the model `x`") as caught:
             judge(server, pool_of(*map(str, range(50))), tmp_path / "a", concurrency=2)
         assert len(server.asked) <= 4
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [500, 400])

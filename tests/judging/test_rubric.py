@@ -13,7 +13,7 @@ GOOD = 'criteria = ["taste"]\nuser = "{problem} and {reasoning}"\n'
 
 
 def trajectory(*turns, response="Because."):
-    messages = tuple(Message(role, text) for role, text in turns) + (Message("assistant", response),)
+    messages = (*(Message(role, text) for role, text in turns), Message("assistant", response))
     return Trajectory("p", "c", "t", messages, "pool.jsonl:1")
 
 
