@@ -6,16 +6,18 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lark_jax.config import experiment_from_mapping
+from lark_jax.errors import JudgeError
 from lark_jax.evaluation.engines import WORKER, run_generation
 from lark_jax.files import write_jsonl
 from lark_jax.pipeline import read_manifest, run_tasks
+from lark_jax.scoring.metric_columns import read_metric
 from lark_jax.stages.judge import JUDGE
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import metric_task
@@ -77,8 +79,8 @@ def test_a_server_gives_the_samples_of_the_offline_engine(served, tmp_path, rand
     assert len(set(texts["openai"])) == len(texts["openai"]) == 16
 
 
-@pytest.mark.slow
-def test_a_served_judge_and_an_offline_one_answer_alike(served, tmp_path, random_student):
+def judged_task(folder, url, engine, model, **judge):
+    """The metric "judge" over a small pool as a task, and where its files are."""
     rows = [
         {
             "problem_id": "p",
@@ -88,26 +90,47 @@ def test_a_served_judge_and_an_offline_one_answer_alike(served, tmp_path, random
         }
         for index in range(TRAJECTORIES)
     ]
-    write_jsonl(tmp_path / "pool.jsonl", rows)
-    (tmp_path / "rubric.toml").write_text(RUBRIC)
+    folder.mkdir()
+    write_jsonl(folder / "pool.jsonl", rows)
+    (folder / "rubric.toml").write_text(RUBRIC)
+    asked = {"engine": engine, "model": str(model), "server": url, "prompt_file": str(folder / "rubric.toml")}
+    values = {
+        "workdir": str(folder / "run"),
+        "stages": ("score",),
+        "student": {"path": "unused"},
+        "pool": {"path": str(folder / "pool.jsonl")},
+        "score": {"metrics": ("judge",), "judge": {**asked, **judge}},
+    }
+    experiment = experiment_from_mapping(values)
+    layout = Layout.of(experiment)
+    return metric_task("judge", JUDGE, experiment, layout), layout
+
+
+@pytest.mark.slow
+def test_a_served_judge_and_an_offline_one_say_the_same(served, tmp_path, random_student):
+    """Random weights ramble until they are cut off, so that a greedy judge is of no use; but both ramble alike."""
     answers = {}
-    for engine, model in (("openai", "student-"), ("vllm", str(random_student))):
-        judge = {"engine": engine, "model": model, "server": served, "prompt_file": str(tmp_path / "rubric.toml")}
-        values = {
-            "workdir": str(tmp_path / engine),
-            "stages": ("score",),
-            "student": {"path": str(random_student)},
-            "pool": {"path": str(tmp_path / "pool.jsonl")},
-            "score": {"metrics": ("judge",), "judge": {**judge, "max_tokens": 200, "attempts": 1}},
-        }
-        experiment = experiment_from_mapping(values)
-        layout = Layout.of(experiment)
-        run_tasks([metric_task("judge", JUDGE, experiment, layout)])
+    for engine, model in (("openai", "student-"), ("vllm", random_student)):
+        task, layout = judged_task(tmp_path / engine, served, engine, model, max_tokens=100, attempts=1)
+        with pytest.raises(JudgeError, match=r"no use for any of 6 trajectories; the first: .* it was cut off"):
+            run_tasks([task])
         kept = [json.loads(line) for line in (layout.judge / "answers.jsonl").read_text().splitlines()]
         answers[engine] = sorted((answer["text"], answer["finish_reason"]) for answer in kept)
-        manifest = read_manifest(layout.metric("judge"))
-        assert manifest is not None
-        assert manifest.outcome.counts["questions asked"] == TRAJECTORIES
-        assert run_tasks([metric_task("judge", JUDGE, experiment, layout)]) == 0
     assert answers["openai"] == answers["vllm"]
-    assert all(text.lstrip().startswith("{") for text, _ in answers["openai"])  # the schema held a random model
+    assert len(answers["openai"]) == TRAJECTORIES
+    assert all(text.lstrip().startswith("{") for text, _ in answers["openai"])  # the schema holds random weights
+
+
+@pytest.mark.slow
+def test_verdicts_of_a_served_model_fill_the_column(served, tmp_path):
+    """Drawn at random within the schema, strings end sooner or later."""
+    settings = {"max_tokens": 400, "attempts": 4, "temperature": 2.0}
+    task, layout = judged_task(tmp_path / "random", served, "openai", "student-", **settings)
+    assert run_tasks([task]) == 1
+    assert run_tasks([task]) == 0
+    scores = read_metric(layout.metric("judge") / "columns.parquet").values["judge"]
+    verdicts = (layout.metric("judge") / "verdicts.jsonl").read_text().splitlines()
+    manifest = read_manifest(layout.metric("judge"))
+    assert manifest is not None
+    assert np.isfinite(scores).sum() == len(verdicts) == TRAJECTORIES - len(manifest.outcome.skipped) > 0
+    assert ((scores >= 0) & (scores <= 1) | np.isnan(scores)).all()
