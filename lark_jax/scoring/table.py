@@ -115,7 +115,7 @@ class ScoreTable:
         encoded = _single(self.table.column(name).combine_chunks()).dictionary_encode()
         return _single(encoded).indices.to_numpy().astype(np.int64)
 
-    def texts(self, name: str, rows: np.ndarray) -> list[str]:
+    def texts(self, name: str, rows: Sequence[int] | np.ndarray) -> list[str]:
         """A column of texts at some of the rows."""
         return self.table.column(name).take(pa.array(rows, pa.int64())).to_pylist()
 

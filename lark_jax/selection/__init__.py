@@ -3,7 +3,7 @@
 from lark_jax.selection.held_out import choose_held_out
 from lark_jax.selection.learnability import lark_scores, learnability_rate
 from lark_jax.selection.methods import METHODS, Method, require_metrics, resolve_methods
-from lark_jax.selection.output import TRAIN_JSONL, WeightedTrajectory, read_training_set, write_selection
+from lark_jax.selection.output import TRAIN_JSONL, TRAIN_PARQUET, WeightedTrajectory, read_training_set, write_selection
 from lark_jax.selection.scores import SCORES, Score
 from lark_jax.selection.selector import Choice, Selection, SelectionCounts, method_scores, select_trajectories
 from lark_jax.selection.weightings import WEIGHTINGS, Weighting
@@ -14,6 +14,7 @@ __all__ = [
     "METHODS",
     "SCORES",
     "TRAIN_JSONL",
+    "TRAIN_PARQUET",
     "WEIGHTINGS",
     "Choice",
     "Method",

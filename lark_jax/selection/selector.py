@@ -97,7 +97,6 @@ def weigh(candidates: Candidates, method: Method, budget: int, seed: int) -> Wei
     """
     arrays = method.score.read(candidates, seed)
     with _float64_on_host():
-        # NumPy's memory is handed over as it is: a copy would take longer than the arithmetic.
         found = _weigh(arrays, candidates.valid, method.score.compute, method.weighting, budget)
         return Weighed(*(np.asarray(array) for array in found))
 
@@ -112,9 +111,7 @@ def _weigh(
     return values, takes_part, descending_ranks(values, takes_part), weights, tau
 
 
-def method_scores(
-    scores: ScoreTable | Sequence[CandidateScore], method: Method, seed: int
-) -> tuple[float, ...]:
+def method_scores(scores: ScoreTable | Sequence[CandidateScore], method: Method, seed: int) -> tuple[float, ...]:
     """The method's score of every row of the table, in table order, NaN where a candidate is not valid (Figure 9)."""
     candidates = group_by_problem(scores)
     values_nk = weigh(candidates, method, 1, seed).scores

@@ -25,6 +25,7 @@ from lark_jax.report.content import (
     LandscapeCandidate,
     LossCurve,
     Sample,
+    SelectionComparison,
     Setting,
     StageSummary,
     settings_from,
@@ -35,6 +36,7 @@ from lark_jax.selection import METHODS, Choice, method_scores, select_trajectori
 from lark_jax.stages.evaluate import benchmarks_of, engine_of
 from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.score_table import SCORES
+from lark_jax.stages.selections import comparison_of, read_picks
 
 TABLE = "table.txt"
 PROBLEMS_SHOWN = 2  # of each benchmark, with an answer of every student
@@ -73,6 +75,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         results=tuple(_results(experiment, layout)),
         interval_note=f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples",
         curves=tuple(_curves(layout)),
+        selections=_selections(layout),
         landscape=_landscape(experiment, layout),
         samples=tuple(_samples(experiment, layout)),
         stages=tuple(_summaries(layout)),
@@ -154,6 +157,15 @@ def loss_curve(method: str, budget: int | None, directory: Path) -> LossCurve:
 
 def _curve_point(metrics: StepMetrics | HeldOutMetrics) -> CurvePoint:
     return CurvePoint(metrics.step, metrics.trajectories_seen, metrics.target_tokens_seen, metrics.loss)
+
+
+def _selections(layout: Layout) -> SelectionComparison | None:
+    """The finished selections of the experiment beside each other; None without two of them."""
+    finished = [run for run in layout.runs if read_manifest(layout.selection(run)) is not None]
+    if len(finished) < 2 or read_manifest(layout.score) is None:
+        return None
+    picks = [(run.method.name, run.budget, read_picks(layout.selection(run))) for run in finished]
+    return comparison_of(read_score_table(layout.score / SCORES), picks)
 
 
 def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:

@@ -32,7 +32,9 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
 
     def select(directory: Path) -> Outcome:
         pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
-        selection = select_trajectories(read_score_table(layout.score / SCORES), run.method, run.budget, experiment.seed)
+        selection = select_trajectories(
+            read_score_table(layout.score / SCORES), run.method, run.budget, experiment.seed
+        )
         write_selection(selection, pool, directory)
         return outcome_of(selection)
 

@@ -47,7 +47,9 @@ def rule_quality(rows: Sequence[Row]) -> Scores:
         if len(set(values)) < 2:
             continue
         mean, deviation = statistics.fmean(values), statistics.pstdev(values)
-        scores = [s if s is None else s + weight * (r[name] - mean) / deviation for s, r in zip(scores, rows, strict=True)]
+        scores = [
+            s if s is None else s + weight * (r[name] - mean) / deviation for s, r in zip(scores, rows, strict=True)
+        ]
     return scores
 
 
