@@ -128,19 +128,22 @@ class OfflineJudge:
         for path in (self._output, self._output.with_name(self._output.name + ".partial")):
             if not path.exists():
                 continue
-            for record in _whole_records(path):
-                (sample,) = record["samples"]
-                if record["problem_id"] not in answers:
-                    answers.add(record["problem_id"], Answer(sample["text"], sample["finish_reason"]))
+            for key, answer in _finished(path):
+                if key not in answers:
+                    answers.add(key, answer)
             path.unlink()
 
 
-def _whole_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines after the header that are there to their end; the last may have been cut short."""
+def _finished(path: Path) -> Iterator[tuple[str, Answer]]:
+    """Keys and answers of a worker's file, from the line after its header. What cannot be read is asked again."""
     with path.open("rb") as stream:
         for line in itertools.islice(stream, 1, None):
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+            try:
+                record = json.loads(line)
+                (sample,) = record["samples"]
+                yield record["problem_id"], Answer(sample["text"], sample["finish_reason"])
+            except (ValueError, KeyError, TypeError):  # cut short by the end of the worker
+                continue
 
 
 def _load_tokenizer(folder: Path) -> Any:
