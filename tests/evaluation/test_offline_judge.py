@@ -1,4 +1,4 @@
-"""The judge in a local folder: what it hands to the worker, and what it takes back. The worker itself is a fake here."""
+"""The judge in a local folder: what it hands to the worker and what it takes back. The worker is a fake here."""
 
 import json
 from pathlib import Path
