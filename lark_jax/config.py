@@ -14,23 +14,20 @@ from typing import Any, TypeVar
 
 from ml_collections import FieldReference
 
+from lark_jax.config_checks import require as _require
+from lark_jax.config_checks import require_one_of as _require_one_of
+from lark_jax.config_checks import require_url as _require_url
 from lark_jax.errors import ConfigError
+from lark_jax.judge_config import JudgeConfig
 
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
+SCORE_METRICS = ("judge", "rule_quality")  # keys of stages.metrics.METRICS
 TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGERS
 REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
+STUDENT_PLACEHOLDER = "{student}"  # in evaluate.server_model
 Section = TypeVar("Section")
-
-
-def _require(condition: bool, field: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"config.{field}: expected {allowed}, got {value!r}")
-
-
-def _require_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, field, value, "one of " + ", ".join(repr(choice) for choice in allowed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +55,20 @@ class PoolConfig:
 class ScoreConfig:
     tokens_per_batch: int = 32_768  # tokens per device and step at most, padding included
     dtype: str = "bfloat16"  # of parameters and activations; statistics are always float32
-    metrics: tuple[str, ...] = ()  # further columns; none is registered yet
+    metrics: tuple[str, ...] = ()  # further columns of the score table, from SCORE_METRICS; an added one runs alone
     vocab_chunk: int = 4_096  # vocabulary rows per pass; the widest logits that ever exist
     attention: str = "auto"  # by platform and row length, or one of ATTENTION_BACKENDS
     parameters: str = "auto"  # of the student: "replicated", "gathered" layer by layer, or what fits
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)  # of the metric "judge"
 
     def __post_init__(self) -> None:
         _require(self.tokens_per_batch >= 1, "score.tokens_per_batch", self.tokens_per_batch, "an integer >= 1")
         _require_one_of("score.dtype", self.dtype, DTYPES)
-        _require(self.metrics == (), "score.metrics", self.metrics, "(): no further metric is registered yet")
+        for metric in self.metrics:
+            _require_one_of("score.metrics", metric, SCORE_METRICS)
+        _require(len(set(self.metrics)) == len(self.metrics), "score.metrics", self.metrics, "each at most once")
+        if "judge" in self.metrics:
+            self.judge.require_usable()
         _require(self.vocab_chunk >= 1, "score.vocab_chunk", self.vocab_chunk, "an integer >= 1")
         _require_one_of("score.attention", self.attention, ("auto", *ATTENTION_BACKENDS))
         _require_one_of("score.parameters", self.parameters, ("auto", "replicated", "gathered"))
@@ -74,10 +76,11 @@ class ScoreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    methods: tuple[str, ...] = ("lark",)  # names from selection.methods.METHODS
+    methods: tuple[str, ...] = ("lark",)  # keys of selection.methods.METHODS
     budgets: tuple[int, ...] = (3,)  # B, trajectories kept per problem
     score: str | None = None  # with `weighting`: one more method, "<score>-<weighting>"
     weighting: str | None = None
+    temperature: float = 1.0  # softmax: in the units of the score; kl: a multiple of tau of Lemma 3
     resample: int = 0  # copies per problem in train_resampled.jsonl, for trainers without weights; 0: no such file
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class SelectConfig:
         _require(self.resample >= 0, "select.resample", self.resample, "an integer >= 0")
         both_or_none = (self.score is None) == (self.weighting is None)
         _require(both_or_none, "select.weighting", self.weighting, "score and weighting given together")
+        valid_temperature = 0 < self.temperature < math.inf
+        _require(valid_temperature, "select.temperature", self.temperature, "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +145,7 @@ class FinetuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    engine: str = "auto"  # "vllm", "transformers", or "auto": vLLM where it really generates
+    engine: str = "auto"  # "vllm", "transformers", "openai" (a server), or "auto": vLLM where it really generates
     python: str | None = None  # interpreter of the worker, when the engine lives in another virtualenv
     benchmarks: tuple[str, ...] = ()  # files of {"problem", "answer"} records (JSON list or JSON lines)
     system_prompts: str = "by_kind"  # "by_kind" (built in), "none", or a JSON file {kind: text}
@@ -153,9 +158,15 @@ class EvaluateConfig:
     max_tokens: int = 32_768  # generated tokens per sample
     grader: str = "math_verify"  # or "paper": the plain rules of Appendix C.4
     tensor_parallel: int = 1  # GPUs per engine
+    server: str | None = None  # base URL with "/v1", of a server that takes prompts as token ids; engine "openai"
+    server_model: str | None = None  # the student's name there; "{student}" in it becomes base, lark_B3 and so on
+    server_key_variable: str | None = None  # environment variable that holds the key, where the server wants one
+    server_concurrency: int = 64  # requests under way
+    server_timeout: float = 3_600.0  # seconds for one sample
+    server_retries: int = 5  # after failures that may pass, per sample
 
     def __post_init__(self) -> None:
-        _require_one_of("evaluate.engine", self.engine, ("auto", "vllm", "transformers"))
+        _require_one_of("evaluate.engine", self.engine, ("auto", "vllm", "transformers", "openai"))
         _require_one_of("evaluate.grader", self.grader, ("math_verify", "paper"))
         for name in ("samples", "max_tokens", "tensor_parallel"):
             _require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "an integer >= 1")
@@ -166,6 +177,13 @@ class EvaluateConfig:
         _require(0 < self.top_p <= 1, "evaluate.top_p", self.top_p, "a number in (0, 1]")
         positive_penalty = 0 < self.repetition_penalty < math.inf
         _require(positive_penalty, "evaluate.repetition_penalty", self.repetition_penalty, "a number > 0")
+        if self.engine == "openai":
+            _require_url("evaluate.server", self.server)
+            _require(bool(self.server_model), "evaluate.server_model", self.server_model, "a model's name")
+        for name in ("server_concurrency", "server_timeout"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"evaluate.{name}", value, "a positive number")
+        _require(self.server_retries >= 0, "evaluate.server_retries", self.server_retries, "an integer >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +283,16 @@ class Experiment:
         _require(synthetic_given, "synthetic", None, 'a section, since "prepare" is among the stages')
         if "evaluate" in self.stages:
             _require(len(self.evaluate.benchmarks) > 0, "evaluate.benchmarks", (), "one or more benchmark files")
+            self._require_a_served_model_per_student()
+
+    def _require_a_served_model_per_student(self) -> None:
+        """A server holds the weights of one student under one name."""
+        methods = len(self.select.methods) + (self.select.score is not None)
+        students = methods * len(self.select.budgets) + self.evaluate.include_base
+        model = self.evaluate.server_model
+        if self.evaluate.engine == "openai" and students > 1 and model is not None:
+            allowed = f'a name with "{STUDENT_PLACEHOLDER}" in it, since {students} students are evaluated'
+            _require(STUDENT_PLACEHOLDER in model, "evaluate.server_model", model, allowed)
 
 
 def experiment_from_mapping(values: Mapping[str, Any]) -> Experiment:

@@ -39,6 +39,10 @@ class EvaluationError(LarkError):
     """A benchmark, an engine or a grader cannot be used."""
 
 
+class JudgeError(LarkError):
+    """A judge cannot be asked: its rubric, its engine or its file of answers cannot be used."""
+
+
 class PipelineError(LarkError):
     """A stage's inputs are missing or its outputs belong to another experiment."""
 

@@ -25,16 +25,34 @@ def paper_recipe() -> ConfigDict:
     config.score = ConfigDict()
     config.score.tokens_per_batch = 32_768  # per device; one row of full length
     config.score.dtype = "bfloat16"  # C.3 "Precision"; statistics are float32
-    config.score.metrics = ()
+    config.score.metrics = ()  # further columns for methods that need them: "rule_quality"
     config.score.vocab_chunk = 4_096  # vocabulary rows; memory only, results do not depend on it
     config.score.attention = "auto"  # kernel by platform and row length; C.3: FlashAttention-2
     config.score.parameters = "auto"  # "replicated" where they fit, else "gathered" layer by layer
 
+    config.score.judge = ConfigDict()  # C.2 "LLM-judged Quality"; asked only where score.metrics has "judge"
+    config.score.judge.engine = "openai"  # a server; "vllm": a folder, in evaluate.python
+    config.score.judge.model = config_dict.placeholder(str)  # C.2: Qwen3-32B
+    config.score.judge.server = config_dict.placeholder(str)  # base URL, http://HOST:PORT/v1
+    config.score.judge.key_variable = config_dict.placeholder(str)  # environment variable with the server's key
+    config.score.judge.prompt_file = config_dict.placeholder(str)  # TOML; None: our wording of C.2's rubric
+    config.score.judge.max_tokens = 1_024  # of an answer; ours
+    config.score.judge.temperature = 0.0  # ours
+    config.score.judge.structured_output = "schema"  # or "json_object", "none", as far as the server has it
+    config.score.judge.template_arguments = "{}"  # C.2, non-thinking mode of Qwen3: '{"enable_thinking": false}'
+    config.score.judge.attempts = 3  # until an answer is of use
+    config.score.judge.concurrency = 32  # requests under way
+    config.score.judge.requests_per_minute = config_dict.placeholder(float)
+    config.score.judge.timeout = 600.0  # seconds for one request
+    config.score.judge.retries = 5  # of a request, after failures that may pass
+    config.score.judge.tensor_parallel = 1  # GPUs; engine "vllm"
+
     config.select = ConfigDict()
-    config.select.methods = ("lark", "random", "grape")  # 5.1; the other baselines of C.2 are not available yet
+    config.select.methods = ("lark", "random", "grape")  # 5.1; docs/methods.md has all of C.2
     config.select.budgets = (1, 3)  # 5.1 "Selection budgets"
     config.select.score = config_dict.placeholder(str)  # with weighting: one more method, e.g. "g_hat" x "uniform"
     config.select.weighting = config_dict.placeholder(str)
+    config.select.temperature = 1.0  # of the weightings softmax and kl; the paper names no value
     config.select.resample = 0  # copies per problem in an unweighted file for other trainers; ours, 0: no such file
 
     config.finetune = ConfigDict()
@@ -77,6 +95,12 @@ def paper_recipe() -> ConfigDict:
     config.evaluate.max_tokens = 32_768  # C.4, generated tokens
     config.evaluate.grader = "math_verify"  # "paper": the plain rules of C.4
     config.evaluate.tensor_parallel = 1  # C.3: one GPU per shard
+    config.evaluate.server = config_dict.placeholder(str)  # engine "openai": base URL, http://HOST:PORT/v1
+    config.evaluate.server_model = config_dict.placeholder(str)  # name there; "{student}" becomes base, lark_B3, ...
+    config.evaluate.server_key_variable = config_dict.placeholder(str)  # environment variable with the server's key
+    config.evaluate.server_concurrency = 64  # requests under way
+    config.evaluate.server_timeout = 3_600.0  # seconds for one sample
+    config.evaluate.server_retries = 5  # after failures that may pass
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # all devices: of this process where the student fits there, else of all processes

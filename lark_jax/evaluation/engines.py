@@ -16,10 +16,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lark_jax.config import EvaluateConfig
+from lark_jax.config import STUDENT_PLACEHOLDER, EvaluateConfig
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.worker.worker_request import SEED_MODULUS, Prompt, Request, Sample, write_request
+from lark_jax.evaluation.worker.worker_request import SEED_MODULUS, Prompt, Request, Sample, Server, write_request
 from lark_jax.files import read_json, sha256_of_json
 
 WORKER = Path(__file__).with_name("worker") / "main.py"
@@ -31,7 +32,7 @@ _ERROR = _MARK + "error: "
 
 @dataclass(frozen=True)
 class EngineChoice:
-    engine: str  # "vllm" or "transformers"
+    engine: str  # "vllm", "transformers" or "openai"
     reason: str  # why this one
 
 
@@ -54,14 +55,15 @@ def build_request(
     config: EvaluateConfig,
     engine: str,
     output: str | Path,
+    student: str = "",
 ) -> Request:
-    """One request for all benchmarks and decoding seeds of a student.
+    """One request for all benchmarks and decoding seeds of a student; `student` is its name on a server.
 
     Raises:
       EvaluationError: the model's config.json cannot be read, a prompt leaves no room for an answer, or two decoding
         seeds would draw the same numbers.
     """
-    model_config = _read_model_json(Path(model_dir) / "config.json")
+    model_config = read_model_json(Path(model_dir) / "config.json")
     longest = max(len(prompt.tokens) for prompt in prompts)
     limit = model_config.get("max_position_embeddings") or longest + config.max_tokens
     for prompt in prompts:
@@ -83,7 +85,7 @@ def build_request(
         tensor_parallel=config.tensor_parallel,
         max_model_len=min(limit, longest + config.max_tokens),
         max_tokens=config.max_tokens,
-        stop_ids=_stop_ids(Path(model_dir), model_config, end_of_turn_id),
+        stop_ids=stop_ids_of(Path(model_dir), model_config, end_of_turn_id),
         pad_id=pad_id,
         samples=config.samples,
         seeds=config.seeds,
@@ -91,9 +93,28 @@ def build_request(
         top_p=config.top_p,
         repetition_penalty=config.repetition_penalty,
         prompts=tuple(prompts),
+        server=server_for(config, student) if engine == "openai" else None,
     )
     _require_separate_seeds(request)
     return dataclasses.replace(request, fingerprint=_fingerprint(request, model_fingerprint))
+
+
+def server_for(config: EvaluateConfig, student: str) -> Server:
+    """The configured server, with the name that this student's weights have there.
+
+    Raises:
+      EvaluationError: no server is configured.
+    """
+    if config.server is None or config.server_model is None:
+        raise EvaluationError('config.evaluate.server: engine "openai" needs a server and a server_model')
+    return Server(
+        url=config.server,
+        model=config.server_model.replace(STUDENT_PLACEHOLDER, student),
+        key_variable=config.server_key_variable,
+        concurrency=config.server_concurrency,
+        timeout_s=config.server_timeout,
+        retries=config.server_retries,
+    )
 
 
 def choose_engine(config: EvaluateConfig, request: Request, folder: str | Path) -> EngineChoice:
@@ -201,8 +222,9 @@ def _failure(request: Request, status: int, last_lines: list[str], log_path: Pat
 
 
 def _fingerprint(request: Request, model_fingerprint: str) -> str:
-    fields = dataclasses.asdict(dataclasses.replace(request, fingerprint="", model="", output=""))
-    return sha256_of_json([model_fingerprint, fields])
+    fields = dataclasses.asdict(dataclasses.replace(request, fingerprint="", model="", output="", server=None))
+    served_as = request.server.model if request.server is not None else None
+    return sha256_of_json([model_fingerprint, {**fields, "server": served_as}])
 
 
 def _require_separate_seeds(request: Request) -> None:
@@ -218,15 +240,16 @@ def _require_separate_seeds(request: Request) -> None:
                 raise EvaluationError(f"config.evaluate.seeds: {pair} would draw equal samples; choose smaller seeds")
 
 
-def _stop_ids(model_dir: Path, model_config: dict, end_of_turn_id: int) -> tuple[int, ...]:
+def stop_ids_of(model_dir: Path, model_config: dict[str, Any], end_of_turn_id: int) -> tuple[int, ...]:
     """The template's end-of-turn token and what the checkpoint itself calls end of sequence."""
     generation_config = model_dir / "generation_config.json"
-    source = _read_model_json(generation_config) if generation_config.exists() else model_config
+    source = read_model_json(generation_config) if generation_config.exists() else model_config
     eos = source.get("eos_token_id")
     return tuple(sorted({end_of_turn_id, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])}))
 
 
-def _read_model_json(path: Path) -> dict:
+def read_model_json(path: Path) -> dict[str, Any]:
+    """Raises EvaluationError when `path` is not a file with a JSON object."""
     try:
         return dict(read_json(path))
     except (OSError, ValueError) as error:

@@ -93,13 +93,13 @@ def evaluate_student(
     model_fingerprint = model_fingerprint or sha256_of_path(model_dir)
     out_dir, generations_dir = Path(out_dir), Path(generations_dir)
     requested = engine.engine if engine is not None else config.engine
-    request = _request(model_dir, model_fingerprint, benchmarks, chat, config, requested, generations_dir)
+    request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, requested, generations_dir)
     golds = [benchmark.fingerprint for benchmark in benchmarks]
     fingerprint = sha256_of_json([student, request.fingerprint, requested, golds, config.grader])
     if (out_dir / SUMMARY).exists() and (finished := read_student_result(out_dir)).fingerprint == fingerprint:
         return finished
     engine = engine or choose_engine(config, request, generations_dir)
-    request = _request(model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, generations_dir)
+    request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, generations_dir)
     _discard_other_generations(request)
     run_generation(request, config.python, generations_dir)
     results = _grade_all(benchmarks, request, config, out_dir)
@@ -115,7 +115,7 @@ def engine_for(
 
     Runs the health check with `model_dir` when `evaluate.engine` is "auto"; its log goes to `folder`.
     """
-    request = _request(model_dir, "", benchmarks, chat, config, config.engine, Path(folder))
+    request = _request("", model_dir, "", benchmarks, chat, config, config.engine, Path(folder))
     return choose_engine(config, request, folder)
 
 
@@ -151,6 +151,7 @@ def read_samples(out_dir: str | Path, benchmark: str) -> Iterator[SampleRow]:
 
 
 def _request(
+    student: str,
     model_dir: str | Path,
     model_fingerprint: str,
     benchmarks: Sequence[Benchmark],
@@ -161,7 +162,8 @@ def _request(
 ) -> Request:
     prompts = render_prompts(benchmarks, chat, config.system_prompts)
     ids = (chat.end_of_turn_id, chat.pad_id)
-    return build_request(model_dir, model_fingerprint, prompts, *ids, config, engine, generations_dir / GENERATIONS)
+    output = generations_dir / GENERATIONS
+    return build_request(model_dir, model_fingerprint, prompts, *ids, config, engine, output, student)
 
 
 def _benchmark_result(fields: dict[str, Any]) -> BenchmarkResult:

@@ -13,7 +13,7 @@ from lark_jax.stages.finetune import finetune_tasks
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.prepare import prepare_tasks
 from lark_jax.stages.report import report_tasks
-from lark_jax.stages.score import score_tasks
+from lark_jax.stages.score_table import score_tasks
 from lark_jax.stages.select import select_tasks
 
 __all__ = ["ACCELERATOR_STAGES", "Layout", "check_paths", "check_stages", "earlier_tasks", "plan_tasks"]
@@ -56,6 +56,10 @@ def check_paths(experiment: Experiment) -> None:
         require_installed(experiment.finetune.loggers)
     evaluating = "evaluate" in experiment.stages
     paths = [("pool.path", experiment.pool.path), ("student.chat_template", experiment.student.chat_template)]
+    judge = experiment.score.judge
+    if "score" in experiment.stages and "judge" in experiment.score.metrics:
+        paths += [("score.judge.prompt_file", judge.prompt_file)]
+        paths += [("score.judge.model", judge.model if judge.engine == "vllm" else None)]
     if evaluating:
         paths += [("evaluate.benchmarks", path) for path in experiment.evaluate.benchmarks]
         paths += [("evaluate.python", experiment.evaluate.python)]

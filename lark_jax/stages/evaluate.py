@@ -11,7 +11,7 @@ from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
-from lark_jax.evaluation.engines import EngineChoice
+from lark_jax.evaluation.engines import EngineChoice, server_for
 from lark_jax.evaluation.runner import engine_for, evaluate_student
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import load_chat_format
@@ -66,12 +66,14 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
     def inputs() -> dict[str, Any]:
         template = experiment.student.chat_template
         prompts = config.system_prompts
+        engine = engine_of(layout).engine
         return {
             "student": layout.hashes.of(folder()),
             "chat_template": None if template is None else layout.hashes.of(template),
             "benchmarks": [[path, layout.hashes.of(path, EvaluationError)] for path in config.benchmarks],
             "system_prompts": layout.hashes.of(prompts) if Path(prompts).is_file() else prompts,
-            "engine": engine_of(layout).engine,
+            "engine": engine,
+            **({"served_as": server_for(config, name).model} if engine == "openai" else {}),
             "decoding": {field: getattr(config, field) for field in DECODING_FIELDS},
             "grader": config.grader,
         }

@@ -7,10 +7,10 @@ from typing import Any
 from lark_jax.config import Experiment
 from lark_jax.pipeline import Manifest, Outcome, Task, require_manifest
 from lark_jax.pool import read_pool
-from lark_jax.scoring import read_scores
+from lark_jax.scoring import read_score_table
 from lark_jax.selection import Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
-from lark_jax.stages.score import SCORES
+from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.student import SCORED_WITH
 
 
@@ -26,6 +26,7 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
             "pool": layout.hashes.of(experiment.pool.path),
             "on_bad_record": experiment.pool.on_bad_record,
             "method": run.method.name,
+            "parameters": run.method.parameters(),
             "budget": run.budget,
             "seed": experiment.seed,
             "resample": experiment.select.resample,
@@ -33,7 +34,8 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
 
     def select(directory: Path) -> Outcome:
         pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
-        selection = select_trajectories(read_scores(layout.score / SCORES), run.method, run.budget, experiment.seed)
+        table = read_score_table(layout.score / SCORES)
+        selection = select_trajectories(table, run.method, run.budget, experiment.seed)
         copies = experiment.select.resample
         counts = resampled_counts(selection.choices, copies, experiment.seed) if copies else None
         write_selection(selection, pool, directory, counts)

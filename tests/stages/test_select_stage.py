@@ -12,7 +12,7 @@ from lark_jax.runtime import code_hash
 from lark_jax.scoring import CandidateScore, write_scores
 from lark_jax.selection import read_training_set
 from lark_jax.stages.layout import Layout
-from lark_jax.stages.score import SCORES
+from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.select import select_tasks
 
 SCORED = {"student_sha256": "ab12", "tokenizer_sha256": "cd34", "chat_template_sha256": "ef56", "frozen_date": None}

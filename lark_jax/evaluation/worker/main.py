@@ -79,6 +79,10 @@ def engine_named(name: str) -> Generate:
         import torch_engine
 
         return torch_engine.generate
+    if name == "openai":
+        import server_engine
+
+        return server_engine.generate
     raise ValueError(f"unknown engine {name!r}")
 
 

@@ -60,8 +60,9 @@ def hide_libtpu_without_tpu(devices: Path = Path("/dev")) -> None:
 
 def _sampling(request: Request, job: Job) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    schema = request.answer_schema
     return SamplingParams(
         n=request.samples,
         seed=request.first_seed(job),
@@ -72,6 +73,7 @@ def _sampling(request: Request, job: Job) -> Any:
         stop_token_ids=list(request.stop_ids),
         ignore_eos=True,  # every token that ends a turn is among stop_ids
         output_kind=RequestOutputKind.FINAL_ONLY,
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
     )
 
 

@@ -17,9 +17,21 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
+class Server:
+    """Where an OpenAI-compatible server is and how hard it may be asked; of these only `model` decides the samples."""
+
+    url: str  # up to and with "/v1"
+    model: str  # its name there
+    key_variable: str | None  # environment variable with the key, which is never written down
+    concurrency: int  # requests under way
+    timeout_s: float  # for one attempt
+    retries: int  # more attempts after a failure that may pass
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
     fingerprint: str  # of everything that decides the samples; guards against resuming other work
-    engine: str  # "vllm" or "transformers"
+    engine: str  # "vllm", "transformers" or "openai"
     model: str  # folder with weights and tokenizer
     output: str
     dtype: str  # "float32", "bfloat16", ..., or "auto"
@@ -34,6 +46,8 @@ class Request:
     top_p: float
     repetition_penalty: float
     prompts: tuple[Prompt, ...]
+    server: Server | None = None  # for engine "openai"
+    answer_schema: str | None = None  # JSON schema, as text, that samples have to follow; engine "vllm" alone
 
     def budget(self, prompt: Prompt) -> int:
         """Tokens that may be generated after this prompt."""
@@ -78,4 +92,5 @@ def read_request(path: str | Path) -> Request:
     fields = json.loads(Path(path).read_text(encoding="utf-8"))
     prompts = tuple(Prompt(**{**prompt, "tokens": tuple(prompt["tokens"])}) for prompt in fields.pop("prompts"))
     fields.update({name: tuple(fields[name]) for name in ("stop_ids", "seeds")})
-    return Request(prompts=prompts, **fields)
+    server = fields.pop("server")
+    return Request(prompts=prompts, server=None if server is None else Server(**server), **fields)

@@ -1,0 +1,159 @@
+"""A judge in a local folder, under vLLM in the evaluation's worker process: no server, all GPUs of the machine's own.
+
+Questions become token ids by the judge's own chat template. The worker appends each finished answer to its file; that
+of an interrupted call is read first, whatever it was asked.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lark_jax.errors import JudgeError
+from lark_jax.evaluation.engines import read_model_json, run_generation, stop_ids_of
+from lark_jax.evaluation.worker.worker_request import Prompt, Request
+from lark_jax.files import sha256_of_json
+from lark_jax.judging.answers import Answer, AnswerFile
+from lark_jax.judging.decoding import Decoding, seed_of
+from lark_jax.judging.judge import Question
+
+TOKENS_PER_CALL = 16_000_000  # of prompts handed to one worker: about 100 MB of JSON, an hour or so of a large judge
+NAME = "judge"  # in the place of a benchmark's
+
+
+class OfflineJudge:
+    """Asks vLLM, in calls of many questions."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model_hash: str,
+        decoding: Decoding,
+        work: Path,
+        python: str | None,
+        tensor_parallel: int,
+    ) -> None:
+        """`work` is where the worker's files go.
+
+        Raises:
+          JudgeError: the tokenizer cannot be read or has no chat template.
+          EvaluationError: config.json cannot be read.
+        """
+        self.model = model_hash
+        self.decoding = decoding.as_json()
+        self._decoding = decoding
+        self._folder, self._work = folder, work
+        self._python, self._tensor_parallel = python, tensor_parallel
+        self._tokenizer = _load_tokenizer(folder)
+        self._config = read_model_json(folder / "config.json")
+        self._stop_ids = stop_ids_of(folder, self._config, self._tokenizer.eos_token_id)
+
+    def ask(self, questions: Iterator[Question], count: int, answers: AnswerFile) -> Mapping[str, str]:  # noqa: ARG002
+        """Adds an answer to each question; returns why some have none, by key.
+
+        Raises:
+          EvaluationError: the worker failed; what it had finished is kept.
+        """
+        self._take_answers(answers)
+        failures: dict[str, str] = {}
+        while prompts := self._next_prompts(questions, answers, failures):
+            run_generation(self._request(prompts), self._python, self._work)
+            self._take_answers(answers)
+        return failures
+
+    def _next_prompts(
+        self, questions: Iterator[Question], answers: AnswerFile, failures: dict[str, str]
+    ) -> tuple[Prompt, ...]:
+        """As many of the questions as go into one call; those that cannot be asked become failures."""
+        prompts: list[Prompt] = []
+        num_tokens = 0
+        for question in questions:
+            if question.key in answers:  # an interrupted call's
+                continue
+            tokens = self._tokens(question)
+            room = self._config.get("max_position_embeddings", len(tokens) + self._decoding.max_tokens) - len(tokens)
+            if room < self._decoding.max_tokens:
+                failures[question.key] = (
+                    f"the prompt has {len(tokens):,} tokens and leaves the judge fewer than "
+                    f"config.score.judge.max_tokens={self._decoding.max_tokens:,}"
+                )
+                continue
+            prompts.append(Prompt(NAME, question.key, seed_of(question.key), tokens))
+            num_tokens += len(tokens)
+            if num_tokens >= TOKENS_PER_CALL:
+                break
+        return tuple(prompts)
+
+    def _tokens(self, question: Question) -> tuple[int, ...]:
+        turns = [{"role": message.role, "content": message.content} for message in question.messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=False, **self._decoding.template_arguments
+            )
+        except Exception as error:  # whatever a template raises; it would for every question
+            line = " ".join(str(error).split())
+            raise JudgeError(f"{self._folder}: its chat template refuses the rubric's turns ({line})") from error
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _request(self, prompts: tuple[Prompt, ...]) -> Request:
+        decoding = self._decoding
+        schema = {"schema": decoding.schema, "json_object": {"type": "object"}}.get(decoding.structured_output)
+        return Request(
+            fingerprint=sha256_of_json([self.model, self.decoding, sorted(prompt.problem_id for prompt in prompts)]),
+            engine="vllm",
+            model=str(self._folder.resolve()),
+            output=str(self._output.resolve()),
+            dtype=self._config.get("dtype") or self._config.get("torch_dtype") or "auto",
+            tensor_parallel=self._tensor_parallel,
+            max_model_len=max(len(prompt.tokens) for prompt in prompts) + decoding.max_tokens,
+            max_tokens=decoding.max_tokens,
+            stop_ids=self._stop_ids,
+            pad_id=self._stop_ids[0],
+            samples=1,
+            seeds=(0,),
+            temperature=decoding.temperature,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            prompts=prompts,
+            answer_schema=json.dumps(schema) if schema is not None else None,
+        )
+
+    @property
+    def _output(self) -> Path:
+        return self._work / "worker_answers.jsonl"
+
+    def _take_answers(self, answers: AnswerFile) -> None:
+        """Moves what a worker has finished, in this call or in one that was interrupted, to the kept answers."""
+        for path in (self._output, self._output.with_name(self._output.name + ".partial")):
+            if not path.exists():
+                continue
+            for key, answer in _finished(path):
+                if key not in answers:
+                    answers.add(key, answer)
+            path.unlink()
+
+
+def _finished(path: Path) -> Iterator[tuple[str, Answer]]:
+    """Keys and answers of a worker's file, from the line after its header. What cannot be read is asked again."""
+    with path.open("rb") as stream:
+        for line in itertools.islice(stream, 1, None):
+            try:
+                record = json.loads(line)
+                (sample,) = record["samples"]
+                yield record["problem_id"], Answer(sample["text"], sample["finish_reason"])
+            except (ValueError, KeyError, TypeError):  # cut short by the end of the worker
+                continue
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # slow to import; not for those who ask a server
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # `tokenizers` raises bare Exception
+        line = " ".join(str(error).split())
+        raise JudgeError(f"config.score.judge.model: {folder}: cannot read the tokenizer ({line})") from error
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        raise JudgeError(f"config.score.judge.model: {folder}: the tokenizer has no chat template or no end token")
+    return tokenizer

@@ -1,0 +1,106 @@
+"""A judge behind an OpenAI-compatible server: chat completions, many at once, within its rate limit."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lark_jax import runtime
+from lark_jax.errors import JudgeError
+from lark_jax.evaluation.worker.server_client import (
+    RequestRefused,
+    RequestUnanswered,
+    ServerAccess,
+    ServerClient,
+    ServerUnusable,
+    in_parallel,
+)
+from lark_jax.judging.answers import Answer, AnswerFile
+from lark_jax.judging.decoding import Decoding, seed_of
+from lark_jax.judging.judge import Question
+
+GIVE_UP_AFTER = 20  # failures with no success between them
+
+
+class ServerJudge:
+    """Asks a server; what it answers is kept at once."""
+
+    def __init__(self, access: ServerAccess, model: str, decoding: Decoding, concurrency: int) -> None:
+        """Raises JudgeError when the environment variable of the key is not set."""
+        self.model = model  # its name: where it is served decides nothing
+        self.decoding = decoding.as_json()
+        self._decoding = decoding
+        self._access = access
+        self._concurrency = concurrency
+        try:
+            self._client = ServerClient(access)
+        except ServerUnusable as error:
+            raise JudgeError(f"config.score.judge.key_variable: {error}") from None
+
+    def ask(self, questions: Iterator[Question], count: int, answers: AnswerFile) -> Mapping[str, str]:
+        """Adds an answer to each question; returns why some have none, by key.
+
+        Raises:
+          JudgeError: the server cannot be used, or it fails too often in a row.
+        """
+
+        def answer_to(question: Question) -> Answer:
+            return self._client.post("chat/completions", self._body(question), _read_answer)
+
+        failures: dict[str, str] = {}
+        in_a_row = num_answered = 0
+        with runtime.progress_bar(what="judging", total=count, unit="question") as bar:
+            for finished in in_parallel(answer_to, questions, self._concurrency):
+                if finished.value is not None:
+                    answers.add(finished.item.key, finished.value)
+                    in_a_row = 0
+                    num_answered += 1
+                else:
+                    failures[finished.item.key] = self._reason(finished.error)
+                    # Refusals in a row may be long texts side by side, unless nothing else was ever heard.
+                    in_a_row += isinstance(finished.error, RequestUnanswered) or not num_answered
+                if in_a_row >= GIVE_UP_AFTER:
+                    raise self._stopped(f"{in_a_row} requests in a row failed; the last: {finished.error}")
+                bar.update()
+        return failures
+
+    def _reason(self, error: Exception | None) -> str:
+        """Why a question has no answer, where the next may have one."""
+        if isinstance(error, RequestRefused | RequestUnanswered):
+            return str(error)
+        if isinstance(error, ServerUnusable):
+            raise self._stopped(str(error)) from None
+        raise error or RuntimeError("a request ended without a value")
+
+    def _stopped(self, why: str) -> JudgeError:
+        return JudgeError(
+            f"judge {self.model} at {self._access.url}: {why}; the same command goes on, answers are kept"
+        )
+
+    def _body(self, question: Question) -> dict[str, Any]:
+        decoding = self._decoding
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": message.role, "content": message.content} for message in question.messages],
+            "max_tokens": decoding.max_tokens,
+            "temperature": decoding.temperature,
+            "top_p": 1.0,
+            "seed": seed_of(question.key),
+            "n": 1,
+            "stream": False,
+        }
+        if decoding.structured_output == "schema":
+            schema = {"name": "verdict", "strict": True, "schema": decoding.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif decoding.structured_output == "json_object":
+            body["response_format"] = {"type": "json_object"}
+        if decoding.template_arguments:
+            body["chat_template_kwargs"] = dict(decoding.template_arguments)
+        return body
+
+
+def _read_answer(answer: Any) -> Answer:
+    """Raises ValueError, KeyError, IndexError or TypeError for anything but one choice."""
+    (choice,) = answer["choices"]
+    text, reason = choice["message"]["content"], choice["finish_reason"]
+    if not isinstance(text, str | None) or not isinstance(reason, str):
+        raise ValueError(f"content {text!r:.80}, finish_reason {reason!r:.80}")
+    return Answer(text or "", reason)  # no content at all: a refusal, or cut off while it was thinking

@@ -1,0 +1,145 @@
+"""The metric "judge": LLM-judged Quality, one overall score per trajectory (Appendix C.2 of the paper).
+
+`verdicts.jsonl` in the metric's folder has every verdict in full. The judge's answers are kept outside of it, in
+`judge/answers.jsonl` of the working directory: another rubric empties the folder, and an answer was paid for.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lark_jax import runtime
+from lark_jax.config import Experiment
+from lark_jax.errors import JudgeError
+from lark_jax.evaluation.worker.server_client import ServerAccess
+from lark_jax.files import write_jsonl
+from lark_jax.judging.answers import AnswerFile
+from lark_jax.judging.decoding import Decoding
+from lark_jax.judging.judge import Engine, Judgements, judge_trajectories
+from lark_jax.judging.offline import OfflineJudge
+from lark_jax.judging.rubric import Rubric, read_rubric
+from lark_jax.judging.server import ServerJudge
+from lark_jax.judging.verdict import answer_schema
+from lark_jax.pool import Pool
+from lark_jax.scoring.metric_columns import MetricColumns
+from lark_jax.stages.layout import Layout
+from lark_jax.stages.metric_task import Metric, MetricResult
+
+COLUMN = "judge"
+VERDICTS = "verdicts.jsonl"
+ANSWERS = "answers.jsonl"
+
+
+def _inputs(experiment: Experiment, layout: Layout) -> Mapping[str, Any]:
+    """Where the judge is served, and how hard it is asked, decides nothing."""
+    config = experiment.score.judge
+    rubric = read_rubric(config.prompt_file)
+    return {
+        "judge": _model_hash(experiment, layout) if config.engine == "vllm" else config.model,
+        "rubric": [rubric.criteria, rubric.system, rubric.user],
+        "decoding": _decoding(experiment, rubric).as_json(),
+        "attempts": config.attempts,
+    }
+
+
+def _compute(experiment: Experiment, layout: Layout, pool: Pool, directory: Path) -> MetricResult:
+    config = experiment.score.judge
+    rubric = read_rubric(config.prompt_file)
+    engine = _engine(experiment, layout, rubric)
+    with AnswerFile(layout.judge / ANSWERS) as answers:
+        runtime.say(f"judge: {config.model} by {config.engine}, {len(answers):,} answers known")
+        judged = judge_trajectories(pool.trajectories, rubric, engine, answers, config.attempts)
+    _refuse_if_nothing_judged(judged)
+    write_jsonl(directory / VERDICTS, _verdict_rows(pool, judged))
+    return _result(pool, judged)
+
+
+def _engine(experiment: Experiment, layout: Layout, rubric: Rubric) -> Engine:
+    config = experiment.score.judge
+    decoding = _decoding(experiment, rubric)
+    assert config.model is not None  # the configuration was validated
+    if config.engine == "openai":
+        assert config.server is not None
+        access = ServerAccess(
+            config.server, config.key_variable, config.timeout, config.retries, config.requests_per_minute
+        )
+        return ServerJudge(access, config.model, decoding, config.concurrency)
+    _require_free_accelerator()
+    return OfflineJudge(
+        folder=Path(config.model),
+        model_hash=_model_hash(experiment, layout),
+        decoding=decoding,
+        work=layout.judge,
+        python=experiment.evaluate.python,
+        tensor_parallel=config.tensor_parallel,
+    )
+
+
+def _decoding(experiment: Experiment, rubric: Rubric) -> Decoding:
+    config = experiment.score.judge
+    return Decoding(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        structured_output=config.structured_output,
+        schema=answer_schema(rubric.criteria),
+        template_arguments=json.loads(config.template_arguments),
+    )
+
+
+def _model_hash(experiment: Experiment, layout: Layout) -> str:
+    return layout.hashes.of(str(experiment.score.judge.model), JudgeError)
+
+
+def _require_free_accelerator() -> None:
+    """JAX keeps an accelerator's memory until its process ends, and a judge under vLLM needs it.
+
+    Raises:
+      JudgeError: names the two commands that do it one after the other.
+    """
+    if jax.default_backend() != "cpu":
+        raise JudgeError(
+            'config.score.judge.engine: "vllm" needs the accelerator that this process holds; run the stage "score" '
+            "without the metric first (--config.score.metrics=), then with it under JAX_PLATFORMS=cpu, which only "
+            'adds the metric; or serve the judge, engine "openai"'
+        )
+
+
+def _refuse_if_nothing_judged(judged: Judgements) -> None:
+    if judged.reasons and len(judged.reasons) == len(judged.verdicts):
+        first = judged.reasons[min(judged.reasons)]
+        raise JudgeError(
+            f"the judge was of no use for any of {len(judged.verdicts):,} trajectories; the first: {first}"
+        )
+
+
+def _verdict_rows(pool: Pool, judged: Judgements) -> Iterator[dict[str, Any]]:
+    for trajectory, verdict in zip(pool.trajectories, judged.verdicts, strict=True):
+        if verdict is not None:
+            yield {
+                "problem_id": trajectory.problem_id,
+                "candidate_id": trajectory.candidate_id,
+                "overall_score": verdict.overall_score,
+                "overall_reason": verdict.overall_reason,
+                "scores": verdict.scores,
+            }
+
+
+def _result(pool: Pool, judged: Judgements) -> MetricResult:
+    candidates = tuple((trajectory.problem_id, trajectory.candidate_id) for trajectory in pool.trajectories)
+    scores = [np.nan if verdict is None else verdict.overall_score for verdict in judged.verdicts]
+    return MetricResult(
+        MetricColumns(candidates, {COLUMN: np.array(scores, np.float64)}),
+        reasons={candidates[position]: reason for position, reason in judged.reasons.items()},
+        counts={
+            "questions asked": judged.num_asked,
+            "questions known": judged.num_known,
+            "answers of no use": judged.num_useless,
+        },
+    )
+
+
+JUDGE = Metric((COLUMN,), _inputs, _compute)

@@ -1,0 +1,217 @@
+"""The metric "judge" as a task: its column, its manifest, its life after SIGKILL; a judge under vLLM."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from scripted_server import Asked, Reply, ScriptedServer, chat_answer, json_reply, serving
+
+from lark_jax.config import Experiment, experiment_from_mapping
+from lark_jax.errors import ConfigError, JudgeError
+from lark_jax.files import write_jsonl
+from lark_jax.judge_config import JudgeConfig
+from lark_jax.judging.rubric import read_rubric
+from lark_jax.pipeline import Task, read_manifest, run_tasks
+from lark_jax.scoring.metric_columns import read_metric
+from lark_jax.stages import check_paths
+from lark_jax.stages.judge import JUDGE
+from lark_jax.stages.layout import Layout
+from lark_jax.stages.metric_task import metric_task
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def good(score: float) -> Reply:
+    criteria = {name: {"reason": "r", "score": 0.5} for name in read_rubric(None).criteria}
+    return chat_answer(json.dumps({"criteria": criteria, "overall_reason": "o", "overall_score": score}))
+
+
+def values_for(folder: Path, count: int, **judge: object) -> dict:
+    rows = [
+        {
+            "problem_id": f"p{index // 2}",
+            "candidate_id": f"c{index % 2}",
+            "teacher": "t",
+            "messages": [
+                {"role": "user", "content": f"What is {index // 2}?"},
+                {"role": "assistant", "content": f"#{index}#"},
+            ],
+        }
+        for index in range(count)
+    ]
+    write_jsonl(folder / "pool.jsonl", rows)
+    (folder / "student").mkdir(exist_ok=True)
+    return {
+        "workdir": str(folder / "run"),
+        "stages": ("score",),
+        "student": {"path": str(folder / "student")},
+        "pool": {"path": str(folder / "pool.jsonl")},
+        "score": {"metrics": ("judge",), "judge": {"model": "big-judge", **judge}},
+    }
+
+
+def task_of(experiment: Experiment) -> Task:
+    return metric_task("judge", JUDGE, experiment, Layout.of(experiment))
+
+
+def changed(experiment: Experiment, **judge: object) -> Experiment:
+    config = dataclasses.replace(experiment.score.judge, **judge)
+    return dataclasses.replace(experiment, score=dataclasses.replace(experiment.score, judge=config))
+
+
+def number_in(asked: Asked) -> int:
+    return int(asked.body["messages"][-1]["content"].split("#")[1])
+
+
+def test_scores_become_a_column_and_every_failure_a_line_of_the_manifest(tmp_path: Path) -> None:
+    def script(asked: Asked, _: int) -> Reply:
+        replies = {1: json_reply({"error": "too long"}, 400), 3: chat_answer("no idea")}
+        return replies.get(number_in(asked)) or good(number_in(asked) / 10)
+
+    with serving(script) as server:
+        experiment = experiment_from_mapping(values_for(tmp_path, 6, server=server.url, attempts=2))
+        assert run_tasks([task_of(experiment)]) == 1
+        assert run_tasks([task_of(experiment)]) == 0
+    folder = Layout.of(experiment).metric("judge")
+    columns = read_metric(folder / "columns.parquet")
+    judged = {0: 0.0, 2: 0.2, 4: 0.4, 5: 0.5}
+    assert columns.values["judge"].tolist() == pytest.approx(
+        [judged.get(i, float("nan")) for i in range(6)], nan_ok=True
+    )
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert [(record["problem_id"], record["candidate_id"]) for record in manifest.outcome.skipped] == [
+        ("p0", "c1"),
+        ("p1", "c1"),
+    ]
+    assert manifest.outcome.skipped[0]["reason"] == "HTTP 400: too long"
+    assert manifest.outcome.skipped[1]["reason"].startswith("no useful answer in 2 attempts; the last: it is not one")
+    assert manifest.outcome.skipped[0]["location"].endswith("pool.jsonl:2")
+    assert manifest.outcome.counts["answers of no use"] == 2
+    rows = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
+    assert [row["overall_score"] for row in rows] == [0.0, 0.2, 0.4, 0.5]
+
+
+def test_speed_and_address_are_no_inputs_and_another_rubric_asks_anew(tmp_path: Path) -> None:
+    with serving(lambda *_: good(0.5)) as server:
+        experiment = experiment_from_mapping(values_for(tmp_path, 4, server=server.url))
+        run_tasks([task_of(experiment)])
+        faster = changed(experiment, concurrency=2, requests_per_minute=9.0, timeout=1.0, server="http://elsewhere/v1")
+        assert run_tasks([task_of(faster)]) == 0
+        (tmp_path / "mine.toml").write_text('criteria = ["x"]\nuser = "{problem} {reasoning}"\n')
+        server.script = lambda *_: chat_answer(
+            '{"criteria": {"x": {"reason": "", "score": 1}}, "overall_reason": "o", "overall_score": 1}'
+        )
+        mine = changed(experiment, prompt_file=str(tmp_path / "mine.toml"))
+        assert run_tasks([task_of(mine)]) == 1
+        assert len(server.asked) == 8
+        assert run_tasks([task_of(experiment)]) == 1  # back again: its answers are known
+        assert len(server.asked) == 8
+
+
+def test_a_judge_of_no_use_at_all_ends_the_run(tmp_path: Path) -> None:
+    with serving(lambda *_: chat_answer("good job!")) as server:
+        experiment = experiment_from_mapping(values_for(tmp_path, 4, server=server.url, attempts=1))
+        with pytest.raises(JudgeError, match="no use for any of 4 trajectories; the first: no useful answer in 1"):
+            run_tasks([task_of(experiment)])
+
+
+PROGRAM = """
+import json, sys
+from lark_jax.config import experiment_from_mapping
+from lark_jax.pipeline import run_tasks
+from lark_jax.stages.judge import JUDGE
+from lark_jax.stages.layout import Layout
+from lark_jax.stages.metric_task import metric_task
+values = json.load(open(sys.argv[1]))
+experiment = experiment_from_mapping(values)
+run_tasks([metric_task("judge", JUDGE, experiment, Layout.of(experiment))])
+"""
+
+
+def start(values: dict, folder: Path) -> "subprocess.Popen[bytes]":
+    (folder / "values.json").write_text(json.dumps(values))
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder / "values.json")], cwd=ROOT)
+
+
+def test_killed_in_the_middle_and_started_again_nothing_answered_is_asked_twice(tmp_path: Path) -> None:
+    """The server answers 30 questions and then keeps the others waiting, until the asking process is dead."""
+    count, answered_first = 48, 30
+    release = threading.Event()
+    lock, answered = threading.Lock(), []
+
+    def script(asked: Asked, _: int) -> Reply:
+        with lock:
+            position = len(answered)
+            if position < answered_first:
+                answered.append(number_in(asked))
+        if position >= answered_first:
+            release.wait(60)
+            answered.append(number_in(asked))
+        return good(number_in(asked) / 100)
+
+    with serving(script) as server:
+        values = values_for(tmp_path, count, server=server.url, concurrency=4)
+        killed = start(values, tmp_path)
+        kept = tmp_path / "run" / "judge" / "answers.jsonl"
+        while not kept.exists() or kept.read_bytes().count(b"\n") < answered_first:
+            assert killed.poll() is None
+            time.sleep(0.02)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        with kept.open("ab") as stream:  # and a line that it was writing
+            stream.write(b'{"key": "0123')
+        before = [number_in(asked) for asked in server.asked]
+        release.set()
+        _wait_until_idle(server)
+        assert start(values, tmp_path).wait() == 0
+        after = [number_in(asked) for asked in server.asked[len(before) :]]
+    assert len(before) == answered_first + 4
+    assert set(after) == set(range(count)) - set(before[:answered_first])
+    assert len(after) == count - answered_first
+    experiment = experiment_from_mapping(values)
+    columns = read_metric(Layout.of(experiment).metric("judge") / "columns.parquet")
+    assert columns.values["judge"].tolist() == [index / 100 for index in range(count)]
+
+
+def _wait_until_idle(server: ScriptedServer) -> None:
+    while server._at_once:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ({"model": None}, r"score\.judge\.model: expected a model's name or folder"),
+        ({"server": None}, r"score\.judge\.server: expected http://HOST"),
+        ({"server": "file:///etc/passwd"}, r"score\.judge\.server: expected http://HOST"),
+        ({"server": "http://key@host/v1"}, r"score\.judge\.server: .* without a key in it"),
+        ({"template_arguments": "[1]"}, r"score\.judge\.template_arguments: expected a JSON object"),
+        ({"template_arguments": "{"}, r"score\.judge\.template_arguments: expected a JSON object"),
+        ({"engine": "psychic"}, r"score\.judge\.engine: expected one of 'openai', 'vllm'"),
+        ({"requests_per_minute": 0}, r"score\.judge\.requests_per_minute: expected a positive number"),
+        ({"attempts": 0}, r"score\.judge\.attempts: expected an integer >= 1"),
+    ],
+)
+def test_unusable_settings_are_refused_before_anything_is_read(tmp_path: Path, judge: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        experiment_from_mapping(values_for(tmp_path, 2, **{"server": "http://127.0.0.1:9/v1", **judge}))
+
+
+@pytest.mark.parametrize(("field", "engine"), [("prompt_file", "openai"), ("model", "vllm")])
+def test_files_that_are_not_there_are_named_before_hours_of_scoring(tmp_path: Path, field: str, engine: str) -> None:
+    experiment = experiment_from_mapping(values_for(tmp_path, 2, server="http://127.0.0.1:9/v1"))
+    with pytest.raises(ConfigError, match=rf"score\.judge\.{field}: .*nowhere: no such file"):
+        check_paths(changed(experiment, engine=engine, **{field: str(tmp_path / "nowhere")}))
+
+
+def test_a_judge_that_nobody_asks_for_needs_no_settings(tmp_path: Path) -> None:
+    values = values_for(tmp_path, 2)
+    del values["score"]
+    assert experiment_from_mapping(values).score.judge == JudgeConfig()
