@@ -19,6 +19,7 @@ from lark_jax.errors import ConfigError
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
+SCORE_METRICS = ("rule_quality",)  # keys of stages.metrics.METRICS
 TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGERS
 REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
 Section = TypeVar("Section")
@@ -58,7 +59,7 @@ class PoolConfig:
 class ScoreConfig:
     tokens_per_batch: int = 32_768  # tokens per device and step at most, padding included
     dtype: str = "bfloat16"  # of parameters and activations; statistics are always float32
-    metrics: tuple[str, ...] = ()  # further columns; none is registered yet
+    metrics: tuple[str, ...] = ()  # further columns of the score table, from SCORE_METRICS; an added one runs alone
     vocab_chunk: int = 4_096  # vocabulary rows per pass; the widest logits that ever exist
     attention: str = "auto"  # by platform and row length, or one of ATTENTION_BACKENDS
     parameters: str = "auto"  # of the student: "replicated", "gathered" layer by layer, or what fits
@@ -66,7 +67,9 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         _require(self.tokens_per_batch >= 1, "score.tokens_per_batch", self.tokens_per_batch, "an integer >= 1")
         _require_one_of("score.dtype", self.dtype, DTYPES)
-        _require(self.metrics == (), "score.metrics", self.metrics, "(): no further metric is registered yet")
+        for metric in self.metrics:
+            _require_one_of("score.metrics", metric, SCORE_METRICS)
+        _require(len(set(self.metrics)) == len(self.metrics), "score.metrics", self.metrics, "each at most once")
         _require(self.vocab_chunk >= 1, "score.vocab_chunk", self.vocab_chunk, "an integer >= 1")
         _require_one_of("score.attention", self.attention, ("auto", *ATTENTION_BACKENDS))
         _require_one_of("score.parameters", self.parameters, ("auto", "replicated", "gathered"))

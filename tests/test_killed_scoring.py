@@ -53,7 +53,7 @@ def finished(process: "subprocess.Popen[str]") -> None:
 
 def saved(workdir: Path) -> set[str]:
     """What a restarted run finds: counted tokens, fragments, parts."""
-    kept = (workdir / "score" / "parts").rglob("*")
+    kept = (workdir / "metrics" / "statistics" / "parts").rglob("*")
     return {path.name for path in kept if path.suffix in (".json", ".parquet") and not path.name.startswith(".")}
 
 

@@ -155,7 +155,7 @@ def table(workdir: Path) -> Path:
 def part_files(workdir: Path) -> dict[int, int]:
     """Inode of every finished part: a part that is written again gets another."""
     found = {}
-    for path in (workdir / "score" / "parts").glob("*/part-*.parquet"):
+    for path in (workdir / "metrics" / "statistics" / "parts").glob("*/part-*.parquet"):
         try:
             found[int(path.stem.removeprefix("part-"))] = path.stat().st_ino
         except FileNotFoundError:  # gone since it was listed

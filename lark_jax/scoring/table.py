@@ -98,12 +98,22 @@ def read_scores(path: str | Path) -> tuple[CandidateScore, ...]:
       SelectionError: no such file, not parquet, a column missing, of the wrong type or with a null where none may
         be, an unknown status, or two rows for one candidate; the message names file and column or record.
     """
-    table = _read_parquet(Path(path))
-    _check_columns(path, table)
+    table = read_scores_file(path)
     metrics = [name for name in table.column_names if name not in SCHEMA.names]
     scores = tuple(_score_from_row(row, metrics) for row in table.to_pylist())
     _check_rows(path, scores)
     return scores
+
+
+def read_scores_file(path: str | Path) -> pa.Table:
+    """The score table as it lies in the file, columns checked, rows not.
+
+    Raises:
+      SelectionError: as `read_scores`, but for what it says about rows.
+    """
+    table = _read_parquet(Path(path))
+    _check_columns(path, table)
+    return table
 
 
 def _read_parquet(path: Path) -> pa.Table:

@@ -13,7 +13,7 @@ from lark_jax.stages.finetune import finetune_tasks
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.prepare import prepare_tasks
 from lark_jax.stages.report import report_tasks
-from lark_jax.stages.score import score_tasks
+from lark_jax.stages.score_table import score_tasks
 from lark_jax.stages.select import select_tasks
 
 __all__ = ["ACCELERATOR_STAGES", "Layout", "check_paths", "check_stages", "earlier_tasks", "plan_tasks"]

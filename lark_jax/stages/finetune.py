@@ -31,7 +31,7 @@ from lark_jax.scoring import read_scores
 from lark_jax.selection import TRAIN_JSONL, choose_held_out, read_training_set
 from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout, Run
-from lark_jax.stages.score import SCORES
+from lark_jax.stages.score import STATISTICS
 from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
 from lark_jax.students import local_folder, read_architecture
 from lark_jax.students.attention import describe_backend, kernel_platform
@@ -140,12 +140,12 @@ def finetuned(
 
 
 def _held_out_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
-    """Where the held-out trajectories come from; nothing where none are held out."""
+    """Where the held-out trajectories come from, further metrics left out; nothing where none are held out."""
     if experiment.finetune.held_out_fraction == 0:
         return {}
-    require_manifest(layout.score, "score")
+    require_manifest(layout.statistics, "score")
     return {
-        "scores": layout.hashes.of(layout.score / SCORES),
+        "scores": layout.hashes.of(layout.statistics / STATISTICS),
         "pool": layout.hashes.of(experiment.pool.path),
         "on_bad_record": experiment.pool.on_bad_record,
     }
@@ -155,7 +155,7 @@ def _held_out_trajectories(experiment: Experiment, layout: Layout) -> list[Traje
     if experiment.finetune.held_out_fraction == 0:
         return []
     choices = choose_held_out(
-        read_scores(layout.score / SCORES), experiment.finetune.held_out_fraction, experiment.seed
+        read_scores(layout.statistics / STATISTICS), experiment.finetune.held_out_fraction, experiment.seed
     )
     pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
     by_ids = {(trajectory.problem_id, trajectory.candidate_id): trajectory for trajectory in pool.trajectories}

@@ -46,7 +46,16 @@ class Layout:
 
     @property
     def score(self) -> Path:
+        """The score table that selection reads: statistics and further metrics."""
         return self.root / "score"
+
+    @property
+    def statistics(self) -> Path:
+        """What the student's forward pass says: the fixed columns of the score table."""
+        return self.root / "metrics" / "statistics"
+
+    def metric(self, name: str) -> Path:
+        return self.root / "metrics" / name
 
     @property
     def report(self) -> Path:

@@ -34,7 +34,7 @@ from lark_jax.scoring import CandidateScore, read_scores
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
 from lark_jax.stages.evaluate import benchmarks_of, engine_of
 from lark_jax.stages.layout import BASE, Layout
-from lark_jax.stages.score import SCORES
+from lark_jax.stages.score_table import SCORES
 
 TABLE = "table.txt"
 PROBLEMS_SHOWN = 2  # of each benchmark, with an answer of every student
@@ -82,7 +82,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
 def _environment(layout: Layout) -> Iterator[tuple[str, str]]:
     """Versions of this process, the hardware of those that did the work, and the engine that generated."""
     yield from runtime.package_versions().items()
-    for directory in (layout.score, *(layout.finetune(run) for run in layout.runs)):
+    for directory in (layout.statistics, *(layout.finetune(run) for run in layout.runs)):
         if (manifest := read_manifest(directory)) is not None:
             yield f"hardware of {manifest.name}", manifest.hardware
     if read_manifest(layout.evaluation("engine")) is not None:

@@ -1,4 +1,4 @@
-"""Stage "score": one forward pass per trajectory, `score/scores.parquet`."""
+"""The first task of the stage "score": one forward pass per trajectory, `metrics/statistics/statistics.parquet`."""
 
 import dataclasses
 import time
@@ -35,18 +35,17 @@ from lark_jax.students import Decoder, load_student, local_folder, read_architec
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.attention import describe_backend, kernel_platform
 
-SCORES = "scores.parquet"
+STATISTICS = "statistics.parquet"
 PARTS = "parts"
 
 
-def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
+def statistics_task(experiment: Experiment, layout: Layout) -> Task:
     def inputs() -> dict[str, Any]:
         return {
             "pool": layout.hashes.of(experiment.pool.path, PoolError),
             "on_bad_record": experiment.pool.on_bad_record,
             **student_inputs(experiment, layout),
             "dtype": experiment.score.dtype,
-            "metrics": experiment.score.metrics,
         }
 
     def run(directory: Path) -> Outcome:
@@ -84,12 +83,12 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
             return Outcome(counts={})  # the first process reports for all
         scores = _assemble_when_seen(workload)
         refuse_if_nothing_scored(scores)
-        write_scores(directory / SCORES, scores)
+        write_scores(directory / STATISTICS, scores)
         measured = {**throughput.notes(), "share_of_process": processes.label() if own else None}
         notes = {**notes_on(chat), "batches": workload.notes(), "throughput": measured}
         return dataclasses.replace(outcome_of(pool, scores), notes=notes)
 
-    return [Task("score", layout.score, inputs, run, scratch=(PARTS,), everywhere=True)]
+    return Task("score/statistics", layout.statistics, inputs, run, scratch=(PARTS,), everywhere=True)
 
 
 @dataclasses.dataclass(frozen=True)

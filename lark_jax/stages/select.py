@@ -10,7 +10,7 @@ from lark_jax.pool import read_pool
 from lark_jax.scoring import read_scores
 from lark_jax.selection import Selection, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
-from lark_jax.stages.score import SCORES
+from lark_jax.stages.score_table import SCORES
 
 
 def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:

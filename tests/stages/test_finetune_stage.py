@@ -13,7 +13,8 @@ from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.scoring import CandidateScore, write_scores
 from lark_jax.stages.finetune import TrainingData, finetune_tasks, training_data
 from lark_jax.stages.layout import STUDENT, Layout
-from lark_jax.stages.score import SCORES
+from lark_jax.stages.score import STATISTICS
+from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.select import select_tasks
 from lark_jax.stages.student import open_chat
 
@@ -50,10 +51,10 @@ def score_at_random(experiment: Experiment, layout: Layout) -> None:
     ]
 
     def write(directory: Path) -> Outcome:
-        write_scores(directory / SCORES, tuple(scores))
+        write_scores(directory / (STATISTICS if directory == layout.statistics else SCORES), tuple(scores))
         return Outcome(counts={})
 
-    run_tasks([Task("score", layout.score, dict, write)])
+    run_tasks([Task("score/statistics", layout.statistics, dict, write), Task("score", layout.score, dict, write)])
 
 
 def data_of_all_runs(experiment: Experiment) -> list[TrainingData]:
@@ -95,6 +96,6 @@ def test_the_held_out_set_is_among_the_inputs_of_the_stage(material: Path, tmp_p
     assert not {"loggers", "keep_checkpoints", "checkpoint_every"} & set(inputs["finetune"])
     without = experiment_with(material, tmp_path)
     assert not {"scores", "pool"} & set(finetune_tasks(without, layout)[0].inputs())
-    (layout.score / MANIFEST).unlink()
+    (layout.statistics / MANIFEST).unlink()
     with pytest.raises(PipelineError, match=r"add 'score' to config\.stages"):
         finetune_tasks(experiment, layout)[0].inputs()

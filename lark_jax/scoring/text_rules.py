@@ -1,0 +1,33 @@
+"""Rule-based quality: four indicators of a trajectory's text (paper, Appendix C.2, after LIMO, arXiv 2502.03387).
+
+The paper leaves some things open. Here a word is what white space separates; a keyword is counted as a whole word,
+without regard to case, inflected forms ("checking") not included; the text is the whole content of the assistant's
+message, thinking and what a student's `max_length` would cut off included. An empty text has frequencies of 0.
+"""
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+KEYWORDS: dict[str, tuple[str, ...]] = {
+    "rule_verification": ("check", "verify"),
+    "rule_exploration": ("perhaps", "might"),
+    "rule_granularity": ("therefore", "since"),
+}
+COLUMNS = ("rule_words", *KEYWORDS)
+
+_PATTERNS = {name: re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE) for name, words in KEYWORDS.items()}
+
+
+def text_indicators(text: str) -> dict[str, float]:
+    """Words of the text, and occurrences of each group of keywords per word, by column name."""
+    words = len(text.split())
+    frequencies = {name: len(pattern.findall(text)) / max(words, 1) for name, pattern in _PATTERNS.items()}
+    return {"rule_words": float(words), **frequencies}
+
+
+def indicator_columns(texts: Iterable[str]) -> dict[str, np.ndarray]:
+    """`text_indicators` of all texts: column name -> float64 [texts]."""
+    rows = [text_indicators(text) for text in texts]
+    return {name: np.array([row[name] for row in rows], np.float64) for name in COLUMNS}

@@ -1,0 +1,90 @@
+"""A further metric of the stage "score" as one resumable task: `metrics/<name>/columns.parquet`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lark_jax.config import Experiment
+from lark_jax.errors import PoolError
+from lark_jax.pipeline import Outcome, Task
+from lark_jax.pool import Pool, read_pool
+from lark_jax.scoring.metric_columns import MetricColumns, write_metric
+from lark_jax.stages.layout import Layout
+
+COLUMNS = "columns.parquet"
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """Values of all trajectories of the pool, and why some have none."""
+
+    columns: MetricColumns
+    reasons: Mapping[tuple[str, str], str] = field(default_factory=dict)  # (problem_id, candidate_id) -> why it is null
+    counts: Mapping[str, int] = field(default_factory=dict)  # for the manifest, beside those of all metrics
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric yields and needs.
+
+    `inputs` says what the values depend on beside the pool, as JSON. `compute` may keep its progress below the folder
+    that it is given, and must continue from what an interrupted call with equal inputs left there; in a process that
+    is not the first it returns None.
+    """
+
+    columns: tuple[str, ...]
+    inputs: Callable[[Experiment, Layout], Mapping[str, Any]]
+    compute: Callable[[Experiment, Layout, Pool, Path], MetricResult | None]
+    scratch: tuple[str, ...] = ()  # folders that may be deleted once the task is finished
+    everywhere: bool = False  # all processes of the run take part in it; else the first alone
+
+
+def metric_task(name: str, metric: Metric, experiment: Experiment, layout: Layout) -> Task:
+    def inputs() -> dict[str, Any]:
+        return {
+            "pool": layout.hashes.of(experiment.pool.path, PoolError),
+            "on_bad_record": experiment.pool.on_bad_record,
+            **metric.inputs(experiment, layout),
+        }
+
+    def run(directory: Path) -> Outcome:
+        pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
+        result = metric.compute(experiment, layout, pool, directory)
+        if result is None:
+            return Outcome(counts={})  # the first process reports for all
+        require_complete(name, metric, pool, result)
+        write_metric(directory / COLUMNS, result.columns)
+        return outcome_of(pool, result)
+
+    return Task(f"score/{name}", layout.metric(name), inputs, run, metric.scratch, metric.everywhere)
+
+
+def require_complete(name: str, metric: Metric, pool: Pool, result: MetricResult) -> None:
+    """Refuses a metric that breaks its promise: all of its columns, all trajectories, a reason for each null.
+
+    Raises:
+      ValueError: names the metric; this is an error in lark_jax.
+    """
+    if set(result.columns.values) != set(metric.columns):
+        raise ValueError(f"metric {name!r} yields {sorted(result.columns.values)}, expected {sorted(metric.columns)}")
+    if set(result.columns.candidates) != {(t.problem_id, t.candidate_id) for t in pool.trajectories}:
+        raise ValueError(f"metric {name!r} has other candidates than the pool")
+    if set(result.columns.missing()) != set(result.reasons):
+        raise ValueError(f"metric {name!r} has nulls without a reason, or reasons without a null")
+
+
+def outcome_of(pool: Pool, result: MetricResult) -> Outcome:
+    skipped = [
+        {
+            "problem_id": trajectory.problem_id,
+            "candidate_id": trajectory.candidate_id,
+            "location": trajectory.location,
+            "reason": result.reasons[trajectory.problem_id, trajectory.candidate_id],
+        }
+        for trajectory in pool.trajectories
+        if (trajectory.problem_id, trajectory.candidate_id) in result.reasons
+    ]
+    counts = {"trajectories": len(pool.trajectories), "with values": len(pool.trajectories) - len(skipped)}
+    return Outcome(counts={**counts, **result.counts}, skipped=skipped, notes=result.notes)

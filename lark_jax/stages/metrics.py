@@ -1,0 +1,19 @@
+"""The registry of further metrics of the stage "score".
+
+To add one, write a `Metric` in a module of its own, give it a line here, and add its name to `config.SCORE_METRICS`.
+"""
+
+from lark_jax.config import Experiment
+from lark_jax.pipeline import Task
+from lark_jax.stages.layout import Layout
+from lark_jax.stages.metric_task import Metric, metric_task
+from lark_jax.stages.rule_quality import RULE_QUALITY
+
+METRICS: dict[str, Metric] = {
+    "rule_quality": RULE_QUALITY,
+}
+
+
+def metric_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
+    """One task for each of `score.metrics`, in the order given."""
+    return [metric_task(name, METRICS[name], experiment, layout) for name in experiment.score.metrics]

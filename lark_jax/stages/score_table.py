@@ -1,0 +1,54 @@
+"""Stage "score": the student's statistics, further metrics, and the last task, which joins them.
+
+`score/scores.parquet` has one row per candidate, the fixed columns and one per further metric. The other tasks keep
+what they compute in folders of their own below `metrics/`, so that a metric that is added changes none of them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lark_jax.config import Experiment
+from lark_jax.pipeline import Manifest, Outcome, Task, require_manifest
+from lark_jax.scoring.metric_columns import join
+from lark_jax.stages.layout import Layout
+from lark_jax.stages.metric_task import COLUMNS
+from lark_jax.stages.metrics import metric_tasks
+from lark_jax.stages.score import STATISTICS, statistics_task
+
+SCORES = "scores.parquet"
+
+
+def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
+    further = metric_tasks(experiment, layout)
+    return [statistics_task(experiment, layout), *further, _join_task(experiment, layout)]
+
+
+def _join_task(experiment: Experiment, layout: Layout) -> Task:
+    metrics = experiment.score.metrics
+
+    def inputs() -> dict[str, Any]:
+        for folder in (layout.statistics, *map(layout.metric, metrics)):
+            require_manifest(folder, "score")
+        return {
+            "statistics": layout.hashes.of(layout.statistics / STATISTICS),
+            "metrics": {name: layout.hashes.of(layout.metric(name) / COLUMNS) for name in metrics},
+        }
+
+    def run(directory: Path) -> Outcome:
+        files = [layout.metric(name) / COLUMNS for name in metrics]
+        join(layout.statistics / STATISTICS, files, directory / SCORES)
+        manifests = {name: require_manifest(layout.metric(name), "score") for name in metrics}
+        return joined_outcome(require_manifest(layout.statistics, "score"), manifests)
+
+    return Task("score", layout.score, inputs, run)
+
+
+def joined_outcome(statistics: Manifest, metrics: Mapping[str, Manifest]) -> Outcome:
+    """Counts, notes and skipped records of the statistics, and every record that a metric could not be computed for."""
+    counts = dict(statistics.outcome.counts)
+    skipped = list(statistics.outcome.skipped)
+    for name, manifest in metrics.items():
+        counts[f"without {name}"] = len(manifest.outcome.skipped)
+        skipped += [{**record, "reason": f"{name}: {record['reason']}"} for record in manifest.outcome.skipped]
+    return Outcome(counts, skipped, statistics.outcome.notes)

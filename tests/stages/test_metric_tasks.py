@@ -1,0 +1,169 @@
+"""Stage "score" as tasks: what a metric that is added, changed or broken does to the others."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lark_jax.config import SCORE_METRICS, Experiment, experiment_from_mapping
+from lark_jax.errors import ConfigError, PipelineError
+from lark_jax.files import write_jsonl
+from lark_jax.pipeline import Outcome, Task, read_manifest, require_current, run_tasks
+from lark_jax.pool import Pool, read_pool
+from lark_jax.scoring import CandidateScore, read_scores, write_scores
+from lark_jax.scoring.metric_columns import MetricColumns
+from lark_jax.stages.layout import Layout
+from lark_jax.stages.metric_task import Metric, MetricResult, metric_task
+from lark_jax.stages.metrics import METRICS
+from lark_jax.stages.score import STATISTICS
+from lark_jax.stages.score_table import score_tasks
+
+TEXTS = ("Therefore we check it.", "We might verify this, since it is short.", "4")
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    rows = [
+        {
+            "problem_id": f"p{problem}",
+            "candidate_id": f"c{candidate}",
+            "teacher": "t",
+            "messages": [{"role": "user", "content": f"{problem}?"}, {"role": "assistant", "content": text}],
+        }
+        for problem in range(2)
+        for candidate, text in enumerate(TEXTS)
+    ]
+    write_jsonl(tmp_path / "pool.jsonl", rows)
+    (tmp_path / "student").mkdir()
+    values = {
+        "workdir": str(tmp_path / "run"),
+        "stages": ("score", "select"),
+        "student": {"path": str(tmp_path / "student")},
+        "pool": {"path": str(tmp_path / "pool.jsonl")},
+    }
+    return experiment_from_mapping(values)
+
+
+def with_metrics(experiment: Experiment, *names: str) -> Experiment:
+    return dataclasses.replace(experiment, score=dataclasses.replace(experiment.score, metrics=names))
+
+
+def tasks_of(experiment: Experiment) -> list[Task]:
+    """Those of the stage, but the forward pass writes random statistics."""
+    statistics, *others = score_tasks(experiment, Layout.of(experiment))
+
+    def forward(directory: Path) -> Outcome:
+        pool, rng = read_pool(experiment.pool.path, "error"), np.random.default_rng()
+        ids = [(t.problem_id, t.candidate_id, t.teacher, 5, 9, False) for t in pool.trajectories]
+        write_scores(directory / STATISTICS, [CandidateScore(*i, *rng.uniform(0.1, 0.9, 6).tolist()) for i in ids])
+        return Outcome({"trajectories": len(ids)}, notes={"tokenizer": "abc"})
+
+    return [dataclasses.replace(statistics, run=forward, everywhere=False), *others]
+
+
+def table_of(experiment: Experiment) -> Path:
+    return Layout.of(experiment).score / "scores.parquet"
+
+
+def no_inputs(experiment: Experiment, layout: Layout) -> Mapping[str, Any]:
+    del experiment, layout
+    return {}
+
+
+def test_configured_names_are_the_registered_ones() -> None:
+    assert set(SCORE_METRICS) == set(METRICS)
+
+
+def test_an_added_metric_runs_alone_and_its_columns_join_the_same_statistics(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_tasks(tasks_of(experiment)) == 2
+    before = pq.read_table(table_of(experiment))
+    capsys.readouterr()
+
+    added = with_metrics(experiment, "rule_quality")
+    assert run_tasks(tasks_of(added)) == 2
+    said = capsys.readouterr().err
+    assert "score/statistics: up to date" in said
+    assert "score/rule_quality: done (6 trajectories, 6 with values)" in said
+    assert run_tasks(tasks_of(added)) == 0
+    after = pq.read_table(table_of(experiment))
+    assert after.select(before.column_names).equals(before)
+    frequencies = [score.metrics["rule_granularity"] for score in read_scores(table_of(experiment))]
+    assert frequencies == [1 / 4, 1 / 8, 0.0] * 2
+
+    assert run_tasks(tasks_of(experiment)) == 1  # taken out again: joined anew, nothing else
+    assert pq.read_table(table_of(experiment)).equals(before)
+
+
+def test_the_table_s_manifest_counts_and_lists_what_every_task_left_out(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def partly(experiment: Experiment, layout: Layout, pool: Pool, directory: Path) -> MetricResult:
+        del experiment, layout, directory
+        candidates = tuple((t.problem_id, t.candidate_id) for t in pool.trajectories)
+        values = np.array([0.5, np.nan, 0.25, 1.0, 1.0, 1.0])
+        return MetricResult(MetricColumns(candidates, {"taste": values}), {("p0", "c1"): "no answer"}, {"asked": 9})
+
+    monkeypatch.setitem(METRICS, "rule_quality", Metric(("taste",), no_inputs, partly))
+    run_tasks(tasks_of(with_metrics(experiment, "rule_quality")))
+    own = read_manifest(Layout.of(experiment).metric("rule_quality"))
+    assert own is not None
+    assert own.outcome.counts == {"trajectories": 6, "with values": 5, "asked": 9}
+    joined = read_manifest(Layout.of(experiment).score)
+    assert joined is not None
+    assert joined.outcome.counts == {"trajectories": 6, "without rule_quality": 1}
+    assert joined.outcome.notes == {"tokenizer": "abc"}
+    (record,) = joined.outcome.skipped
+    location = f"{experiment.pool.path}:2"
+    expected = {
+        "problem_id": "p0",
+        "candidate_id": "c1",
+        "location": location,
+        "reason": "rule_quality: no answer",
+    }
+    assert record == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "reasons", "message"),
+    [
+        ({"other": [1.0] * 6}, {}, r"yields \['other'\], expected \['taste'\]"),
+        ({"taste": [1.0] * 5}, {}, "other candidates than the pool"),
+        ({"taste": [np.nan] + [1.0] * 5}, {}, "nulls without a reason"),
+        ({"taste": [1.0] * 6}, {("p0", "c0"): "tired"}, "reasons without a null"),
+    ],
+)
+def test_a_metric_that_breaks_its_promise_leaves_no_file(
+    experiment: Experiment, columns: dict, reasons: dict, message: str
+) -> None:
+    def broken(experiment: Experiment, layout: Layout, pool: Pool, directory: Path) -> MetricResult:
+        del experiment, layout, directory
+        length = len(next(iter(columns.values())))
+        candidates = tuple((t.problem_id, t.candidate_id) for t in pool.trajectories[:length])
+        return MetricResult(MetricColumns(candidates, {n: np.array(v) for n, v in columns.items()}), reasons)
+
+    layout = Layout.of(experiment)
+    task = metric_task("taste", Metric(("taste",), no_inputs, broken), experiment, layout)
+    with pytest.raises(ValueError, match=message):
+        run_tasks([task])
+    assert not (layout.metric("taste") / "columns.parquet").exists()
+
+
+def test_selection_without_the_stage_that_a_new_metric_needs_names_it(experiment: Experiment) -> None:
+    run_tasks(tasks_of(experiment))
+    *_, table = tasks_of(with_metrics(experiment, "rule_quality"))
+    with pytest.raises(PipelineError, match=r"rule_quality: nothing finished here yet; add 'score' to config\.stages"):
+        require_current(table)
+
+
+@pytest.mark.parametrize("metrics", [("rule_qualty",), ("rule_quality", "rule_quality")])
+def test_unknown_and_repeated_metrics_are_refused(experiment: Experiment, metrics: tuple[str, ...]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"config\.score\.metrics: expected (one of 'rule_quality'|each at most once)"
+    ):
+        with_metrics(experiment, *metrics)
