@@ -1,13 +1,17 @@
 """Local Naturalness against its definition: every step in a row of its own, through transformers, in float32."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lark_jax.config import MeshConfig, SyntheticConfig
+from lark_jax.errors import PipelineError
 from lark_jax.files import write_json
 from lark_jax.pool import read_pool
 from lark_jax.pool.chat import ChatFormat, load_chat_format, render_trajectory
@@ -15,18 +19,21 @@ from lark_jax.pool.records import Message, Pool, Trajectory
 from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.scoring.local_naturalness import (
     NaturalnessOptions,
+    Work,
     assemble_local_naturalness,
     plan_work,
     score_local_naturalness,
+    scorer,
 )
-from lark_jax.sharding import make_mesh
+from lark_jax.scoring.local_naturalness.work import RenderedPart
+from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students import Decoder, load_student, random_student, read_architecture, save_new_student
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SIZES = SyntheticConfig(num_problems=3, num_test_problems=2, num_pretrain_problems=60, rollouts=1)
-OPTIONS = NaturalnessOptions(max_length=400, tokens_per_batch=1_024, vocab_chunk=200, context=2)
+OPTIONS = NaturalnessOptions(max_length=400, tokens_per_batch=512, vocab_chunk=200, context=2)
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -88,14 +95,16 @@ def _answering(trajectory: Trajectory, response: str) -> Trajectory:
     return dataclasses.replace(trajectory, messages=(*trajectory.prompt, Message("assistant", response)))
 
 
-def _scores(setting: Setting, folder: Path, options: NaturalnessOptions = OPTIONS, data: int = 1, tensor: int = 1):
+def _scores(
+    setting: Setting, folder: Path, options: NaturalnessOptions = OPTIONS, data: int = 1, tensor: int = 1
+) -> tuple[np.ndarray, Work]:
     mesh = make_mesh(MeshConfig(data, tensor), jax.devices()[: data * tensor])
     work = plan_work(setting.pool, setting.chat, options, row_multiple=data, directory=folder)
     score_local_naturalness(setting.student, work, mesh=mesh)
     return np.array(assemble_local_naturalness(work)), work
 
 
-def _by_definition(setting: Setting, steps_of, options: NaturalnessOptions) -> np.ndarray:
+def _by_definition(setting: Setting, steps_of: list[np.ndarray | str], options: NaturalnessOptions) -> np.ndarray:
     """Each step alone: prompt, at most `context` steps, the step; nothing is shared or batched."""
     model = transformers.AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).eval()
     scores = np.full(len(setting.pool.trajectories), np.nan)
@@ -116,16 +125,112 @@ def _by_definition(setting: Setting, steps_of, options: NaturalnessOptions) -> n
     return scores
 
 
-def _step_sizes(work):
+def _steps(work: Work) -> list[np.ndarray | str]:
     return [sizes if isinstance(sizes, str) else sizes.steps for sizes in work.sizes]
 
 
-@pytest.mark.parametrize("context", [0, 2, 4])
+@pytest.mark.parametrize("context", [0, 2])
 def test_scores_are_those_of_every_step_in_a_row_of_its_own(setting: Setting, tmp_path: Path, context: int) -> None:
     options = dataclasses.replace(OPTIONS, context=context)
     found, work = _scores(setting, tmp_path, options)
-    steps = _step_sizes(work)
-    assert max(map(len, steps)) > 12
-    np.testing.assert_allclose(found, _by_definition(setting, steps, options), rtol=2e-5)
-    everything = _by_definition(setting, steps, dataclasses.replace(options, context=1_000))
-    assert np.nanmax(np.abs(found - everything)) > 1e-2, "a student that does not mind what it sees"
+    steps = _steps(work)
+    assert max(map(len, steps)) > 8
+    expected = _by_definition(setting, steps, options)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    assert np.isnan(found[UNRENDERABLE])
+    assert np.isfinite(np.delete(found, UNRENDERABLE)).all()
+    one_more = _by_definition(setting, steps, dataclasses.replace(options, context=context + 1))
+    assert np.nanmax(np.abs(expected - one_more)) > 1e-2, "a student that does not mind what it sees"
+
+
+def test_with_enough_context_every_token_has_its_log_likelihood_in_one_pass(setting: Setting, tmp_path: Path) -> None:
+    found, work = _scores(setting, tmp_path, dataclasses.replace(OPTIONS, context=1_000))
+    model = setting.student
+    for index in (0, 1):
+        item = render_trajectory(setting.chat, setting.pool.trajectories[index], OPTIONS.max_length)
+        row = np.concatenate([item.prompt_tokens, item.target_tokens])
+        logits = np.asarray(model.logits(jnp.asarray(row[None, :-1])), np.float64)[0, len(item.prompt_tokens) - 1 :]
+        gold = np.take_along_axis(logits, item.target_tokens[:, None], -1)[:, 0]
+        log_probs = gold - np.log(np.exp(logits).sum(-1))
+        ends = np.cumsum(_steps(work)[index])
+        expected = np.mean([part.mean() for part in np.split(log_probs, ends[:-1])])
+        np.testing.assert_allclose(found[index], expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("data", "tensor", "axes"), [(3, 1, ()), (1, 2, (TENSOR,)), (2, 2, (DATA, TENSOR))], ids=str)
+def test_every_layout_gives_the_scores_of_one_device(
+    setting: Setting, tmp_path: Path, data: int, tensor: int, axes: tuple[str, ...]
+) -> None:
+    one_device, _ = _one_device(setting, tmp_path)
+    options = dataclasses.replace(OPTIONS, parameter_axes=axes)
+    found, _ = _scores(setting, tmp_path, options, data, tensor)
+    np.testing.assert_allclose(found, one_device, rtol=2e-5)
+
+
+_one_device = functools.cache(_scores)
+
+
+def test_prompts_are_encoded_once_each_and_every_answer_is_scored_once(setting: Setting, tmp_path: Path) -> None:
+    work = plan_work(setting.pool, setting.chat, OPTIONS, row_multiple=2, directory=tmp_path)
+    prompts = [answers for part in work.parts for answers in part.prompts]
+    trajectories = setting.pool.trajectories
+    assert {trajectories[answers[0]].prompt for answers in prompts} == {t.prompt for t in trajectories}
+    assert len(prompts) == work.num_prompts == SIZES.num_problems
+    members = sorted(member for part in work.parts for member in part.members)
+    assert members == [index for index in range(len(trajectories)) if index != UNRENDERABLE]
+    lengths = [work.sizes[answers[0]].prompt for answers in prompts]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_killed_run_goes_on_with_the_parts_that_are_missing(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A prompt's keys take as much as a batch: each is a part of its own.
+    options = dataclasses.replace(OPTIONS, tokens_per_batch=128)
+    done = []
+
+    def costless(programs: object, rendered: RenderedPart) -> Iterator[np.ndarray]:
+        del programs
+        done.append(rendered.part.number)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        for batch in rendered.batches:
+            yield batch.targets_s.astype(np.float32)
+
+    monkeypatch.setattr(scorer, "_log_likelihoods", costless)
+    with pytest.raises(KeyboardInterrupt):
+        _scores(setting, tmp_path, options)
+    _, work = _scores(setting, tmp_path, options)
+    assert done == [0, 1, 2, 2]
+    part = work.folder / "part-00001.json"
+    part.write_text(part.read_text(encoding="utf-8")[:-3], encoding="utf-8")
+    with pytest.raises(PipelineError, match=r"part-00001\.json: missing or damaged"):
+        assemble_local_naturalness(work)
+    _scores(setting, tmp_path, options)
+    assert done == [0, 1, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"context": 3}, {"split": r"(?P<end>\n)"}, {"max_length": 300}, {"tokens_per_batch": 512}]
+)
+def test_what_decides_the_windows_names_their_folder(setting: Setting, tmp_path: Path, change: dict) -> None:
+    def folder(options: NaturalnessOptions) -> Path:
+        return plan_work(setting.pool, setting.chat, options, row_multiple=1, directory=tmp_path).folder
+
+    assert folder(dataclasses.replace(OPTIONS, **change)) != folder(OPTIONS)
+
+
+def test_numbers_of_the_student_that_are_not_finite_leave_no_score(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(programs: object, rendered: RenderedPart) -> Iterator[np.ndarray]:
+        del programs
+        for batch in rendered.batches:
+            # The first step of the first answer of each part.
+            yield np.where(batch.step_ids_s == 0, np.nan, -1.0)
+
+    monkeypatch.setattr(scorer, "_log_likelihoods", broken)
+    found, work = _scores(setting, tmp_path)
+    first = [part.members[0] for part in work.parts]
+    assert sorted(np.flatnonzero(np.isnan(found))) == sorted([*first, UNRENDERABLE])
+    np.testing.assert_allclose(found[~np.isnan(found)], -1.0)

@@ -4,7 +4,8 @@ The rule is one regular expression that is searched from left to right. Where it
 step ends behind the match; any other match is text that stays in one piece. `SENTENCES`, the default:
 
 - a step ends behind ., ! or ? (their full-width forms too), closing quotes, brackets and asterisks included, where
-  white space follows, and at every line break; the white space still belongs to it. So "3.14" and "f.g" stay whole;
+  white space follows, and at every line break; the white space still belongs to it, but for the indentation of the
+  next line. So "3.14" and "f.g" stay whole;
 - fenced code, display math between \\[ \\] or $$ $$, common abbreviations ("e.g.", "Fig.", "Dr.") and the number of a
   list item ("2. Next") are never cut.
 
@@ -26,7 +27,7 @@ SENTENCES = r"""(?x)
   | (?<![^\W_])(?:[Ee]\.g|[Ii]\.e|cf|vs|approx|resp|[Ff]igs?|[Ee]qs?|Sec|Thm|Dr|Mrs?|Ms|Prof)\.
   | (?<![^\W_])[Nn]o\.(?=\ \d)                           # "no. 5"
   | ^[ \t]*(?:\#+[ \t]*)?\d+\.(?=[ \t])                  # "2." before the item of a list
-  | (?P<end> [.!?]+["'”’)\]*_]*(?:\s+|\Z) | [。！？]+[”’）」]*\s* | \s*\n\s* )
+  | (?P<end> [.!?]+["'”’)\]*_]*(?:\s*\n|\s+|\Z) | [。！？]+[”’）」]*(?:\s*\n|\s*) | \s*\n )
 """
 _SOMETHING_SAID = re.compile(r"[^\W_]")
 

@@ -8,6 +8,7 @@ several workers takes, and one file in the end. Parts are a function of pool, to
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,28 @@ class Work:
     sizes: tuple[Sizes | str, ...]  # of each trajectory; for one that cannot be rendered, the reason
     parts: tuple[Part, ...]
     folder: Path  # of the finished parts: its name is a hash of all that decides them
+
+    @property
+    def num_steps(self) -> int:
+        return sum(len(size.steps) for size in self.sizes if isinstance(size, Sizes))
+
+    @property
+    def num_prompts(self) -> int:
+        return sum(len(part.prompts) for part in self.parts)
+
+    @property
+    def window_tokens(self) -> int:
+        return sum(_window_tokens(size, self.options.context) for size in self.sizes)
+
+    def notes(self) -> dict[str, Any]:
+        """For a manifest."""
+        return {"steps": self.num_steps, "prompts": self.num_prompts, "window_tokens": self.window_tokens}
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.sizes):,} trajectories of {self.num_steps:,} steps, {self.window_tokens:,} tokens in windows "
+            f"behind {self.num_prompts:,} prompts, {len(self.parts):,} parts"
+        )
 
 
 @dataclass(frozen=True)
