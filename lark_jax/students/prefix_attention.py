@@ -54,7 +54,7 @@ def attend_with_prefix(
         def take(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, index * rows, rows)
 
-        return _attend(block, *map(take, (q_bthd, k_btkd, v_btkd)), shared, RowLayout(*map(take, layout)))
+        return _attend(block, take(q_bthd), take(k_btkd), take(v_btkd), shared, RowLayout(*map(take, layout)))
 
     with jax.named_scope("attention_prefix"):
         return jax.lax.map(some_rows, jnp.arange(batch // rows)).reshape(q_bthd.shape)

@@ -1,7 +1,6 @@
 """Local Naturalness against its definition: every step in a row of its own, through transformers, in float32."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,9 +30,10 @@ from lark_jax.students import Decoder, load_student, random_student, read_archit
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)
 
 SIZES = SyntheticConfig(num_problems=3, num_test_problems=2, num_pretrain_problems=60, rollouts=1)
-OPTIONS = NaturalnessOptions(max_length=400, tokens_per_batch=512, vocab_chunk=200, context=2)
+OPTIONS = NaturalnessOptions(max_length=400, tokens_per_batch=4_096, vocab_chunk=200, context=2)
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -87,7 +87,7 @@ def _pool(folder: Path) -> Pool:
         response = rng.choice([" ", "\n", "\n\n"]).join([*some, trajectory.response])
         trajectories[index] = _answering(trajectory, response + rng.choice(["", "\n"]))
     trajectories[UNRENDERABLE] = _answering(trajectories[UNRENDERABLE], "an <|im_end|> inside")
-    trajectories[UNRENDERABLE + 1] = _answering(trajectories[UNRENDERABLE + 1], "3. " * 400)
+    trajectories[UNRENDERABLE + 1] = _answering(trajectories[UNRENDERABLE + 1], "so 3 of them are 5, " * 60)
     return Pool(tuple(trajectories))
 
 
@@ -107,7 +107,7 @@ def _scores(
 def _by_definition(setting: Setting, steps_of: list[np.ndarray | str], options: NaturalnessOptions) -> np.ndarray:
     """Each step alone: prompt, at most `context` steps, the step; nothing is shared or batched."""
     model = transformers.AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).eval()
-    scores = np.full(len(setting.pool.trajectories), np.nan)
+    scores = np.full(len(steps_of), np.nan)
     for index, steps in enumerate(steps_of):
         if isinstance(steps, str):
             continue
@@ -129,6 +129,11 @@ def _steps(work: Work) -> list[np.ndarray | str]:
     return [sizes if isinstance(sizes, str) else sizes.steps for sizes in work.sizes]
 
 
+@pytest.fixture(scope="module")
+def one_device(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return _scores(setting, tmp_path_factory.mktemp("one_device"))[0]
+
+
 @pytest.mark.parametrize("context", [0, 2])
 def test_scores_are_those_of_every_step_in_a_row_of_its_own(setting: Setting, tmp_path: Path, context: int) -> None:
     options = dataclasses.replace(OPTIONS, context=context)
@@ -139,8 +144,8 @@ def test_scores_are_those_of_every_step_in_a_row_of_its_own(setting: Setting, tm
     np.testing.assert_allclose(found, expected, rtol=2e-5)
     assert np.isnan(found[UNRENDERABLE])
     assert np.isfinite(np.delete(found, UNRENDERABLE)).all()
-    one_more = _by_definition(setting, steps, dataclasses.replace(options, context=context + 1))
-    assert np.nanmax(np.abs(expected - one_more)) > 1e-2, "a student that does not mind what it sees"
+    one_more = _by_definition(setting, steps[:4], dataclasses.replace(options, context=context + 1))
+    assert np.nanmax(np.abs(expected[:4] - one_more)) > 1e-2, "a student that does not mind what it sees"
 
 
 def test_with_enough_context_every_token_has_its_log_likelihood_in_one_pass(setting: Setting, tmp_path: Path) -> None:
@@ -159,15 +164,11 @@ def test_with_enough_context_every_token_has_its_log_likelihood_in_one_pass(sett
 
 @pytest.mark.parametrize(("data", "tensor", "axes"), [(3, 1, ()), (1, 2, (TENSOR,)), (2, 2, (DATA, TENSOR))], ids=str)
 def test_every_layout_gives_the_scores_of_one_device(
-    setting: Setting, tmp_path: Path, data: int, tensor: int, axes: tuple[str, ...]
+    setting: Setting, one_device: np.ndarray, tmp_path: Path, data: int, tensor: int, axes: tuple[str, ...]
 ) -> None:
-    one_device, _ = _one_device(setting, tmp_path)
     options = dataclasses.replace(OPTIONS, parameter_axes=axes)
     found, _ = _scores(setting, tmp_path, options, data, tensor)
     np.testing.assert_allclose(found, one_device, rtol=2e-5)
-
-
-_one_device = functools.cache(_scores)
 
 
 def test_prompts_are_encoded_once_each_and_every_answer_is_scored_once(setting: Setting, tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_a_killed_run_goes_on_with_the_parts_that_are_missing(
 
 
 @pytest.mark.parametrize(
-    "change", [{"context": 3}, {"split": r"(?P<end>\n)"}, {"max_length": 300}, {"tokens_per_batch": 512}]
+    "change", [{"context": 3}, {"split": r"(?P<end>\n)"}, {"max_length": 300}, {"tokens_per_batch": 1_024}]
 )
 def test_what_decides_the_windows_names_their_folder(setting: Setting, tmp_path: Path, change: dict) -> None:
     def folder(options: NaturalnessOptions) -> Path:

@@ -17,7 +17,14 @@ from lark_jax.errors import PipelineError
 from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories, target_offsets
 from lark_jax.pool.records import Message, Pool, SkippedRecord, Trajectory
 from lark_jax.scoring.local_naturalness.steps import compile_split, step_starts, steps_of_tokens
-from lark_jax.scoring.local_naturalness.windows import WindowBatch, WindowText, batch_rows, pack_rows, windows_of
+from lark_jax.scoring.local_naturalness.windows import (
+    WindowBatch,
+    WindowRow,
+    WindowText,
+    batch_rows,
+    pack_rows,
+    windows_of,
+)
 from lark_jax.scoring.workload import hash_of_texts
 
 BATCHES_PER_PART = 16  # about; a part's last batch of each row length is not full
@@ -165,7 +172,8 @@ def render_part(work: Work, part: Part, prompts: Prompts) -> RenderedPart:
     """
     trajectories = [work.pool.trajectories[member] for member in part.members]
     items = iter(split_trajectories(work.chat, trajectories, work.options, prompts))
-    rows, sizes = [], []
+    rows: list[WindowRow] = []
+    sizes: list[np.ndarray] = []
     pad_id, num_steps = work.chat.pad_id, 0
     prompts_ns = np.full((_padded_prompts(part, work.row_multiple), part.prompt_size), pad_id, np.int32)
     for number, answers in enumerate(part.prompts):
