@@ -38,13 +38,17 @@ from lark_jax.sharding import make_mesh
 from lark_jax.students import Decoder, random_student
 from lark_jax.students.architecture import architecture_from_config
 
-Contestant = Callable[[], list[np.ndarray]]
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    run: Callable[[], list[np.ndarray]]
+    padding: float  # share of the tokens that go through the layers
 
 
 def main() -> None:
     options = parse_arguments()
     chat = load_chat_format(options.tokenizer, options.chat_template)
-    pool = some_of(read_pool(options.pool), options.problems, options.join)
+    pool = some_of(read_pool(options.pool), options.problems, options.answers, options.join)
     limits = NaturalnessOptions(options.max_length, options.tokens_per_batch, options.vocab_chunk, options.context)
     work = plan_work(pool, chat, limits, row_multiple=1, directory=Path("not-written"))
     report = {**describe(work), "options": vars(options), "flops": flop_ratios(work)}
@@ -64,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chat_template", help="Jinja file, for tokenizers without a template")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the student that is timed")
     parser.add_argument("--problems", type=int, default=2, help="of the pool, evenly spaced, with all their answers")
+    parser.add_argument("--answers", type=int, help="of each problem, the first ones; default: all")
     parser.add_argument("--join", type=int, default=1, help="answers of a problem that become one")
     parser.add_argument("--context", type=int, default=4, help="m")
     parser.add_argument("--max_length", type=int, default=32_768)
@@ -75,11 +80,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def some_of(pool: Pool, problems: int, join: int) -> Pool:
+def some_of(pool: Pool, problems: int, most_answers: int | None, join: int) -> Pool:
     by_problem: dict[str, list[Trajectory]] = {}
     for trajectory in pool.trajectories:
         by_problem.setdefault(trajectory.problem_id, []).append(trajectory)
     chosen = list(by_problem.values())[:: max(1, len(by_problem) // problems)][:problems]
+    chosen = [answers[:most_answers] for answers in chosen]
     starts = ((answers, start) for answers in chosen for start in range(0, len(answers), join))
     return Pool(tuple(joined(answers[start : start + join]) for answers, start in starts))
 
@@ -111,13 +117,14 @@ def measured(work: Work, chat: ChatFormat, options: argparse.Namespace) -> dict[
     contestants = {"one pass": one_pass(student, work, chat), "windows": windows(student, work)}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(options.rounds + 1):
-        for name, run in contestants.items():
+        for name, contestant in contestants.items():
             start = time.perf_counter()
-            run()
+            contestant.run()
             if number:  # the first round compiles
                 seconds[name].append(time.perf_counter() - start)
     ratio = np.median(np.divide(seconds["windows"], seconds["one pass"]))
-    return {"shape": options.shape, "seconds": seconds, "seconds_over_one_pass": float(ratio)}
+    padding = {name: contestant.padding for name, contestant in contestants.items()}
+    return {"shape": options.shape, "seconds": seconds, "padding": padding, "seconds_over_one_pass": float(ratio)}
 
 
 def one_pass(student: Decoder, work: Work, chat: ChatFormat) -> Contestant:
@@ -142,7 +149,8 @@ def one_pass(student: Decoder, work: Work, chat: ChatFormat) -> Contestant:
     def loss(batch: TokenRows) -> jax.Array:
         return losses(state, batch.tokens_bt, batch.targets_bt, batch.mask_bt)
 
-    return lambda: jax.device_get([loss(batch) for batch in batches])
+    padding = 1 - sum(item.num_inputs for item in rendered) / sum(batch.tokens_bt.size for batch in batches)
+    return Contestant(lambda: jax.device_get([loss(batch) for batch in batches]), padding)
 
 
 def windows(student: Decoder, work: Work) -> Contestant:
@@ -157,7 +165,8 @@ def windows(student: Decoder, work: Work) -> Contestant:
             scores.append(part.scores(jax.device_get(found)))
         return scores
 
-    return run
+    padded = sum(batch.tokens_bt.size for part in parts for batch in part.batches)
+    return Contestant(run, 1 - work.window_tokens / padded)
 
 
 if __name__ == "__main__":
