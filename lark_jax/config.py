@@ -90,10 +90,11 @@ class ScoreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    methods: tuple[str, ...] = ("lark",)  # names from selection.methods.METHODS
+    methods: tuple[str, ...] = ("lark",)  # keys of selection.methods.METHODS
     budgets: tuple[int, ...] = (3,)  # B, trajectories kept per problem
     score: str | None = None  # with `weighting`: one more method, "<score>-<weighting>"
     weighting: str | None = None
+    temperature: float = 1.0  # softmax: in the units of the score; kl: a multiple of tau of Lemma 3
 
     def __post_init__(self) -> None:
         _require(len(self.methods) > 0 or self.score is not None, "select.methods", self.methods, "one or more")
@@ -103,6 +104,8 @@ class SelectConfig:
         _require(len(set(self.budgets)) == len(self.budgets), "select.budgets", self.budgets, "distinct integers")
         both_or_none = (self.score is None) == (self.weighting is None)
         _require(both_or_none, "select.weighting", self.weighting, "score and weighting given together")
+        valid_temperature = 0 < self.temperature < math.inf
+        _require(valid_temperature, "select.temperature", self.temperature, "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)

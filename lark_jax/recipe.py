@@ -33,10 +33,11 @@ def paper_recipe() -> ConfigDict:
     config.score.parameters = "auto"  # "replicated" where they fit, else "gathered" layer by layer
 
     config.select = ConfigDict()
-    config.select.methods = ("lark", "random", "grape")  # 5.1; the other baselines of C.2 are not available yet
+    config.select.methods = ("lark", "random", "grape")  # 5.1; docs/methods.md has all of C.2
     config.select.budgets = (1, 3)  # 5.1 "Selection budgets"
     config.select.score = config_dict.placeholder(str)  # with weighting: one more method, e.g. "g_hat" x "uniform"
     config.select.weighting = config_dict.placeholder(str)
+    config.select.temperature = 1.0  # of the weightings softmax and kl; the paper names no value
 
     config.finetune = ConfigDict()
     config.finetune.learning_rate = 1e-5  # C.3, main experiments (5e-6 for 500 trajectories)

@@ -85,7 +85,7 @@ def test_every_stage_runs_and_the_table_and_the_report_come_out(undisturbed: Und
     for label in ("base", "lark", "random", "Acc@2", str(workdir / "report" / "index.html")):
         assert label in finished.stdout
     page = (workdir / "report" / "index.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert len(undisturbed.results) > 25
 
 

@@ -93,6 +93,29 @@ class Landscape:
 
 
 @dataclass(frozen=True)
+class SelectionProfile:
+    """What one selection consists of: trajectories of positive weight."""
+
+    method: str
+    budget: int
+    trajectories: int
+    mean_tokens: float  # target tokens of a trajectory, every one counted once
+    teachers: tuple[tuple[str, float], ...]  # and the part of the training weight that each has
+
+    @property
+    def name(self) -> str:
+        return student_label(self.method, self.budget)
+
+
+@dataclass(frozen=True)
+class SelectionComparison:
+    """Selections from one score table beside each other."""
+
+    profiles: tuple[SelectionProfile, ...]
+    overlap: tuple[tuple[float, ...], ...]  # Jaccard index of the trajectories of every two
+
+
+@dataclass(frozen=True)
 class Sample:
     """One graded answer of one student."""
 
@@ -135,6 +158,7 @@ class ReportContent:
     results: tuple[AccuracyResult, ...] = ()
     interval_note: str = ""  # how `AccuracyResult.interval` was computed
     curves: tuple[LossCurve, ...] = ()
+    selections: SelectionComparison | None = None
     landscape: Landscape | None = None
     samples: tuple[Sample, ...] = ()
     stages: tuple[StageSummary, ...] = ()

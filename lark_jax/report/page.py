@@ -11,10 +11,16 @@ from matplotlib.figure import Figure
 from lark_jax.files import atomic_path, write_text
 from lark_jax.report.content import Landscape, ReportContent, StageSummary
 from lark_jax.report.figures import accuracy_figure, landscape_figure, loss_figure
+from lark_jax.report.selection_figure import selection_figure
 from lark_jax.report.style import clean, method_styles, png_bytes, svg_text
-from lark_jax.report.table import MISSING, Table, accuracy_detail_table, accuracy_table, loss_table
+from lark_jax.report.table import MISSING, Table, accuracy_detail_table, accuracy_table, loss_table, selection_table
 
-FIGURE_NAMES = ("accuracy", "loss", "landscape")
+FIGURE_NAMES = ("accuracy", "loss", "selections", "landscape")
+
+SELECTION_CAPTION = (
+    "Trajectories that are trained on. Left: the Jaccard index of every two selections, |A and B| / |A or B|, at one "
+    "budget; at different budgets it cannot reach 1. Right: the part of the training weight that each teacher has."
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class _Plate:
 
 
 def write_report(content: ReportContent, directory: str | Path) -> Path:
-    """Writes `index.html` and, for each figure that has data, `accuracy.png`, `loss.png`, `landscape.png`.
+    """Writes `index.html` and, for each figure that has data, `accuracy.png`, `loss.png`, `selections.png`,
+    `landscape.png`.
 
     Each file is replaced as a whole, the page last; equal content gives equal bytes. Returns the page's path.
     """
@@ -64,6 +71,7 @@ def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
         accuracy_detail=accuracy_detail_table(content.results),
         accuracy_caption=_accuracy_caption(content),
         loss=loss_table(content.curves),
+        selections=selection_table(content.selections) if content.selections else None,
         landscape=_landscape_table(content.landscape) if content.landscape else None,
         skipped=[_skipped_table(stage) for stage in content.stages],
         figures=svgs,
@@ -83,6 +91,9 @@ def _plates(content: ReportContent) -> dict[str, _Plate]:
     if content.curves:
         figure = loss_figure(content.curves, styles)
         plates["loss"] = _Plate(figure, "Loss by trajectories and by tokens", _loss_caption(content))
+    if content.selections:
+        figure = selection_figure(content.selections)
+        plates["selections"] = _Plate(figure, "Overlap and teachers of the selections", SELECTION_CAPTION)
     if content.landscape and content.landscape.candidates:
         caption = _landscape_caption(content.landscape)
         plates["landscape"] = _Plate(landscape_figure(content.landscape), "Scores of one problem's candidates", caption)

@@ -5,7 +5,14 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lark_jax.report.content import AccuracyResult, CurvePoint, LossCurve, ReportContent, StageSummary
+from lark_jax.report.content import (
+    AccuracyResult,
+    CurvePoint,
+    LossCurve,
+    ReportContent,
+    SelectionComparison,
+    StageSummary,
+)
 
 MISSING = "–"
 
@@ -71,6 +78,41 @@ def loss_table(curves: Sequence[LossCurve]) -> Table:
             row += [_first_loss(curve.held_out), _lowest_loss(curve.held_out), _last_loss(curve.held_out)]
         rows.append(tuple(row))
     return Table(tuple(header), tuple(rows), (False,) + (True,) * (len(header) - 1))
+
+
+def selection_table(comparison: SelectionComparison) -> Table:
+    """One row per selection: size, length, the teachers with most weight, and the one that it overlaps with most."""
+    header = ("method", "B", "trajectories", "mean tokens", "most weight", "most like (Jaccard)")
+    rows = tuple(
+        (
+            profile.method,
+            str(profile.budget),
+            f"{profile.trajectories:,}",
+            f"{profile.mean_tokens:,.1f}",
+            ", ".join(f"{teacher} {share:.0%}" for teacher, share in sorted(profile.teachers, key=_by_share)[:3]),
+            _most_like(comparison, index),
+        )
+        for index, profile in enumerate(comparison.profiles)
+    )
+    return Table(header, rows, (False, True, True, True, False, False))
+
+
+def _by_share(teacher: tuple[str, float]) -> tuple[float, str]:
+    return -teacher[1], teacher[0]
+
+
+def _most_like(comparison: SelectionComparison, index: int) -> str:
+    """Among the selections of the same budget: others share trajectories because they hold more of them."""
+    own = comparison.profiles[index]
+    others = [
+        (overlap, profile.method)
+        for profile, overlap in zip(comparison.profiles, comparison.overlap[index], strict=True)
+        if profile.budget == own.budget and profile is not own
+    ]
+    if not others:
+        return MISSING
+    overlap, method = max(others, key=lambda other: other[0])
+    return f"{method} ({overlap:.2f})"
 
 
 def _first_loss(points: Sequence[CurvePoint]) -> str:

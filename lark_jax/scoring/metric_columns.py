@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from lark_jax.errors import PipelineError
 from lark_jax.files import atomic_path
-from lark_jax.scoring.table import SCHEMA, read_scores_file
+from lark_jax.scoring.table import SCHEMA, read_score_table
 
 KEYS = ("problem_id", "candidate_id")
 
@@ -81,7 +81,7 @@ def join(scores: str | Path, metrics: Sequence[str | Path], joined: str | Path) 
       PipelineError: a metric lacks a candidate of the table, or two metrics have a column of one name.
       SelectionError: `scores` cannot be read.
     """
-    table = read_scores_file(scores)
+    table = read_score_table(scores).table
     candidates = list(zip(*(table.column(key).to_pylist() for key in KEYS), strict=True))
     further: dict[str, pa.Array] = {}
     for path in metrics:

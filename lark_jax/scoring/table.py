@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lark_jax.errors import SelectionError
@@ -70,50 +72,95 @@ def skipped_score(problem_id: str, candidate_id: str, teacher: str, reason: str)
     )
 
 
-def write_scores(path: str | Path, scores: Sequence[CandidateScore]) -> None:
+@dataclass(frozen=True)
+class ScoreTable:
+    """The score table as columns: what selection computes with. Rows in file order, one per candidate."""
+
+    table: pa.Table  # SCHEMA, then further float64 columns
+
+    @classmethod
+    def of(cls, scores: "ScoreTable | Sequence[CandidateScore]") -> "ScoreTable":
+        """Columns of these rows; metric columns in alphabetical order, a row without a metric gets a null.
+
+        Raises:
+          ValueError: a metric has the name of a fixed column.
+        """
+        if isinstance(scores, ScoreTable):
+            return scores
+        metrics = sorted({name for score in scores for name in score.metrics})
+        if taken := [name for name in metrics if name in SCHEMA.names]:
+            raise ValueError(f"metric {taken[0]!r} has the name of a fixed column of the score table")
+        schema = pa.schema([*SCHEMA, *(pa.field(name, pa.float64()) for name in metrics)])
+        columns: dict[str, list[object]] = {name: [getattr(score, name) for score in scores] for name in SCHEMA.names}
+        for name in metrics:
+            columns[name] = [score.metrics.get(name, math.nan) for score in scores]
+        for name in (*STATISTICS, *metrics):
+            columns[name] = [None if math.isnan(value) else value for value in columns[name]]  # type: ignore[arg-type]
+        return cls(pa.table(columns, schema=schema))
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the columns."""
+        return tuple(self.table.column_names)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A column of numbers, float64 [rows], NaN for null."""
+        return self.table.column(name).to_numpy().astype(np.float64, copy=False)
+
+    def codes(self, name: str) -> np.ndarray:
+        """A column of texts, int64 [rows]: equal texts have equal numbers, from 0 in order of first appearance."""
+        encoded = _single(self.table.column(name).combine_chunks()).dictionary_encode()
+        return _single(encoded).indices.to_numpy().astype(np.int64)
+
+    def texts(self, name: str, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """A column of texts at some of the rows."""
+        return self.table.column(name).take(pa.array(rows, pa.int64())).to_pylist()
+
+    def only(self, problem_id: str) -> "ScoreTable":
+        """The rows of one problem."""
+        return ScoreTable(self.table.filter(pc.equal(self.table.column("problem_id"), problem_id)))
+
+    def rows(self) -> tuple[CandidateScore, ...]:
+        metrics = self.names[len(SCHEMA) :]
+        return tuple(_score_from_row(row, metrics) for row in self.table.to_pylist())
+
+
+def write_scores(path: str | Path, scores: ScoreTable | Sequence[CandidateScore]) -> None:
     """Writes the table as parquet, rows in the order given; equal scores give equal bytes.
 
-    Metric columns follow the fixed ones in alphabetical order; a row without a metric gets a null.
-
     Raises:
-      ValueError: a metric has the name of a fixed column.
+      ValueError: as `ScoreTable.of`.
     """
-    metrics = sorted({name for score in scores for name in score.metrics})
-    if taken := [name for name in metrics if name in SCHEMA.names]:
-        raise ValueError(f"metric {taken[0]!r} has the name of a fixed column of the score table")
-    schema = pa.schema([*SCHEMA, *(pa.field(name, pa.float64()) for name in metrics)])
-    columns: dict[str, list[object]] = {name: [getattr(score, name) for score in scores] for name in SCHEMA.names}
-    for name in metrics:
-        columns[name] = [score.metrics.get(name, math.nan) for score in scores]
-    for name in (*STATISTICS, *metrics):
-        columns[name] = [None if math.isnan(value) else value for value in columns[name]]  # type: ignore[arg-type]
+    table = ScoreTable.of(scores).table
     with atomic_path(path) as temporary:
-        pq.write_table(pa.table(columns, schema=schema), temporary)
+        pq.write_table(table, temporary)
 
 
 def read_scores(path: str | Path) -> tuple[CandidateScore, ...]:
     """Reads a score table, rows in file order. Floating-point columns beyond the fixed ones become `metrics`.
 
     Raises:
+      SelectionError: as `read_score_table`.
+    """
+    return read_score_table(path).rows()
+
+
+def read_score_table(path: str | Path) -> ScoreTable:
+    """Reads a score table as columns; the fixed ones come first, in the order of `SCHEMA`.
+
+    Raises:
       SelectionError: no such file, not parquet, a column missing, of the wrong type or with a null where none may
         be, an unknown status, or two rows for one candidate; the message names file and column or record.
     """
-    table = read_scores_file(path)
-    metrics = [name for name in table.column_names if name not in SCHEMA.names]
-    scores = tuple(_score_from_row(row, metrics) for row in table.to_pylist())
-    _check_rows(path, scores)
-    return scores
-
-
-def read_scores_file(path: str | Path) -> pa.Table:
-    """The score table as it lies in the file, columns checked, rows not.
-
-    Raises:
-      SelectionError: as `read_scores`, but for what it says about rows.
-    """
     table = _read_parquet(Path(path))
     _check_columns(path, table)
-    return table
+    further = [name for name in table.column_names if name not in SCHEMA.names]
+    scores = ScoreTable(table.select([*SCHEMA.names, *further]).combine_chunks())
+    _check_rows(path, scores)
+    return scores
 
 
 def _read_parquet(path: Path) -> pa.Table:
@@ -150,12 +197,31 @@ def _nan_for_null(value: object) -> object:
     return math.nan if value is None else value
 
 
-def _check_rows(path: str | Path, scores: Sequence[CandidateScore]) -> None:
-    seen: set[tuple[str, str]] = set()
-    for row, score in enumerate(scores):
-        where = f"{path}: row {row} ({score.name})"
-        if score.status not in (OK, SKIPPED):
-            raise SelectionError(f"{where}: column 'status' is {score.status!r}, expected {OK!r} or {SKIPPED!r}")
-        if (score.problem_id, score.candidate_id) in seen:
-            raise SelectionError(f"{where}: the candidate has two rows, expected one per problem_id and candidate_id")
-        seen.add((score.problem_id, score.candidate_id))
+def _check_rows(path: str | Path, scores: ScoreTable) -> None:
+    status = scores.table.column("status")
+    known = pc.is_in(status, value_set=pa.array([OK, SKIPPED])).to_numpy()
+    if not known.all():
+        row = int(np.argmin(known))
+        found = status[row].as_py()
+        raise SelectionError(
+            f"{_where(path, scores, row)}: column 'status' is {found!r}, expected {OK!r} or {SKIPPED!r}"
+        )
+    problems, candidates = scores.codes("problem_id"), scores.codes("candidate_id")
+    keys = problems * (candidates.max(initial=0) + 1) + candidates
+    _, first = np.unique(keys, return_index=True)
+    if len(first) < len(keys):
+        row = int(np.setdiff1d(np.arange(len(keys)), first)[0])
+        where = _where(path, scores, row)
+        raise SelectionError(f"{where}: the candidate has two rows, expected one per problem_id and candidate_id")
+
+
+def _where(path: str | Path, scores: ScoreTable, row: int) -> str:
+    names = (scores.texts(column, np.array([row]))[0] for column in ("problem_id", "candidate_id"))
+    return f"{path}: row {row} ({'/'.join(names)})"
+
+
+def _single(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column in one piece."""
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks else pa.array([], column.type)

@@ -6,60 +6,64 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 
 from lark_jax.errors import SelectionError
-from lark_jax.scoring.table import OK, STATISTICS, CandidateScore
+from lark_jax.scoring.table import OK, CandidateScore, ScoreTable
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Rows of a score table by problem, in order of first appearance; candidates in table order, padded to K."""
 
-    problems: tuple[tuple[CandidateScore, ...], ...]  # N problems, 1 to K candidates each
+    table: ScoreTable
+    rows_nk: np.ndarray  # int64 [N, K]: row of the table, -1 for padding; never -1 in column 0
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return len(self.problems), max((len(problem) for problem in self.problems), default=0)
+        return self.rows_nk.shape[0], self.rows_nk.shape[1]
 
     @functools.cached_property
     def valid(self) -> np.ndarray:
         """bool [N, K]: scored, with target tokens, and with finite loss and Brier score. False for padding."""
-        valid = np.zeros(self.shape, bool)
-        for row, problem in enumerate(self.problems):
-            valid[row, : len(problem)] = [is_valid(score) for score in problem]
-        return valid
+        return self._padded(valid_rows(self.table), False)
 
-    def column(self, name: str) -> np.ndarray:
-        """A statistic or a further metric of the score table, float64 [N, K], NaN for padding.
+    def column(self, name: str, metric: str | None = None) -> np.ndarray:
+        """A column of the table, float64 [N, K], NaN for padding and where the table has no value.
+
+        Args:
+          metric: the entry of `score.metrics` that yields the column; None for a fixed one.
 
         Raises:
-          SelectionError: a candidate of the table has no such metric.
+          SelectionError: the table has no such column; names the metric to add.
         """
-        values = np.full(self.shape, math.nan)
-        for row, problem in enumerate(self.problems):
-            values[row, : len(problem)] = [_value(score, name) for score in problem]
-        return values
+        if name not in self.table.names:
+            what = f"metric {metric!r}" if metric else f"the metric that yields {name!r}"
+            raise SelectionError(
+                f"the score table has no column {name!r}; add {what} to config.score.metrics and 'score' to "
+                "config.stages: it is computed alone, the pool is not scored again"
+            )
+        return self._padded(self.table.numbers(name), math.nan)
+
+    def _padded(self, values: np.ndarray, padding: float) -> np.ndarray:
+        return np.where(self.rows_nk >= 0, values[self.rows_nk], np.asarray(padding, values.dtype))
 
 
-def group_by_problem(scores: Sequence[CandidateScore]) -> Candidates:
-    groups: dict[str, list[CandidateScore]] = {}
-    for score in scores:
-        groups.setdefault(score.problem_id, []).append(score)
-    return Candidates(tuple(tuple(group) for group in groups.values()))
+def group_by_problem(scores: ScoreTable | Sequence[CandidateScore]) -> Candidates:
+    table = ScoreTable.of(scores)
+    problems = table.codes("problem_id")
+    order = np.argsort(problems, kind="stable")
+    counts = np.bincount(problems)
+    first = np.cumsum(counts) - counts
+    grouped = problems[order]
+    rows_nk = np.full((len(counts), counts.max(initial=0)), -1, np.int64)
+    rows_nk[grouped, np.arange(len(order)) - first[grouped]] = order
+    return Candidates(table, rows_nk)
 
 
-def is_valid(score: CandidateScore) -> bool:
-    """Whether a candidate may be selected at all."""
-    finite = math.isfinite(score.loss) and math.isfinite(score.brier)
-    return score.status == OK and score.num_target_tokens > 0 and finite
-
-
-def _value(score: CandidateScore, name: str) -> float:
-    if name in STATISTICS:
-        return float(getattr(score, name))
-    if name not in score.metrics:
-        raise SelectionError(
-            f"candidate {score.name}: the score table has no metric {name!r}; add it to score.metrics and score again"
-        )
-    return score.metrics[name]
+def valid_rows(table: ScoreTable) -> np.ndarray:
+    """Which candidates may be selected at all, bool [rows]."""
+    scored = pc.equal(table.table.column("status"), OK).to_numpy()
+    finite = np.isfinite(table.numbers("loss")) & np.isfinite(table.numbers("brier"))
+    return scored & finite & (table.numbers("num_target_tokens") > 0)

@@ -9,12 +9,12 @@ import hashlib
 from collections.abc import Sequence
 
 from lark_jax.errors import SelectionError
-from lark_jax.scoring.table import CandidateScore
+from lark_jax.scoring.table import CandidateScore, ScoreTable
 from lark_jax.selection.methods import METHODS
 from lark_jax.selection.selector import Choice, select_trajectories
 
 
-def choose_held_out(scores: Sequence[CandidateScore], fraction: float, seed: int) -> tuple[Choice, ...]:
+def choose_held_out(scores: ScoreTable | Sequence[CandidateScore], fraction: float, seed: int) -> tuple[Choice, ...]:
     """One uniformly drawn valid trajectory (method "random", B = 1) of each held-out problem, in table order.
 
     `fraction` of the problems with a valid candidate, rounded, at least one; () for a fraction of 0. More problems of

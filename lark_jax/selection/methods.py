@@ -1,72 +1,45 @@
 """The registry of selection methods: what scores a candidate, and how the top B share the weight.
 
-To add a score or a weighting, write one function with the signature below and give it a line in `SCORES` or
-`WEIGHTINGS`; every pair of them is a method. `METHODS` holds the pairs that the paper names.
+Every score of `selection.scores` goes with every weighting of `selection.weightings`; `METHODS` holds the pairs that
+the paper names.
 """
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import jax
-import jax.numpy as jnp
-import numpy as np
+import dataclasses
+from collections.abc import Collection
 
 from lark_jax.config import SelectConfig
 from lark_jax.errors import ConfigError
-from lark_jax.selection.candidates import Candidates
-from lark_jax.selection.learnability import lark_scores
-from lark_jax.selection.weighting import chi2_top_b, uniform_top_b
-
-ScoreFunction = Callable[[Candidates, int], jax.Array]  # (candidates, seed) -> [N, K], the higher the better
-WeightingFunction = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]  # see selection.weighting
+from lark_jax.selection.scores import SCORES, Score
+from lark_jax.selection.weightings import WEIGHTINGS, Weighting
+from lark_jax.selection.weightings.chi2 import chi2_top_b
+from lark_jax.selection.weightings.uniform import uniform_top_b
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Method:
     name: str
-    score: ScoreFunction
-    weighting: WeightingFunction
+    score: Score
+    weighting: Weighting
+
+    def parameters(self) -> dict[str, float]:
+        """Values of the configuration on which the weighting depends beside the scores."""
+        return dataclasses.asdict(self.weighting) if dataclasses.is_dataclass(self.weighting) else {}  # type: ignore[arg-type]
 
 
-def g_hat(candidates: Candidates, seed: int) -> jax.Array:  # noqa: ARG001 (a score function's signature)
-    """LARK's score, Eq. 7."""
-    loss, brier = candidates.column("loss"), candidates.column("brier")
-    return lark_scores(jnp.asarray(loss), jnp.asarray(brier), jnp.asarray(candidates.valid))
+def _baseline(name: str, score: str) -> Method:
+    """The top B of a score with weights 1 / B each (Appendix C.2)."""
+    return Method(name, SCORES[score], uniform_top_b)
 
-
-def log_likelihood(candidates: Candidates, seed: int) -> jax.Array:  # noqa: ARG001
-    """Mean log-likelihood per target token: global naturalness, GRAPE (Appendix C.2)."""
-    return -jnp.asarray(candidates.column("loss"))
-
-
-def random_order(candidates: Candidates, seed: int) -> jax.Array:
-    """One uniform number in [0, 1) per candidate; the top B of them are a draw without replacement (Appendix C.2).
-
-    The number depends on the seed and the candidate's ids alone, so that problems or candidates that join or leave
-    the pool change no other draw.
-    """
-    numbers = np.full(candidates.shape, np.nan)
-    for row, problem in enumerate(candidates.problems):
-        numbers[row, : len(problem)] = [_uniform(seed, score.problem_id, score.candidate_id) for score in problem]
-    return jnp.asarray(numbers)
-
-
-SCORES: dict[str, ScoreFunction] = {
-    "g_hat": g_hat,
-    "log_likelihood": log_likelihood,
-    "random": random_order,
-}
-
-WEIGHTINGS: dict[str, WeightingFunction] = {
-    "chi2": chi2_top_b,
-    "uniform": uniform_top_b,
-}
 
 METHODS: dict[str, Method] = {
-    "lark": Method("lark", g_hat, chi2_top_b),
-    "random": Method("random", random_order, uniform_top_b),
-    "grape": Method("grape", log_likelihood, uniform_top_b),
+    "lark": Method("lark", SCORES["g_hat"], chi2_top_b),
+    "random": _baseline("random", "random"),
+    "token_length": _baseline("token_length", "token_length"),
+    "rule_quality": _baseline("rule_quality", "rule_quality"),
+    "judge": _baseline("judge", "judge"),
+    "grape": _baseline("grape", "log_likelihood"),
+    "local_naturalness": _baseline("local_naturalness", "local_naturalness"),
+    "rsr": _baseline("rsr", "rank_surprisal"),
 }
 
 
@@ -83,17 +56,25 @@ def resolve_methods(select: SelectConfig) -> tuple[Method, ...]:
         return methods
     _require_registered("score", select.score, SCORES)
     _require_registered("weighting", select.weighting, WEIGHTINGS)
-    pair = Method(f"{select.score}-{select.weighting}", SCORES[select.score], WEIGHTINGS[select.weighting])
-    return (*methods, pair)
+    weighting = WEIGHTINGS[select.weighting](select)
+    return (*methods, Method(f"{select.score}-{select.weighting}", SCORES[select.score], weighting))
 
 
-def _require_registered(field: str, name: str, registry: dict[str, Method] | dict) -> None:
+def require_metrics(methods: Collection[Method], metrics: Collection[str]) -> None:
+    """Refuses methods whose metric nobody computes, before the pool is scored.
+
+    Raises:
+      ConfigError: names the method and the metric to add.
+    """
+    for method in methods:
+        if method.score.metric is not None and method.score.metric not in metrics:
+            raise ConfigError(
+                f"config.score.metrics: method {method.name!r} needs {method.score.metric!r} among them, got "
+                f"{tuple(metrics)}; add it, and 'score' to config.stages: the pool is not scored again"
+            )
+
+
+def _require_registered(field: str, name: str, registry: Collection[str]) -> None:
     if name not in registry:
         known = ", ".join(repr(known_name) for known_name in registry)
         raise ConfigError(f"config.select.{field}: expected one of {known}, got {name!r}")
-
-
-def _uniform(seed: int, problem_id: str, candidate_id: str) -> float:
-    """A number in [0, 1) with 53 random bits."""
-    key = repr((seed, problem_id, candidate_id)).encode()
-    return (int.from_bytes(hashlib.sha256(key).digest()[:8]) >> 11) / 2**53

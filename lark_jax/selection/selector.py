@@ -1,18 +1,20 @@
 """From the score table to weighted choices."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lark_jax.errors import SelectionError
-from lark_jax.scoring.table import CandidateScore
-from lark_jax.selection.candidates import Candidates, group_by_problem, is_valid
+from lark_jax.scoring.table import CandidateScore, ScoreTable
+from lark_jax.selection.candidates import Candidates, group_by_problem, valid_rows
 from lark_jax.selection.methods import Method
-from lark_jax.selection.weighting import chosen, descending_ranks
+from lark_jax.selection.ranking import descending_ranks, usable
+from lark_jax.selection.weightings import Weighting
 
 
 @dataclass(frozen=True)
@@ -53,49 +55,70 @@ class Selection:
         return f"{self.method}_B{self.budget}"
 
 
-def select_trajectories(scores: Sequence[CandidateScore], method: Method, budget: int, seed: int) -> Selection:
+class Weighed(NamedTuple):
+    """All candidates under one method and budget; arrays on the host."""
+
+    scores: np.ndarray  # float64 [N, K], the higher the better
+    usable: np.ndarray  # bool [N, K]: valid, and of finite score
+    ranks: np.ndarray  # int32 [N, K], 0 is the best
+    weights: np.ndarray  # float64 [N, K]
+    tau: np.ndarray  # float64 [N], see `selection.weightings`
+
+
+def select_trajectories(
+    scores: ScoreTable | Sequence[CandidateScore], method: Method, budget: int, seed: int
+) -> Selection:
     """Chooses and weights the top `budget` candidates of each problem.
 
     Computed in float64 on the host: margins between close scores keep their digits, and the same table gives the same
-    selection beside any accelerator. Candidates that are not valid (see `candidates.is_valid`), or to which the method
-    gives no finite score, never enter a sum nor win. A problem left without candidates gets no choice and is listed in
-    the counts.
+    selection beside any accelerator. Candidates that are not valid (see `candidates.valid_rows`), or to which the
+    method gives no finite score, never enter a sum nor win. A problem left without candidates gets no choice and is
+    listed in the counts.
 
     Raises:
-      SelectionError: no candidate of the table can be selected, or JAX may not use the CPU.
+      SelectionError: no candidate of the table can be selected, the table lacks a metric that the method needs, or
+        JAX may not use the CPU.
     """
     candidates = group_by_problem(scores)
     if not candidates.valid.any():
-        raise SelectionError(_nothing_to_select(scores))
-    with _float64_on_host():
-        values = method.score(candidates, seed)
-        valid = jnp.asarray(candidates.valid) & jnp.isfinite(values)
-        weights, tau = method.weighting(values, valid, budget)
-        outcome = (values, valid, weights, tau, descending_ranks(values, valid), chosen(values, valid, budget))
-        values_nk, valid_nk, weights_nk, tau_n, ranks_nk, chosen_nk = (np.asarray(array) for array in outcome)
-    choices = tuple(
-        _choice(candidates.problems[row][column], weights_nk[row, column], values_nk[row, column], rank)
-        for row, column, rank in _by_rank(chosen_nk, ranks_nk)
-    )
+        raise SelectionError(_nothing_to_select(candidates.table))
+    weighed = weigh(candidates, method, budget, seed)
+    choices = _choices(candidates, weighed, budget)
     if not choices:
         raise SelectionError(f"method {method.name!r} gives a finite score to none of the {len(scores)} candidates")
-    counts = _counts(candidates, valid_nk, tau_n, choices)
-    return Selection(method.name, budget, choices, counts)
+    return Selection(method.name, budget, choices, _counts(candidates, weighed, choices))
 
 
-def method_scores(scores: Sequence[CandidateScore], method: Method, seed: int) -> tuple[float, ...]:
+def weigh(candidates: Candidates, method: Method, budget: int, seed: int) -> Weighed:
+    """Scores, ranks and weights of all candidates: the selection itself, compiled once per shape.
+
+    Raises:
+      SelectionError: as `select_trajectories`.
+    """
+    arrays = method.score.read(candidates, seed)
+    with _float64_on_host():
+        found = _weigh(arrays, candidates.valid, method.score.compute, method.weighting, budget)
+        return Weighed(*(np.asarray(array) for array in found))
+
+
+@functools.partial(jax.jit, static_argnames=("score", "weighting", "budget"))
+def _weigh(
+    arrays: tuple[jax.Array, ...], valid: jax.Array, score: Callable[..., jax.Array], weighting: Weighting, budget: int
+) -> tuple[jax.Array, ...]:
+    values = score(*arrays, valid)
+    takes_part = usable(values, valid)
+    weights, tau = weighting(values, takes_part, budget)
+    return values, takes_part, descending_ranks(values, takes_part), weights, tau
+
+
+def method_scores(scores: ScoreTable | Sequence[CandidateScore], method: Method, seed: int) -> tuple[float, ...]:
     """The method's score of every row of the table, in table order, NaN where a candidate is not valid (Figure 9)."""
     candidates = group_by_problem(scores)
-    with _float64_on_host():
-        values = np.asarray(method.score(candidates, seed))
-    by_candidate = {
-        (score.problem_id, score.candidate_id): float(value)
-        for problem, row in zip(candidates.problems, values, strict=True)
-        for score, value in zip(problem, row, strict=False)  # the row is padded
-    }
-    return tuple(
-        by_candidate[score.problem_id, score.candidate_id] if is_valid(score) else float("nan") for score in scores
-    )
+    values_nk = weigh(candidates, method, 1, seed).scores
+    by_row = np.full(len(candidates.table), np.nan)
+    present = candidates.rows_nk >= 0
+    by_row[candidates.rows_nk[present]] = values_nk[present]
+    return tuple(np.where(valid_rows(candidates.table), by_row, np.nan).tolist())
 
 
 @contextmanager
@@ -110,41 +133,34 @@ def _float64_on_host() -> Iterator[None]:
         yield
 
 
-def _by_rank(chosen_nk: np.ndarray, ranks_nk: np.ndarray) -> list[tuple[int, int, int]]:
-    """(row, column, rank from 1) of the chosen, row by row in order of rank."""
-    rows, columns = np.nonzero(chosen_nk)
-    return sorted(
-        ((int(row), int(column), int(ranks_nk[row, column]) + 1) for row, column in zip(rows, columns, strict=True)),
-        key=lambda place: (place[0], place[2]),
-    )
+def _choices(candidates: Candidates, weighed: Weighed, budget: int) -> tuple[Choice, ...]:
+    """Problems in table order, then by rank."""
+    problem, column = np.nonzero(weighed.usable & (weighed.ranks < budget))
+    order = np.lexsort((weighed.ranks[problem, column], problem))
+    places = problem[order], column[order]
+    rows = candidates.rows_nk[places]
+    ids = (candidates.table.texts(name, rows) for name in ("problem_id", "candidate_id", "teacher"))
+    numbers = (weighed.weights[places], weighed.scores[places], weighed.ranks[places] + 1)
+    return tuple(Choice(*values) for values in zip(*ids, *(array.tolist() for array in numbers), strict=True))
 
 
-def _choice(score: CandidateScore, weight: float, value: float, rank: int) -> Choice:
-    return Choice(score.problem_id, score.candidate_id, score.teacher, float(weight), float(value), rank)
-
-
-def _counts(
-    candidates: Candidates, valid_nk: np.ndarray, tau_n: np.ndarray, choices: tuple[Choice, ...]
-) -> SelectionCounts:
-    num_candidates = sum(len(problem) for problem in candidates.problems)
-    has_candidate_n: np.ndarray = np.any(valid_nk, axis=-1)
-    empty = tuple(
-        problem[0].problem_id for problem, has in zip(candidates.problems, has_candidate_n, strict=True) if not has
-    )
+def _counts(candidates: Candidates, weighed: Weighed, choices: tuple[Choice, ...]) -> SelectionCounts:
+    has_candidate_n: np.ndarray = weighed.usable.any(axis=-1)
+    empty = candidates.table.texts("problem_id", candidates.rows_nk[~has_candidate_n, 0])
     return SelectionCounts(
-        problems=len(candidates.problems),
-        candidates=num_candidates,
-        invalid_candidates=num_candidates - int(valid_nk.sum()),
-        problems_without_valid_candidate=empty,
-        degenerate_problems=int((has_candidate_n & (tau_n == 0)).sum()),
+        problems=len(candidates.rows_nk),
+        candidates=len(candidates.table),
+        invalid_candidates=len(candidates.table) - int(weighed.usable.sum()),
+        problems_without_valid_candidate=tuple(empty),
+        degenerate_problems=int((has_candidate_n & (weighed.tau == 0)).sum()),
         chosen=len(choices),
         zero_weight=sum(choice.weight == 0 for choice in choices),
     )
 
 
-def _nothing_to_select(scores: Sequence[CandidateScore]) -> str:
-    if not scores:
+def _nothing_to_select(table: ScoreTable) -> str:
+    if not len(table):
         return "the score table has no rows; check that the pool is not empty"
-    first = scores[0]
+    (first,) = ScoreTable(table.table.slice(0, 1)).rows()
     reason = first.reason or f"loss {first.loss}, Brier {first.brier}, {first.num_target_tokens} target tokens"
-    return f"none of the {len(scores)} candidates of the score table can be selected; the first, {first.name}: {reason}"
+    return f"none of the {len(table)} candidates of the score table can be selected; the first, {first.name}: {reason}"

@@ -27,7 +27,7 @@ from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool import read_pool
 from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
 from lark_jax.pool.records import SkippedRecord, Trajectory
-from lark_jax.scoring import read_scores
+from lark_jax.scoring import read_score_table
 from lark_jax.selection import TRAIN_JSONL, choose_held_out, read_training_set
 from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout, Run
@@ -155,7 +155,7 @@ def _held_out_trajectories(experiment: Experiment, layout: Layout) -> list[Traje
     if experiment.finetune.held_out_fraction == 0:
         return []
     choices = choose_held_out(
-        read_scores(layout.statistics / STATISTICS), experiment.finetune.held_out_fraction, experiment.seed
+        read_score_table(layout.statistics / STATISTICS), experiment.finetune.held_out_fraction, experiment.seed
     )
     pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
     by_ids = {(trajectory.problem_id, trajectory.candidate_id): trajectory for trajectory in pool.trajectories}

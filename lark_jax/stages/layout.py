@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lark_jax.config import Experiment
 from lark_jax.files import ContentHashes
-from lark_jax.selection import Method, resolve_methods
+from lark_jax.selection import Method, require_metrics, resolve_methods
 
 BASE = "base"  # the student before fine-tuning, among the evaluated
 STUDENT = "student"  # folder of a checkpoint below its task's folder
@@ -33,6 +33,7 @@ class Layout:
     def of(cls, experiment: Experiment) -> "Layout":
         root = Path(experiment.workdir)
         methods = resolve_methods(experiment.select)
+        require_metrics(methods, experiment.score.metrics)
         runs = tuple(Run(method, budget) for method in methods for budget in experiment.select.budgets)
         return cls(root, runs, ContentHashes(root / ".hashes.json"))
 

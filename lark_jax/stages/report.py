@@ -1,7 +1,7 @@
 """Stage "report": reads what the other stages left and writes `report/index.html` and `report/table.txt`."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,18 @@ from lark_jax.report.content import (
     LandscapeCandidate,
     LossCurve,
     Sample,
+    SelectionComparison,
     Setting,
     StageSummary,
     settings_from,
     student_label,
 )
-from lark_jax.scoring import CandidateScore, read_scores
+from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
 from lark_jax.stages.evaluate import benchmarks_of, engine_of
 from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.score_table import SCORES
+from lark_jax.stages.selections import comparison_of, read_picks
 
 TABLE = "table.txt"
 PROBLEMS_SHOWN = 2  # of each benchmark, with an answer of every student
@@ -73,6 +75,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         results=tuple(_results(experiment, layout)),
         interval_note=f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples",
         curves=tuple(_curves(layout)),
+        selections=_selections(layout),
         landscape=_landscape(experiment, layout),
         samples=tuple(_samples(experiment, layout)),
         stages=tuple(_summaries(layout)),
@@ -156,6 +159,15 @@ def _curve_point(metrics: StepMetrics | HeldOutMetrics) -> CurvePoint:
     return CurvePoint(metrics.step, metrics.trajectories_seen, metrics.target_tokens_seen, metrics.loss)
 
 
+def _selections(layout: Layout) -> SelectionComparison | None:
+    """The finished selections of the experiment beside each other; None without two of them."""
+    finished = [run for run in layout.runs if read_manifest(layout.selection(run)) is not None]
+    if len(finished) < 2 or read_manifest(layout.score) is None:
+        return None
+    picks = [(run.method.name, run.budget, read_picks(layout.selection(run))) for run in finished]
+    return comparison_of(read_score_table(layout.score / SCORES), picks)
+
+
 def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:
     """LARK's scores of one problem: the first, in table order, whose weights come out of positive margins.
 
@@ -163,12 +175,14 @@ def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:
     """
     if read_manifest(layout.score) is None:
         return None
-    scores, lark = read_scores(layout.score / SCORES), METHODS["lark"]
+    scores, lark = read_score_table(layout.score / SCORES), METHODS["lark"]
     fitting = [budget for budget in experiment.select.budgets if budget < _most_candidates(scores)]
     budget = max(fitting, default=1)
     choices = select_trajectories(scores, lark, budget, experiment.seed).choices
     problem_id = next((c.problem_id for c in choices if not np.isclose(c.weight, 1 / budget)), choices[0].problem_id)
-    values = dict(zip(((s.problem_id, s.candidate_id) for s in scores), method_scores(scores, lark, 0), strict=True))
+    of_problem = scores.only(problem_id)
+    ids = (score.candidate_id for score in of_problem.rows())
+    values = dict(zip(ids, method_scores(of_problem, lark, 0), strict=True))
     pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record).by_problem()[problem_id]
     chosen = {choice.candidate_id: choice for choice in choices if choice.problem_id == problem_id}
     return Landscape(
@@ -177,15 +191,14 @@ def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:
         method="lark",
         budget=budget,
         candidates=tuple(
-            _candidate(trajectory, values[problem_id, trajectory.candidate_id], chosen.get(trajectory.candidate_id))
+            _candidate(trajectory, values[trajectory.candidate_id], chosen.get(trajectory.candidate_id))
             for trajectory in pool
         ),
     )
 
 
-def _most_candidates(scores: Sequence[CandidateScore]) -> int:
-    _, counts = np.unique([score.problem_id for score in scores], return_counts=True)
-    return int(counts.max())
+def _most_candidates(scores: ScoreTable) -> int:
+    return int(np.bincount(scores.codes("problem_id")).max())
 
 
 def _candidate(trajectory: Trajectory, g_hat: float, choice: Choice | None) -> LandscapeCandidate:

@@ -7,7 +7,7 @@ from typing import Any
 from lark_jax.config import Experiment
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool import read_pool
-from lark_jax.scoring import read_scores
+from lark_jax.scoring import read_score_table
 from lark_jax.selection import Selection, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.score_table import SCORES
@@ -25,13 +25,16 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
             "pool": layout.hashes.of(experiment.pool.path),
             "on_bad_record": experiment.pool.on_bad_record,
             "method": run.method.name,
+            "parameters": run.method.parameters(),
             "budget": run.budget,
             "seed": experiment.seed,
         }
 
     def select(directory: Path) -> Outcome:
         pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
-        selection = select_trajectories(read_scores(layout.score / SCORES), run.method, run.budget, experiment.seed)
+        selection = select_trajectories(
+            read_score_table(layout.score / SCORES), run.method, run.budget, experiment.seed
+        )
         write_selection(selection, pool, directory)
         return outcome_of(selection)
 

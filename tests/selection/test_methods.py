@@ -7,8 +7,10 @@ import pytest
 from lark_jax.config import SelectConfig
 from lark_jax.errors import ConfigError, SelectionError
 from lark_jax.scoring.table import CandidateScore, skipped_score
-from lark_jax.selection import METHODS, SCORES, WEIGHTINGS, resolve_methods, select_trajectories
-from lark_jax.selection.candidates import group_by_problem
+from lark_jax.scoring.text_rules import COLUMNS
+from lark_jax.selection import METHODS, SCORES, WEIGHTINGS, require_metrics, resolve_methods, select_trajectories
+
+METRIC_COLUMNS = ("judge", "local_naturalness", *COLUMNS)
 
 
 def _score(problem_id: str, candidate_id: str, loss: float = 1.0, **changes) -> CandidateScore:
@@ -82,14 +84,17 @@ def test_random_never_draws_a_skipped_candidate():
 def test_configured_methods_come_in_order_and_the_pair_comes_last():
     methods = resolve_methods(SelectConfig(methods=("random", "lark"), score="log_likelihood", weighting="chi2"))
     assert [method.name for method in methods] == ["random", "lark", "log_likelihood-chi2"]
-    assert (methods[2].score, methods[2].weighting) == (SCORES["log_likelihood"], WEIGHTINGS["chi2"])
+    assert (methods[2].score, methods[2].weighting) == (SCORES["log_likelihood"], METHODS["lark"].weighting)
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_every_score_goes_with_every_weighting(score, weighting):
     (_, method) = resolve_methods(SelectConfig(score=score, weighting=weighting))
-    table = [_score("p", f"c{k}", loss) for k, loss in enumerate([0.3, 0.9, 0.5, 1.4])]
+    table = [
+        _score("p", f"c{k}", loss, metrics=dict.fromkeys(METRIC_COLUMNS, loss / 2))
+        for k, loss in enumerate([0.3, 0.9, 0.5, 1.4])
+    ]
     selection = select_trajectories(table, method, 2, 0)
     assert selection.name == f"{score}-{weighting}_B2"
     assert sum(choice.weight for choice in selection.choices) == pytest.approx(1)
@@ -100,10 +105,11 @@ def test_every_score_goes_with_every_weighting(score, weighting):
     [
         (
             SelectConfig(methods=("larc",)),
-            "config.select.methods: expected one of 'lark', 'random', 'grape', got 'larc'",
+            "config.select.methods: expected one of 'lark', 'random', 'token_length', 'rule_quality', 'judge', 'grape', "
+            "'local_naturalness', 'rsr', got 'larc'",
         ),
         (SelectConfig(score="ghat", weighting="chi2"), "config.select.score: expected one of 'g_hat'"),
-        (SelectConfig(score="g_hat", weighting="kl"), "config.select.weighting: expected one of 'chi2', 'uniform'"),
+        (SelectConfig(score="g_hat", weighting="klb"), "config.select.weighting: expected one of 'chi2', 'uniform'"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_names_that_are_known(select, message):
@@ -112,7 +118,27 @@ def test_an_unknown_name_is_refused_with_the_names_that_are_known(select, messag
     assert message in str(caught.value)
 
 
-def test_a_missing_metric_is_refused_by_name():
-    candidates = group_by_problem([_score("p", "c0", metrics={"judge": 0.5}), _score("p", "c1")])
-    with pytest.raises(SelectionError, match=r"candidate p/c1: the score table has no metric 'judge'"):
-        candidates.column("judge")
+@pytest.mark.parametrize("method", ["judge", "local_naturalness", "rule_quality"])
+def test_a_missing_metric_is_refused_by_name_from_the_table_and_before_from_the_configuration(method):
+    with pytest.raises(SelectionError, match=rf"add metric '{method}' to config\.score\.metrics"):
+        select_trajectories([_score("p", "c0"), _score("p", "c1")], METHODS[method], 1, 0)
+    with pytest.raises(ConfigError, match=rf"config\.score\.metrics: method '{method}' needs '{method}' among them"):
+        require_metrics([METHODS["lark"], METHODS[method]], ("other",))
+    require_metrics([METHODS["lark"], METHODS[method]], (method,))
+
+
+def test_a_candidate_without_a_value_of_the_metric_is_not_selected():
+    table = [_score("p", "c0", metrics={"judge": 0.5}), _score("p", "c1"), _score("p", "c2", metrics={"judge": 0.9})]
+    selection = select_trajectories(table, METHODS["judge"], 3, 0)
+    assert [(choice.candidate_id, choice.weight) for choice in selection.choices] == [("c2", 0.5), ("c0", 0.5)]
+    assert selection.counts.invalid_candidates == 1
+
+
+def test_parameters_of_a_weighting_are_those_that_change_its_weights():
+    of = {name: METHODS["lark"].parameters() for name in ("lark",)}
+    for name in WEIGHTINGS:
+        (*_, method) = resolve_methods(SelectConfig(score="g_hat", weighting=name, temperature=0.25))
+        of[name] = method.parameters()
+    assert of["softmax"] == {"temperature": 0.25}
+    assert of["kl"] == {"strength": 0.25}
+    assert of["lark"] == of["chi2"] == of["uniform"] == of["proportional"] == {}

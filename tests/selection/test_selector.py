@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from lark_jax.errors import SelectionError
 from lark_jax.scoring.table import SKIPPED, CandidateScore, read_scores, skipped_score, write_scores
+from lark_jax.scoring.text_rules import COLUMNS
 from lark_jax.selection import METHODS, Method, method_scores, select_trajectories
-from lark_jax.selection.methods import random_order
-from lark_jax.selection.weighting import uniform_top_b
+from lark_jax.selection.scores import SCORES, Score
+from lark_jax.selection.weightings.uniform import uniform_top_b
 
 INVALID = [
     {"status": SKIPPED, "reason": "nothing left"},
@@ -133,8 +134,12 @@ def test_uniform_weights_by_design_are_not_counted_as_degenerate():
 @pytest.mark.parametrize("method", METHODS)
 def test_an_invalid_candidate_changes_nothing_but_the_counts(method, invalid):
     rng = np.random.default_rng()
-    table = [_score("p", f"c{k}", rng.uniform(0.1, 2), rng.uniform(0.1, 1)) for k in range(5)]
-    bad = dataclasses.replace(_score("p", "bad", 0.001, 1.9), **invalid)
+
+    def metrics() -> dict[str, float]:
+        return {name: rng.uniform(0, 1) for name in ("judge", "local_naturalness", *COLUMNS)}
+
+    table = [_score("p", f"c{k}", rng.uniform(0.1, 2), rng.uniform(0.1, 1), metrics=metrics()) for k in range(5)]
+    bad = dataclasses.replace(_score("p", "bad", 0.001, 1.9, metrics=metrics()), **invalid)
     expected = select_trajectories(table, METHODS[method], 2, seed=0).choices
     selection = select_trajectories([bad, *table], METHODS[method], 2, seed=0)
     assert [(c.candidate_id, c.rank) for c in selection.choices] == [(c.candidate_id, c.rank) for c in expected]
@@ -178,7 +183,7 @@ def test_a_table_with_nothing_to_select_is_refused_with_the_first_reason():
 
 
 def test_a_method_without_a_finite_score_is_refused_by_name():
-    lost = Method("lost", lambda candidates, seed: random_order(candidates, seed) * math.nan, uniform_top_b)
+    lost = Method("lost", Score(SCORES["random"].read, lambda numbers, valid: numbers * math.nan), uniform_top_b)
     with pytest.raises(SelectionError, match="method 'lost' gives a finite score to none of the 1 candidates"):
         select_trajectories([_score("p", "c", 1.0, 0.5)], lost, 1, seed=0)
 

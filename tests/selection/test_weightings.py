@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize
 
 from lark_jax.selection import chi2_top_b, uniform_top_b
-from lark_jax.selection.weighting import descending_ranks
+from lark_jax.selection.ranking import descending_ranks
 
 RULES = [chi2_top_b, uniform_top_b]
 MAX_CANDIDATES = 64
