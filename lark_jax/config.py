@@ -7,6 +7,7 @@ the command line (`finetune.batch_size`), the value found and the values allowed
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -23,11 +24,18 @@ from lark_jax.judge_config import JudgeConfig
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
-SCORE_METRICS = ("judge", "rule_quality")  # keys of stages.metrics.METRICS
+SCORE_METRICS = ("judge", "local_naturalness", "rule_quality")  # keys of stages.metrics.METRICS
 TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGERS
 REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
 STUDENT_PLACEHOLDER = "{student}"  # in evaluate.server_model
 Section = TypeVar("Section")
+
+
+def _marks_ends(rule: str | None) -> bool:
+    try:
+        return rule is None or "end" in re.compile(rule).groupindex
+    except re.error:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +67,8 @@ class ScoreConfig:
     vocab_chunk: int = 4_096  # vocabulary rows per pass; the widest logits that ever exist
     attention: str = "auto"  # by platform and row length, or one of ATTENTION_BACKENDS
     parameters: str = "auto"  # of the student: "replicated", "gathered" layer by layer, or what fits
+    natural_context: int = 4  # of "local_naturalness": steps that a step sees before it
+    natural_split: str | None = None  # its steps: a regular expression, see scoring.local_naturalness.steps; None: ours
     judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)  # of the metric "judge"
 
     def __post_init__(self) -> None:
@@ -72,6 +82,9 @@ class ScoreConfig:
         _require(self.vocab_chunk >= 1, "score.vocab_chunk", self.vocab_chunk, "an integer >= 1")
         _require_one_of("score.attention", self.attention, ("auto", *ATTENTION_BACKENDS))
         _require_one_of("score.parameters", self.parameters, ("auto", "replicated", "gathered"))
+        _require(self.natural_context >= 0, "score.natural_context", self.natural_context, "an integer >= 0")
+        rule = "a regular expression with a group named end, which marks where a step ends: (?P<end>...)"
+        _require(_marks_ends(self.natural_split), "score.natural_split", self.natural_split, rule)
 
 
 @dataclasses.dataclass(frozen=True)

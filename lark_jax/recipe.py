@@ -25,9 +25,11 @@ def paper_recipe() -> ConfigDict:
     config.score = ConfigDict()
     config.score.tokens_per_batch = 32_768  # per device; one row of full length
     config.score.dtype = "bfloat16"  # C.3 "Precision"; statistics are float32
-    config.score.metrics = ()  # further columns for methods that need them: "rule_quality"
+    config.score.metrics = ()  # further columns for methods that need them: "rule_quality", "local_naturalness"
     config.score.vocab_chunk = 4_096  # vocabulary rows; memory only, results do not depend on it
     config.score.attention = "auto"  # kernel by platform and row length; C.3: FlashAttention-2
+    config.score.natural_context = 4  # C.2, m of Local Naturalness
+    config.score.natural_split = config_dict.placeholder(str)  # C.2 says "sentence-level"; None: our rule
     config.score.parameters = "auto"  # "replicated" where they fit, else "gathered" layer by layer
 
     config.score.judge = ConfigDict()  # C.2 "LLM-judged Quality"; asked only where score.metrics has "judge"

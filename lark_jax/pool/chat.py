@@ -44,6 +44,7 @@ __all__ = [
     "render_prompt",
     "render_trajectories",
     "render_trajectory",
+    "target_offsets",
 ]
 
 Prompts = dict[tuple[Message, ...], tuple[str, np.ndarray]]  # texts and tokens of prompts seen before
@@ -300,6 +301,18 @@ def _completion_ids(chat: ChatFormat, texts: list[str]) -> list[list[int]]:
     # Some tokenizers put a space before the start of a text. A completion starts in the middle of one, so it is
     # encoded behind a control token, which is taken off again.
     return [ids[1:] for ids in _encode(chat.tokenizer, [chat.end_of_turn + text for text in texts])]
+
+
+def target_offsets(chat: ChatFormat, answers: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Of each token of the target of an answer that can be rendered, first character and the one behind its last.
+
+    Counted in the answer: what the template puts before it has negative indices, the end-of-turn token lies behind it.
+    Of a truncated target there are more of them than tokens.
+    """
+    texts = [chat.end_of_turn + chat.lead + answer + chat.end_of_turn for answer in answers]
+    before = len(chat.end_of_turn + chat.lead)
+    encodings = chat.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [[(start - before, end - before) for start, end in encoding.offsets[1:]] for encoding in encodings]
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:

@@ -115,7 +115,7 @@ def plan_workload(
       row_multiple: devices along which rows are split.
       share: this worker's; workers that plan at the same time count different texts first.
     """
-    texts = _hash_of_texts(pool, chat, options.max_length)
+    texts = hash_of_texts(pool, chat, options.max_length)
     lengths = count_inputs(pool, chat, options.max_length, folder=directory / f"lengths-{texts}", share=share)
     parts = _parts(lengths, options, row_multiple)
     plan = files.sha256_of_json([texts, [asdict(part) for part in parts]])[:16]
@@ -173,7 +173,7 @@ def _renumbered(batches: Sequence[BatchPlan]) -> tuple[BatchPlan, ...]:
     )
 
 
-def _hash_of_texts(pool: Pool, chat: ChatFormat, max_length: int) -> str:
+def hash_of_texts(pool: Pool, chat: ChatFormat, max_length: int) -> str:
     """16 hex digits over every text and all that decides its tokens."""
     digest = hashlib.sha256(json.dumps([chat.template_hash, chat.tokenizer_hash, max_length]).encode())
     for trajectory in pool.trajectories:

@@ -7,12 +7,14 @@ from lark_jax.config import Experiment
 from lark_jax.pipeline import Task
 from lark_jax.stages.judge import JUDGE
 from lark_jax.stages.layout import Layout
+from lark_jax.stages.local_naturalness import LOCAL_NATURALNESS
 from lark_jax.stages.metric_task import Metric, metric_task
 from lark_jax.stages.rule_quality import RULE_QUALITY
 
 METRICS: dict[str, Metric] = {
     "judge": JUDGE,
     "rule_quality": RULE_QUALITY,
+    "local_naturalness": LOCAL_NATURALNESS,
 }
 
 

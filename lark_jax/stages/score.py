@@ -3,9 +3,9 @@
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from lark_jax.processes import EVERYTHING, Share
 from lark_jax.scoring import (
     CandidateScore,
     ScoreOptions,
-    Workload,
     assemble_scores,
     plan_workload,
     score_share,
@@ -38,6 +37,7 @@ from lark_jax.students.attention import describe_backend, kernel_platform
 
 STATISTICS = "statistics.parquet"
 PARTS = "parts"
+Assembled = TypeVar("Assembled")
 
 
 def statistics_task(experiment: Experiment, layout: Layout) -> Task:
@@ -69,11 +69,11 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
             directory=directory / PARTS,
             share=Share(processes.index(), processes.count()),
         )
-        require_one_plan(workload)
+        require_one_plan(workload.folder)
         runtime.say(f"to score: {workload}")
         runtime.say(_attention(experiment, architecture, place, workload.ladder))
         runtime.say(f"parameters: {_describe_parameters(place)}")
-        student = _open_student(experiment, place)
+        student = open_scoring_student(experiment, place)
         throughput = score_share(student, workload, mesh=place.mesh, share=place.share, writes=place.writes)
         own = f" (the share of process {processes.label()})" if place.share.count > 1 else ""
         runtime.say(f"scored {throughput}{own}")
@@ -82,7 +82,7 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
         processes.barrier("score: all parts are written")
         if not processes.is_first():
             return Outcome(counts={})  # the first process reports for all
-        scores = _assemble_when_seen(workload)
+        scores = assembled_when_seen(lambda: assemble_scores(workload))
         refuse_if_nothing_scored(scores)
         write_scores(directory / STATISTICS, scores)
         measured = {**throughput.notes(), "share_of_process": processes.label() if own else None}
@@ -134,7 +134,7 @@ def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
     return Place(mesh, tuple(axes), EVERYTHING, writes=processes.is_first())
 
 
-def _open_student(experiment: Experiment, place: Place) -> Decoder:
+def open_scoring_student(experiment: Experiment, place: Place) -> Decoder:
     backend = experiment.score.attention
     student, _ = load_student(
         local_folder(experiment.student.path),
@@ -151,13 +151,13 @@ def _parameter_dtype(experiment: Experiment) -> np.dtype:
     return lossless_dtype(local_folder(experiment.student.path), experiment.score.dtype)
 
 
-def require_one_plan(workload: Workload) -> None:
+def require_one_plan(folder: Path) -> None:
     """Refuses processes that cut the pool into different batches, before hours are spent on them.
 
     Raises:
       PipelineError: the first process has another plan.
     """
-    name = workload.folder.name
+    name = folder.name
     of_first = processes.decided_by_first("score: plan", lambda: name)
     if of_first != name:
         raise PipelineError(
@@ -177,12 +177,12 @@ def _describe_parameters(place: Place) -> str:
     return f"split over {' and '.join(place.parameter_axes)}" if place.parameter_axes else "whole on every device"
 
 
-def _assemble_when_seen(workload: Workload) -> tuple[CandidateScore, ...]:
-    """File systems over a network may show what another process wrote only after a while."""
+def assembled_when_seen(assemble: Callable[[], Assembled]) -> Assembled:
+    """What all wrote, put together: file systems over a network may show another process's files after a while."""
     deadline = time.monotonic() + (SECONDS_TO_BE_SEEN if processes.count() > 1 else 0)
     while True:
         try:
-            return assemble_scores(workload)
+            return assemble()
         except PipelineError:
             if time.monotonic() >= deadline:
                 raise

@@ -6,6 +6,7 @@ Sources: transformers, models/{qwen2,qwen3,llama,mistral}/modeling_*.py.
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from lark_jax.students.remat import LAYER_INPUT, POLICIES, named, rematerialized
 from lark_jax.students.rope import rotate, rotation_tables
 
 Block = Callable[[jax.Array, nnx.State], tuple[jax.Array, None]]  # hidden states through one layer's parameters
+Stacked = TypeVar("Stacked")  # a tree of arrays with a leading layer axis, or one layer of it
 INITIALIZER_RANGE = 0.02  # standard deviation of fresh weights, HF's `initializer_range`
 
 
@@ -68,13 +70,8 @@ class SelfAttention(nnx.Module):
         self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps, dtype) if a.qk_norm else None
         self.head_dim = a.head_dim
 
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        segment_ids_bt: jax.Array | None,
-        backend: str | None,
-    ) -> jax.Array:
+    def heads(self, x_btd: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [batch, time, num_heads, head_dim] and keys, and values, [batch, time, num_kv_heads, ...]."""
         batch, time, _ = x_btd.shape
         q_bthd, k_bskd, v_bskd = (
             projection(x_btd).reshape(batch, time, -1, self.head_dim)
@@ -82,9 +79,11 @@ class SelfAttention(nnx.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_bthd, k_bskd = self.q_norm(q_bthd), self.k_norm(k_bskd)
-        q_bthd, k_bskd = rotate(q_bthd, *rotation), rotate(k_bskd, *rotation)
-        out_bthd = attend(q_bthd, k_bskd, v_bskd, segment_ids=segment_ids_bt, backend=backend)
-        return self.o_proj(out_bthd.reshape(batch, time, -1))
+        return rotate(q_bthd, *rotation), rotate(k_bskd, *rotation), v_bskd
+
+    def output(self, out_thd: jax.Array) -> jax.Array:
+        """What the heads found, [..., num_heads, head_dim], as hidden states."""
+        return self.o_proj(out_thd.reshape(*out_thd.shape[:-2], -1))
 
 
 class MLP(nnx.Module):
@@ -118,13 +117,26 @@ class DecoderLayer(nnx.Module):
         mlp_block: int | None,
     ) -> jax.Array:
         with jax.named_scope("self_attn"):
-            normed_btd = split.shared("layers.self_attn.q_proj.weight", self.input_layernorm(hidden_btd))
-            out_btd = self.self_attn(normed_btd, rotation, segment_ids_bt, backend)
-            hidden_btd = hidden_btd + split.total("layers.self_attn.o_proj.weight", out_btd)
+            q_bthd, k_bskd, v_bskd = self.heads(hidden_btd, rotation, split)
+            out_bthd = attend(q_bthd, k_bskd, v_bskd, segment_ids=segment_ids_bt, backend=backend)
+            hidden_btd = self.with_attention(hidden_btd, out_bthd, split)
         with jax.named_scope("mlp"):
-            normed_btd = split.shared("layers.mlp.gate_proj.weight", self.post_attention_layernorm(hidden_btd))
-            out_btd = self.mlp(normed_btd, mlp_block)
-            return hidden_btd + split.total("layers.mlp.down_proj.weight", out_btd)
+            return self.with_mlp(hidden_btd, split, mlp_block)
+
+    def heads(
+        self, hidden_btd: jax.Array, rotation: tuple[jax.Array, jax.Array], split: ParameterSplit
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `SelfAttention.heads`."""
+        normed_btd = split.shared("layers.self_attn.q_proj.weight", self.input_layernorm(hidden_btd))
+        return self.self_attn.heads(normed_btd, rotation)
+
+    def with_attention(self, hidden_td: jax.Array, out_thd: jax.Array, split: ParameterSplit) -> jax.Array:
+        """Hidden states [..., hidden_size] with what the heads found for them, [..., num_heads, head_dim]."""
+        return hidden_td + split.total("layers.self_attn.o_proj.weight", self.self_attn.output(out_thd))
+
+    def with_mlp(self, hidden_td: jax.Array, split: ParameterSplit, mlp_block: int | None = None) -> jax.Array:
+        normed_td = split.shared("layers.mlp.gate_proj.weight", self.post_attention_layernorm(hidden_td))
+        return hidden_td + split.total("layers.mlp.down_proj.weight", self.mlp(normed_td, mlp_block))
 
 
 class Decoder(nnx.Module):
@@ -241,16 +253,21 @@ def _through_layers(block: Block, hidden_btd: jax.Array, stacked: nnx.State) -> 
         return jax.lax.scan(block, hidden_btd, stacked)[0]
 
     def block_at(hidden_btd: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
-        return block(hidden_btd, jax.lax.platform_dependent(stacked, layer, cpu=_take_tied, default=_take_layer))
+        return block(hidden_btd, layer_at(stacked, layer))
 
     return jax.lax.scan(block_at, hidden_btd, jnp.arange(weights[0].shape[0]))[0]
 
 
-def _take_layer(stacked: nnx.State, layer: jax.Array) -> nnx.State:
+def layer_at(stacked: Stacked, layer: jax.Array | int) -> Stacked:
+    """One layer of arrays that are stacked on their leading axis."""
+    return jax.lax.platform_dependent(stacked, jnp.int32(layer), cpu=_take_tied, default=_take_layer)
+
+
+def _take_layer(stacked: Stacked, layer: jax.Array) -> Stacked:
     return jax.tree.map(lambda weight: jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False), stacked)
 
 
-def _take_tied(stacked: nnx.State, layer: jax.Array) -> nnx.State:
+def _take_tied(stacked: Stacked, layer: jax.Array) -> Stacked:
     """The barrier ties the whole arrays to the iteration; nothing is copied."""
     return _take_layer(*jax.lax.optimization_barrier((stacked, layer)))
 

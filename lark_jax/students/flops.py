@@ -82,8 +82,12 @@ def training_flops(architecture: Architecture, length: int, remat: str) -> float
 
 def attention_flops(architecture: Architecture, length: int) -> float:
     """The part of `forward_flops` that grows with the square of `length`: q k' and p v over the lower triangle."""
-    pairs = length * (length + 1) / 2
-    return 4.0 * architecture.num_layers * architecture.num_heads * architecture.head_dim * pairs
+    return pair_flops(architecture) * length * (length + 1) / 2
+
+
+def pair_flops(architecture: Architecture) -> float:
+    """FLOPs of one query and one key that it sees, in all layers."""
+    return 4.0 * architecture.num_layers * architecture.num_heads * architecture.head_dim
 
 
 def parameter_count(architecture: Architecture) -> int:

@@ -1,7 +1,6 @@
 """What the score stage refuses before it computes."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +10,8 @@ from lark_jax.stages.score import require_one_plan
 
 
 def test_processes_with_different_plans_end_before_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = SimpleNamespace(folder=Path("parts-own"))
-    require_one_plan(workload)
+    folder = Path("parts-own")
+    require_one_plan(folder)
     monkeypatch.setattr(processes, "decided_by_first", lambda *_: "parts-first")
     with pytest.raises(PipelineError, match=r"parts-own.*parts-first.*same number of devices"):
-        require_one_plan(workload)
+        require_one_plan(folder)

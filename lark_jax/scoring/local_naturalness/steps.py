@@ -1,0 +1,73 @@
+"""From an answer to its sentence-level steps, and from steps to the tokens that each of them has.
+
+The rule is one regular expression that is searched from left to right. Where its group `end` takes part in a match, a
+step ends behind the match; any other match is text that stays in one piece. `SENTENCES`, the default:
+
+- a step ends behind ., ! or ? (their full-width forms too), closing quotes, brackets and asterisks included, where
+  white space follows, and at every line break; the white space still belongs to it, but for the indentation of the
+  next line. So "3.14" and "f.g" stay whole;
+- fenced code, display math between \\[ \\] or $$ $$, common abbreviations ("e.g.", "Fig.", "Dr.") and the number of a
+  list item ("2. Next") are never cut.
+
+A piece without a letter or digit (a rule, a lone bracket) joins the step before it, and the first one that after it.
+
+Tokens are those of the whole answer, as they are scored everywhere else: nothing is tokenized twice. A token belongs to
+the step of its last character, since tokens begin with the space before a word.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+SENTENCES = r"""(?x)
+    ```.*?(?:```|\Z)                                     # fenced code
+  | \\\[.*?\\\]                                          # display math
+  | \$\$.*?\$\$
+  | (?<![^\W_])(?:[Ee]\.g|[Ii]\.e|cf|vs|approx|resp|[Ff]igs?|[Ee]qs?|Sec|Thm|Dr|Mrs?|Ms|Prof)\.
+  | (?<![^\W_])[Nn]o\.(?=\ \d)                           # "no. 5"
+  | ^[ \t]*(?:\#+[ \t]*)?\d+\.(?=[ \t])                  # "2." before the item of a list
+  | (?P<end> [.!?]+["'”’)\]*_]*(?:\s*\n|\s+|\Z) | [。！？]+[”’）」]*(?:\s*\n|\s*) | \s*\n )
+"""
+_SOMETHING_SAID = re.compile(r"[^\W_]")
+
+
+def compile_split(rule: str | None) -> re.Pattern[str]:
+    """The rule as a pattern; None: `SENTENCES`. `.` matches line breaks, `^` and `$` match at each of them.
+
+    Raises:
+      ValueError: no regular expression, or one without a group `end`.
+    """
+    try:
+        pattern = re.compile(SENTENCES if rule is None else rule, re.DOTALL | re.MULTILINE)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    if "end" not in pattern.groupindex:
+        raise ValueError("has no group named `end`, which marks where a step ends: (?P<end>...)")
+    return pattern
+
+
+def step_starts(text: str, split: re.Pattern[str]) -> tuple[int, ...]:
+    """Index of the first character of each step of `text`; the first is 0. A text has at least one step."""
+    ends = [match.end() for match in split.finditer(text) if match.group("end") is not None]
+    starts = [0]
+    for end in [*(end for end in ends if 0 < end < len(text)), len(text)]:
+        if _SOMETHING_SAID.search(text, starts[-1], end):
+            starts.append(end)
+        elif len(starts) > 1:
+            starts[-1] = end  # the piece goes to the step before it: the next one begins behind it
+    return tuple(starts[:-1]) or (0,)
+
+
+def steps_of_tokens(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> np.ndarray:
+    """int32 [tokens]: which step each token belongs to: 0, 1, 2, ..., ascending, none left out.
+
+    Args:
+      offsets: first character of each token and the one behind its last, in the text that `starts` counts in;
+        characters before the text (negative) go to the first step, those behind it to the last.
+      starts: from `step_starts`. A step that is the last character of no token vanishes.
+    """
+    last_characters = np.asarray([max(start, end - 1) for start, end in offsets], np.int64)
+    steps = np.searchsorted(np.asarray(starts), last_characters, side="right") - 1
+    steps = np.maximum.accumulate(np.maximum(steps, 0))
+    return np.unique(steps, return_inverse=True)[1].astype(np.int32)

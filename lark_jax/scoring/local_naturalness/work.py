@@ -1,0 +1,256 @@
+"""What there is to compute: steps of every trajectory, and parts of some prompts with all that continues them.
+
+All texts are tokenized and split once for their sizes alone. A part holds prompts of similar length and all that
+answers them, so that the keys and values of a prompt are computed once; it is what is rendered at once, what one of
+several workers takes, and one file in the end. Parts are a function of pool, tokenizer, options and devices.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lark_jax import files, runtime
+from lark_jax.errors import PipelineError
+from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories, target_offsets
+from lark_jax.pool.records import Message, Pool, SkippedRecord, Trajectory
+from lark_jax.scoring.local_naturalness.steps import compile_split, step_starts, steps_of_tokens
+from lark_jax.scoring.local_naturalness.windows import (
+    WindowBatch,
+    WindowRow,
+    WindowText,
+    batch_rows,
+    pack_rows,
+    windows_of,
+)
+from lark_jax.scoring.workload import hash_of_texts
+
+BATCHES_PER_PART = 16  # about; a part's last batch of each row length is not full
+SHORTEST_PREFIX = 128  # tokens; lengths of padded prompts are powers of two
+TRAJECTORIES_AT_ONCE = 256  # tokenized together
+
+
+@dataclass(frozen=True)
+class NaturalnessOptions:
+    max_length: int  # tokens of prompt and answer
+    tokens_per_batch: int  # per device, padding included
+    vocab_chunk: int
+    context: int = 4  # m: steps before the one that is scored
+    split: str | None = None  # see `steps.compile_split`
+    parameter_axes: tuple[str, ...] = ()  # of the mesh, over which the student's parameters are split
+
+
+@dataclass(frozen=True)
+class SplitTrajectory:
+    rendered: RenderedTrajectory
+    steps: np.ndarray  # int32 [A]: the step of each target token
+
+    @property
+    def step_sizes(self) -> np.ndarray:
+        return np.bincount(self.steps)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one trajectory."""
+
+    prompt: int  # tokens
+    steps: np.ndarray  # tokens of each step
+
+
+@dataclass(frozen=True)
+class Part:
+    number: int
+    prompts: tuple[tuple[int, ...], ...]  # for each prompt, the trajectories that answer it, as indices into the pool
+    prompt_size: int  # to which prompts are padded
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(member for answers in self.prompts for member in answers)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything but the student and the devices."""
+
+    pool: Pool
+    chat: ChatFormat
+    options: NaturalnessOptions
+    row_multiple: int
+    sizes: tuple[Sizes | str, ...]  # of each trajectory; for one that cannot be rendered, the reason
+    parts: tuple[Part, ...]
+    folder: Path  # of the finished parts: its name is a hash of all that decides them
+
+    @property
+    def num_steps(self) -> int:
+        return sum(len(size.steps) for size in self.sizes if isinstance(size, Sizes))
+
+    @property
+    def num_prompts(self) -> int:
+        return sum(len(part.prompts) for part in self.parts)
+
+    @property
+    def window_tokens(self) -> int:
+        return sum(_window_tokens(size, self.options.context) for size in self.sizes)
+
+    def notes(self) -> dict[str, Any]:
+        """For a manifest."""
+        return {"steps": self.num_steps, "prompts": self.num_prompts, "window_tokens": self.window_tokens}
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.sizes):,} trajectories of {self.num_steps:,} steps, {self.window_tokens:,} tokens in windows "
+            f"behind {self.num_prompts:,} prompts, {len(self.parts):,} parts"
+        )
+
+
+@dataclass(frozen=True)
+class RenderedPart:
+    part: Part
+    prompts_ns: np.ndarray  # int32, padded on the right
+    batches: tuple[WindowBatch, ...]
+    step_sizes: tuple[np.ndarray, ...]  # of each member; `WindowBatch.step_ids_s` counts them through
+
+    def scores(self, log_likelihoods: Sequence[np.ndarray]) -> np.ndarray:
+        """float64 [members]: the mean over steps of the mean over tokens, from what each batch gave."""
+        sizes = np.concatenate(self.step_sizes)
+        sums = np.zeros(len(sizes))
+        for batch, values_s in zip(self.batches, log_likelihoods, strict=True):
+            real_s = batch.step_ids_s >= 0
+            np.add.at(sums, batch.step_ids_s[real_s], np.asarray(values_s, np.float64)[real_s])
+        ends = np.cumsum([len(steps) for steps in self.step_sizes])
+        return np.asarray([means.mean() for means in np.split(sums / sizes, ends[:-1])])
+
+
+def plan_work(pool: Pool, chat: ChatFormat, options: NaturalnessOptions, *, row_multiple: int, directory: Path) -> Work:
+    """Plans the scoring of `pool`; its parts will be kept below `directory`.
+
+    Args:
+      row_multiple: devices along which rows are split.
+
+    Raises:
+      ValueError: `options.split` is not a rule.
+    """
+    compile_split(options.split)
+    sizes = tuple(_sizes(pool, chat, options))
+    parts = tuple(_parts(pool, sizes, options, row_multiple))
+    settings = [options.context, [(part.prompts, part.prompt_size) for part in parts], row_multiple]
+    rules = [options.tokens_per_batch, options.split, hash_of_texts(pool, chat, options.max_length)]
+    name = files.sha256_of_json([settings, rules])[:16]
+    return Work(pool, chat, options, row_multiple, sizes, parts, directory / f"windows-{name}")
+
+
+def split_trajectories(
+    chat: ChatFormat, trajectories: Sequence[Trajectory], options: NaturalnessOptions, prompts: Prompts
+) -> Iterator[SplitTrajectory | SkippedRecord]:
+    """Tokens and steps of each trajectory, in order; see `render_trajectories`."""
+    split = compile_split(options.split)
+    for start in range(0, len(trajectories), TRAJECTORIES_AT_ONCE):
+        some = trajectories[start : start + TRAJECTORIES_AT_ONCE]
+        items = list(render_trajectories(chat, some, options.max_length, prompts))
+        answers = [
+            trajectory.response
+            for trajectory, item in zip(some, items, strict=True)
+            if isinstance(item, RenderedTrajectory)
+        ]
+        offsets = iter(zip(answers, target_offsets(chat, answers), strict=True))
+        for item in items:
+            if isinstance(item, SkippedRecord):
+                yield item
+                continue
+            answer, spans = next(offsets)
+            yield SplitTrajectory(item, steps_of_tokens(spans[: len(item.target_tokens)], step_starts(answer, split)))
+
+
+def render_part(work: Work, part: Part, prompts: Prompts) -> RenderedPart:
+    """Tokenizes a part and packs its windows; `prompts` is shared by the parts of one work.
+
+    Raises:
+      PipelineError: the steps are not those that were planned.
+    """
+    trajectories = [work.pool.trajectories[member] for member in part.members]
+    items = iter(split_trajectories(work.chat, trajectories, work.options, prompts))
+    rows: list[WindowRow] = []
+    sizes: list[np.ndarray] = []
+    pad_id, num_steps = work.chat.pad_id, 0
+    prompts_ns = np.full((_padded_prompts(part, work.row_multiple), part.prompt_size), pad_id, np.int32)
+    for number, answers in enumerate(part.prompts):
+        windows: list[WindowText] = []
+        for member in answers:
+            item = next(items)
+            planned = work.sizes[member]
+            if isinstance(item, SkippedRecord) or isinstance(planned, str):
+                raise PipelineError(f"{work.folder}: {trajectories[len(sizes)].name} was planned otherwise; delete it")
+            prompt_tokens = item.rendered.prompt_tokens
+            prompts_ns[number, : len(prompt_tokens) - 1] = prompt_tokens[:-1]
+            windows += _window_texts(item, work.options.context, num_steps)
+            sizes.append(item.step_sizes)
+            num_steps += len(item.step_sizes)
+        rows += pack_rows(windows, number, len(prompt_tokens) - 1)
+    batches = batch_rows(rows, work.options.tokens_per_batch, work.row_multiple, pad_id)
+    return RenderedPart(part, prompts_ns, batches, tuple(sizes))
+
+
+def _window_texts(item: SplitTrajectory, context: int, first_step: int) -> Iterator[WindowText]:
+    tokens = np.concatenate([item.rendered.prompt_tokens[-1:], item.rendered.target_tokens])
+    for start, scored, stop in zip(*windows_of(item.step_sizes, context), strict=True):
+        # The window's own tokens, one further on here, and the prompt's last one before them.
+        window = np.concatenate([tokens[:1], tokens[start + 1 : stop + 1]])
+        yield WindowText(window, int(stop - scored), first_step + item.steps[scored:stop].astype(np.int64))
+
+
+def _sizes(pool: Pool, chat: ChatFormat, options: NaturalnessOptions) -> Iterator[Sizes | str]:
+    total = len(pool.trajectories)
+    with runtime.progress_bar(what="split into steps", total=total, unit="trajectory", delay=2.0) as bar:
+        for item in split_trajectories(chat, pool.trajectories, options, {}):
+            bar.update(1)
+            if isinstance(item, SkippedRecord):
+                yield item.reason
+            else:
+                yield Sizes(len(item.rendered.prompt_tokens), item.step_sizes)
+
+
+def _parts(pool: Pool, sizes: Sequence[Sizes | str], options: NaturalnessOptions, row_multiple: int) -> Iterator[Part]:
+    """Prompts, longest first, until a part has enough windows, or the keys of its prompts take as much as a batch."""
+    answers: dict[tuple[Message, ...], list[int]] = {}
+    for index, (trajectory, size) in enumerate(zip(pool.trajectories, sizes, strict=True)):
+        if isinstance(size, Sizes):
+            answers.setdefault(trajectory.prompt, []).append(index)
+
+    def prompt_length(members: Sequence[int]) -> int:
+        size = sizes[members[0]]
+        return 0 if isinstance(size, str) else size.prompt
+
+    enough = BATCHES_PER_PART * options.tokens_per_batch * row_multiple
+    number, prompts, tokens, prompt_size = 0, [], 0, 0
+    for members in sorted(answers.values(), key=lambda members: (-prompt_length(members), members[0])):
+        prompt_size = prompt_size or _prompt_size(prompt_length(members))
+        prompts.append(tuple(members))
+        tokens += sum(_window_tokens(sizes[member], options.context) for member in members)
+        if tokens >= enough or (len(prompts) + 1) * prompt_size > options.tokens_per_batch:
+            yield Part(number, tuple(prompts), prompt_size)
+            number, prompts, tokens, prompt_size = number + 1, [], 0, 0
+    if prompts:
+        yield Part(number, tuple(prompts), prompt_size)
+
+
+def _window_tokens(size: Sizes | str, context: int) -> int:
+    return 0 if isinstance(size, str) else int(windows_of(size.steps, context).lengths.sum())
+
+
+def _prompt_size(prompt_tokens: int) -> int:
+    """A power of two that holds all tokens but the last."""
+    size = SHORTEST_PREFIX
+    while size < prompt_tokens - 1:
+        size *= 2
+    return size
+
+
+def _padded_prompts(part: Part, row_multiple: int) -> int:
+    """A power of two of prompts per device: few programs."""
+    per_device = 1
+    while per_device * row_multiple < len(part.prompts):
+        per_device *= 2
+    return per_device * row_multiple

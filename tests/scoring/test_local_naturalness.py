@@ -1,0 +1,237 @@
+"""Local Naturalness against its definition: every step in a row of its own, through transformers, in float32."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lark_jax.config import MeshConfig, SyntheticConfig
+from lark_jax.errors import PipelineError
+from lark_jax.files import write_json
+from lark_jax.pool import read_pool
+from lark_jax.pool.chat import ChatFormat, load_chat_format, render_trajectory
+from lark_jax.pool.records import Message, Pool, Trajectory
+from lark_jax.pool.synthetic import write_synthetic
+from lark_jax.scoring.local_naturalness import (
+    NaturalnessOptions,
+    Work,
+    assemble_local_naturalness,
+    plan_work,
+    score_local_naturalness,
+    scorer,
+)
+from lark_jax.scoring.local_naturalness.work import RenderedPart
+from lark_jax.sharding import DATA, TENSOR, make_mesh
+from lark_jax.students import Decoder, load_student, random_student, read_architecture, save_new_student
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)
+
+SIZES = SyntheticConfig(num_problems=3, num_test_problems=2, num_pretrain_problems=60, rollouts=1)
+OPTIONS = NaturalnessOptions(max_length=400, tokens_per_batch=4_096, vocab_chunk=200, context=2)
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 512,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+UNRENDERABLE = 4  # index into the pool
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    pool: Pool
+    chat: ChatFormat
+    folder: Path
+    student: Decoder
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    folder = tmp_path_factory.mktemp("naturalness")
+    write_synthetic(SIZES, int(np.random.default_rng().integers(1_000)), folder)
+    write_json(folder / "blank" / "config.json", CONFIG)
+    architecture = read_architecture(folder / "blank")
+    student = random_student(architecture, int(np.random.default_rng().integers(1_000)), "float32")
+    # Large enough that attention is far from uniform: what a token sees matters.
+    student.embed_tokens.weight[...] *= 15.0
+    for projection in (student.layers.self_attn.q_proj, student.layers.self_attn.v_proj, student.layers.mlp.up_proj):
+        projection.weight[...] *= 10.0
+    save_new_student(student, folder / "blank", folder / "wide")
+    student, _ = load_student(folder / "wide", dtype="float32")
+    return Setting(_pool(folder), load_chat_format(folder / "student"), folder / "wide", student)
+
+
+def _pool(folder: Path) -> Pool:
+    """Answers of 1 to 25 steps; some are cut by `max_length`, one cannot be rendered."""
+    rng = np.random.default_rng()
+    trajectories = list(read_pool(folder / "pool.jsonl").trajectories)
+    sentences = [t.response.replace("\n", " ") for t in trajectories]
+    for index, trajectory in enumerate(trajectories):
+        some = rng.choice(sentences, size=int(rng.integers(0, 6)))
+        response = rng.choice([" ", "\n", "\n\n"]).join([*some, trajectory.response])
+        trajectories[index] = _answering(trajectory, response + rng.choice(["", "\n"]))
+    trajectories[UNRENDERABLE] = _answering(trajectories[UNRENDERABLE], "an <|im_end|> inside")
+    trajectories[UNRENDERABLE + 1] = _answering(trajectories[UNRENDERABLE + 1], "so 3 of them are 5, " * 60)
+    return Pool(tuple(trajectories))
+
+
+def _answering(trajectory: Trajectory, response: str) -> Trajectory:
+    return dataclasses.replace(trajectory, messages=(*trajectory.prompt, Message("assistant", response)))
+
+
+def _scores(
+    setting: Setting, folder: Path, options: NaturalnessOptions = OPTIONS, data: int = 1, tensor: int = 1
+) -> tuple[np.ndarray, Work]:
+    mesh = make_mesh(MeshConfig(data, tensor), jax.devices()[: data * tensor])
+    work = plan_work(setting.pool, setting.chat, options, row_multiple=data, directory=folder)
+    score_local_naturalness(setting.student, work, mesh=mesh)
+    return np.array(assemble_local_naturalness(work)), work
+
+
+def _by_definition(setting: Setting, steps_of: list[np.ndarray | str], options: NaturalnessOptions) -> np.ndarray:
+    """Each step alone: prompt, at most `context` steps, the step; nothing is shared or batched."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).eval()
+    scores = np.full(len(steps_of), np.nan)
+    for index, steps in enumerate(steps_of):
+        if isinstance(steps, str):
+            continue
+        item = render_trajectory(setting.chat, setting.pool.trajectories[index], options.max_length)
+        ends = np.cumsum(steps)
+        of_steps = []
+        for step, size in enumerate(steps):
+            start = 0 if step <= options.context else ends[step - options.context - 1]
+            row = np.concatenate([item.prompt_tokens, item.target_tokens[start : ends[step]]]).astype(np.int64)
+            with torch.inference_mode():
+                logits = model(torch.from_numpy(row[None])).logits[0].double().log_softmax(-1)
+            predicted = logits[-size - 1 : -1]
+            of_steps.append(float(predicted[torch.arange(size), torch.from_numpy(row[-size:])].mean()))
+        scores[index] = np.mean(of_steps)
+    return scores
+
+
+def _steps(work: Work) -> list[np.ndarray | str]:
+    return [sizes if isinstance(sizes, str) else sizes.steps for sizes in work.sizes]
+
+
+@pytest.fixture(scope="module")
+def one_device(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return _scores(setting, tmp_path_factory.mktemp("one_device"))[0]
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_scores_are_those_of_every_step_in_a_row_of_its_own(setting: Setting, tmp_path: Path, context: int) -> None:
+    options = dataclasses.replace(OPTIONS, context=context)
+    found, work = _scores(setting, tmp_path, options)
+    steps = _steps(work)
+    assert max(map(len, steps)) > 8
+    expected = _by_definition(setting, steps, options)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    assert np.isnan(found[UNRENDERABLE])
+    assert np.isfinite(np.delete(found, UNRENDERABLE)).all()
+    one_more = _by_definition(setting, steps[:4], dataclasses.replace(options, context=context + 1))
+    assert np.nanmax(np.abs(expected[:4] - one_more)) > 1e-2, "a student that does not mind what it sees"
+
+
+def test_with_enough_context_every_token_has_its_log_likelihood_in_one_pass(setting: Setting, tmp_path: Path) -> None:
+    found, work = _scores(setting, tmp_path, dataclasses.replace(OPTIONS, context=1_000))
+    model = setting.student
+    for index in (0, 1):
+        item = render_trajectory(setting.chat, setting.pool.trajectories[index], OPTIONS.max_length)
+        row = np.concatenate([item.prompt_tokens, item.target_tokens])
+        logits = np.asarray(model.logits(jnp.asarray(row[None, :-1])), np.float64)[0, len(item.prompt_tokens) - 1 :]
+        gold = np.take_along_axis(logits, item.target_tokens[:, None], -1)[:, 0]
+        log_probs = gold - np.log(np.exp(logits).sum(-1))
+        ends = np.cumsum(_steps(work)[index])
+        expected = np.mean([part.mean() for part in np.split(log_probs, ends[:-1])])
+        np.testing.assert_allclose(found[index], expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("data", "tensor", "axes"), [(3, 1, ()), (1, 2, (TENSOR,)), (2, 2, (DATA, TENSOR))], ids=str)
+def test_every_layout_gives_the_scores_of_one_device(
+    setting: Setting, one_device: np.ndarray, tmp_path: Path, data: int, tensor: int, axes: tuple[str, ...]
+) -> None:
+    options = dataclasses.replace(OPTIONS, parameter_axes=axes)
+    found, _ = _scores(setting, tmp_path, options, data, tensor)
+    np.testing.assert_allclose(found, one_device, rtol=2e-5)
+
+
+def test_prompts_are_encoded_once_each_and_every_answer_is_scored_once(setting: Setting, tmp_path: Path) -> None:
+    work = plan_work(setting.pool, setting.chat, OPTIONS, row_multiple=2, directory=tmp_path)
+    prompts = [answers for part in work.parts for answers in part.prompts]
+    trajectories = setting.pool.trajectories
+    assert {trajectories[answers[0]].prompt for answers in prompts} == {t.prompt for t in trajectories}
+    assert len(prompts) == work.num_prompts == SIZES.num_problems
+    members = sorted(member for part in work.parts for member in part.members)
+    assert members == [index for index in range(len(trajectories)) if index != UNRENDERABLE]
+    lengths = [work.sizes[answers[0]].prompt for answers in prompts]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_killed_run_goes_on_with_the_parts_that_are_missing(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A prompt's keys take as much as a batch: each is a part of its own.
+    options = dataclasses.replace(OPTIONS, tokens_per_batch=128)
+    done = []
+
+    def costless(programs: object, rendered: RenderedPart) -> Iterator[np.ndarray]:
+        del programs
+        done.append(rendered.part.number)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        for batch in rendered.batches:
+            yield batch.targets_s.astype(np.float32)
+
+    monkeypatch.setattr(scorer, "_log_likelihoods", costless)
+    with pytest.raises(KeyboardInterrupt):
+        _scores(setting, tmp_path, options)
+    _, work = _scores(setting, tmp_path, options)
+    assert done == [0, 1, 2, 2]
+    part = work.folder / "part-00001.json"
+    part.write_text(part.read_text(encoding="utf-8")[:-3], encoding="utf-8")
+    with pytest.raises(PipelineError, match=r"part-00001\.json: missing or damaged"):
+        assemble_local_naturalness(work)
+    _scores(setting, tmp_path, options)
+    assert done == [0, 1, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"context": 3}, {"split": r"(?P<end>\n)"}, {"max_length": 300}, {"tokens_per_batch": 1_024}]
+)
+def test_what_decides_the_windows_names_their_folder(setting: Setting, tmp_path: Path, change: dict) -> None:
+    def folder(options: NaturalnessOptions) -> Path:
+        return plan_work(setting.pool, setting.chat, options, row_multiple=1, directory=tmp_path).folder
+
+    assert folder(dataclasses.replace(OPTIONS, **change)) != folder(OPTIONS)
+
+
+def test_numbers_of_the_student_that_are_not_finite_leave_no_score(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(programs: object, rendered: RenderedPart) -> Iterator[np.ndarray]:
+        del programs
+        for batch in rendered.batches:
+            # The first step of the first answer of each part.
+            yield np.where(batch.step_ids_s == 0, np.nan, -1.0)
+
+    monkeypatch.setattr(scorer, "_log_likelihoods", broken)
+    found, work = _scores(setting, tmp_path)
+    first = [part.members[0] for part in work.parts]
+    assert sorted(np.flatnonzero(np.isnan(found))) == sorted([*first, UNRENDERABLE])
+    np.testing.assert_allclose(found[~np.isnan(found)], -1.0)
