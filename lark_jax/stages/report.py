@@ -14,7 +14,6 @@ from lark_jax.evaluation.runner import SampleRow, StudentResult, read_samples, r
 from lark_jax.finetuning import HeldOutMetrics, StepMetrics, read_held_out, read_metrics
 from lark_jax.finetuning.metrics import HELD_OUT, METRICS
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
-from lark_jax.pool import read_pool
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.report import ReportContent, terminal_report, write_report
 from lark_jax.report.content import (
@@ -34,6 +33,7 @@ from lark_jax.scoring import CandidateScore, read_scores
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
 from lark_jax.stages.evaluate import benchmarks_of, engine_of
 from lark_jax.stages.layout import BASE, Layout
+from lark_jax.stages.pool import open_pool
 from lark_jax.stages.score import SCORES
 
 TABLE = "table.txt"
@@ -169,7 +169,7 @@ def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:
     choices = select_trajectories(scores, lark, budget, experiment.seed).choices
     problem_id = next((c.problem_id for c in choices if not np.isclose(c.weight, 1 / budget)), choices[0].problem_id)
     values = dict(zip(((s.problem_id, s.candidate_id) for s in scores), method_scores(scores, lark, 0), strict=True))
-    pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record).by_problem()[problem_id]
+    pool = open_pool(experiment).by_problem()[problem_id]
     chosen = {choice.candidate_id: choice for choice in choices if choice.problem_id == problem_id}
     return Landscape(
         problem_id=problem_id,

@@ -1,38 +1,40 @@
 """Stage "select": `selection/<method>_B<budget>/`, from the score table alone; needs no accelerator."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
 from lark_jax.pipeline import Outcome, Task, require_manifest
-from lark_jax.pool import read_pool
+from lark_jax.pool import Pool
 from lark_jax.scoring import read_scores
 from lark_jax.selection import Selection, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
+from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score import SCORES
 
 
 def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
-    return [_select_task(experiment, layout, run) for run in layout.runs]
+    pool = functools.cache(lambda: open_pool(experiment))  # read once for all methods, when the first needs it
+    return [_select_task(experiment, layout, run, pool) for run in layout.runs]
 
 
-def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
+def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callable[[], Pool]) -> Task:
     def inputs() -> dict[str, Any]:
         require_manifest(layout.score, "score")
         return {
             "scores": layout.hashes.of(layout.score / SCORES),
-            "pool": layout.hashes.of(experiment.pool.path),
-            "on_bad_record": experiment.pool.on_bad_record,
+            **pool_inputs(experiment, layout),
             "method": run.method.name,
             "budget": run.budget,
             "seed": experiment.seed,
         }
 
     def select(directory: Path) -> Outcome:
-        pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
         selection = select_trajectories(read_scores(layout.score / SCORES), run.method, run.budget, experiment.seed)
-        write_selection(selection, pool, directory)
+        write_selection(selection, pool(), directory)
         return outcome_of(selection)
 
     return Task(f"select/{run.name}", layout.selection(run), inputs, select)
