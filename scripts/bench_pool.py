@@ -3,8 +3,8 @@
     python scripts/bench_pool.py --folder=/scratch/pool --out=build/bench_pool.json
 
 The pool is written into the folder in the layout of the RSR paper's data, a folder per teacher and a JSON list per
-rollout, where it is not there yet, and stays. Reading happens in a process of its own, whose peak is the operating system's
-figure; then every text is read once more in the order of its length, as scoring does.
+rollout, where it is not there yet, and stays. Reading happens in a process of its own, whose peak is the operating
+system's figure; then every text is read once more in the order of its length, as scoring does.
 """
 
 import argparse
@@ -78,9 +78,9 @@ def measure(folder: Path) -> dict[str, float]:
     from lark_jax.pool import read_pool
 
     before = peak()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     pool = read_pool(folder)
-    read = time.perf_counter()
+    read, read_cpu = time.perf_counter(), time.process_time()
     peak_of_reading = peak()
     characters = [len(trajectory.response) for trajectory in pool.trajectories]
     once = time.perf_counter()
@@ -91,6 +91,7 @@ def measure(folder: Path) -> dict[str, float]:
         "gigabytes": round(sum(path.stat().st_size for path in folder.rglob("*.json")) / 1e9, 3),
         "characters": sum(characters),
         "seconds_to_read": round(read - start, 1),
+        "processor_seconds_to_read": round(read_cpu - start_cpu, 1),
         "seconds_for_all_texts_in_order": round(once - read, 1),
         "seconds_for_all_texts_by_length": round(time.perf_counter() - once, 1),
         "peak_gib_before": round(before, 3),

@@ -155,9 +155,7 @@ class _ListScanner:
                 depth += 1
             elif depth > 0:
                 depth -= sign in (b"]", b"}")
-            elif sign == b"}":
-                raise _Damage("a brace closes nothing")
-            elif sign in (b",", b"]"):
+            elif sign != b"}":  # a brace that closes nothing is for the parser to refuse
                 return match.start(), sign == b"]"
 
     def _next_sign(self) -> bytes:

@@ -7,10 +7,10 @@ from lark_jax.config import PoolConfig
 from lark_jax.errors import ConfigError, PoolError
 from lark_jax.pool.columns import normaliser
 from lark_jax.pool.hub import local_source
-from lark_jax.pool.json_records import Advance, one_line
+from lark_jax.pool.json_records import Advance, Located, one_line
 from lark_jax.pool.records import DuplicateAnswer, Pool, SkippedRecord, Trajectory
 from lark_jax.pool.schema import RecordError, parse_record
-from lark_jax.pool.sources import Source, SourceFile, find_source, missing_parts
+from lark_jax.pool.sources import ItemCount, Source, SourceFile, find_source, missing_parts
 from lark_jax.pool.store import TrajectoryWriter, prompt_digest
 
 
@@ -81,7 +81,7 @@ class _Collector:
         self._skipped: list[SkippedRecord] = []
         self._filtered: list[SkippedRecord] = []
         self._duplicates: list[DuplicateAnswer] = []
-        self.aligned_items: dict[Path, int] = {}  # of files that are aligned by number: how many items
+        self.aligned_items: dict[Path, ItemCount] = {}
 
     def read(self, file: SourceFile, advance: Advance) -> None:
         constant = {} if self._config.teacher is None else {"teacher": self._config.teacher}
@@ -89,7 +89,7 @@ class _Collector:
             defaults = {**constant, **file.defaults}
             if file.is_aligned:
                 defaults["problem_id"] = str(located.index)
-                self.aligned_items[file.path] = located.index + 1
+                self._count(file, located)
             try:
                 if isinstance(located.record, RecordError):
                     raise located.record
@@ -97,6 +97,12 @@ class _Collector:
                 self._take(parse_record(record, located.location))
             except RecordError as error:
                 self.refuse(error)
+
+    def _count(self, file: SourceFile, located: Located) -> None:
+        found = located.index + 1
+        is_sound = not isinstance(located.record, RecordError)
+        before = self.aligned_items.get(file.path, ItemCount(0, 0))
+        self.aligned_items[file.path] = ItemCount(found, found if is_sound else before.sound)
 
     def refuse(self, error: RecordError) -> None:
         if self._config.on_bad_record == "error":

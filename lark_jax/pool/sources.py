@@ -4,6 +4,7 @@ import fnmatch
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,14 @@ class SourceFile:
         given = frozenset(self.defaults) | ({"teacher"} if config.teacher is not None else frozenset())
         read_table = parquet_records if self.path.suffix == ".parquet" else arrow_records
         return read_table(self.path, config.columns.given(), given, advance)
+
+
+@dataclass(frozen=True)
+class ItemCount:
+    """Items of an aligned file."""
+
+    found: int
+    sound: int  # up to the last that is valid JSON; what follows may be an end that is damaged
 
 
 @dataclass(frozen=True)
@@ -149,31 +158,26 @@ def _teacher_file(path: Path, parts: Mapping[str, str]) -> SourceFile:
     return SourceFile(path, {"teacher": teacher, "candidate_id": candidate}, is_aligned=True)
 
 
-def missing_parts(source: Source, items: Mapping[Path, int]) -> Iterator[RecordError]:
-    """What aligned files lack: items that other files have, and files that other teachers have.
-
-    Args:
-      items: how many items each file was found to hold.
-    """
+def missing_parts(source: Source, items: Mapping[Path, ItemCount]) -> Iterator[RecordError]:
+    """What aligned files lack: items that other files have, and files that other teachers have."""
     aligned = [file for file in source.files if file.is_aligned]
-    by_teacher: dict[str, list[SourceFile]] = {}
-    for file in aligned:
-        by_teacher.setdefault(file.defaults["teacher"], []).append(file)
     if not aligned:
         return
-    longest = max(aligned, key=lambda file: items.get(file.path, 0))
-    fullest = max(by_teacher, key=lambda teacher: len(by_teacher[teacher]))
+    none = ItemCount(0, 0)
+    fullest = max(aligned, key=lambda file: items.get(file.path, none).sound)
+    most = items.get(fullest.path, none).sound
     for file in aligned:
-        count, most = items.get(file.path, 0), items.get(longest.path, 0)
+        count = items.get(file.path, none).found
         if count < most:
-            reason = f"has {count:,} items, {longest.path} has {most:,}; item n of every file must answer problem n"
+            reason = f"has {count:,} items, {fullest.path} has {most:,}; item n of every file must answer problem n"
             yield RecordError(reason, str(file.path), "", file.candidate)
-    for teacher, files in by_teacher.items():
-        if len(files) < len(by_teacher[fullest]):
-            reason = (
-                f"teacher {teacher} has {len(files)} files, {fullest} has {len(by_teacher[fullest])}; add the others"
-            )
-            yield RecordError(reason, str(files[0].path.parent))
+    files = Counter(file.defaults["teacher"] for file in aligned)
+    (complete, most_files), *_ = files.most_common(1)
+    for teacher, count in files.items():
+        if count < most_files:
+            folder = next(file.path.parent for file in aligned if file.defaults["teacher"] == teacher)
+            reason = f"teacher {teacher} has {count} files, {complete} has {most_files}; bring the missing ones"
+            yield RecordError(reason, str(folder))
 
 
 # --- datasets of the hub, and what the library `datasets` saves --------------------------------------------------

@@ -13,6 +13,7 @@ from lark_jax.pool.json_records import Advance, Located, one_line
 from lark_jax.pool.schema import RecordError
 
 _ROWS_AT_ONCE = 256
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # https://arrow.apache.org/docs/format/Columnar.html
 _READ_AHEAD = 1 << 20  # bytes per column: pages of a row group are read one by one, not the group as a whole
 
 
@@ -33,9 +34,8 @@ def parquet_records(
             check_columns(path, file.schema_arrow, mapping, given)
             share = path.stat().st_size / max(1, file.metadata.num_rows)
             yield from _rows(path, file.iter_batches(batch_size=_ROWS_AT_ONCE), lambda rows: advance(int(rows * share)))
-    except pa.ArrowException as error:
-        reason = f"is not a complete Parquet file: {one_line(error)}; write or copy it again"
-        raise PoolError(f"{path}: {reason}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise _incomplete(path, "Parquet", error) from error
 
 
 def arrow_records(path: Path, mapping: Mapping[str, str], given: frozenset[str], advance: Advance) -> Iterator[Located]:
@@ -52,21 +52,30 @@ def arrow_records(path: Path, mapping: Mapping[str, str], given: frozenset[str],
                 advance(max(0, known - before))
 
             yield from _rows(path, batches, hear)
-    except pa.ArrowException as error:
-        reason = f"is not a complete Arrow file: {one_line(error)}; write or copy it again"
-        raise PoolError(f"{path}: {reason}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise _incomplete(path, "Arrow", error) from error
+
+
+def _incomplete(path: Path, kind: str, error: Exception) -> Exception:
+    """What Arrow found wrong with the bytes of a file; an error of the operating system, which has a number, stays."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return PoolError(f"{path}: is not a complete {kind} file: {one_line(error)}; write or copy it again")
 
 
 def _arrow_batches(source: pa.NativeFile) -> tuple[Iterator[pa.RecordBatch], pa.Schema]:
-    """Slices of the batches, so that few rows are Python objects at once; `datasets` writes streams."""
+    """The batches, one at a time, of an Arrow file or, as `datasets` writes it, stream."""
     try:
         reader = pa.ipc.open_file(source)
-        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-    except pa.ArrowInvalid:
+        return (reader.get_batch(index) for index in range(reader.num_record_batches)), reader.schema
+    except pa.ArrowInvalid:  # not a file, perhaps a stream
+        source.seek(max(0, source.size() - len(_END_OF_STREAM)))
+        ends_well = source.read() == _END_OF_STREAM
         source.seek(0)
-        reader = pa.ipc.open_stream(source)
-        batches = iter(reader)
-    return batches, reader.schema
+        stream = pa.ipc.open_stream(source)
+        if not ends_well:  # one that is cut between two batches would read like a shorter one
+            raise pa.ArrowInvalid("the mark at its end is missing") from None
+        return iter(stream), stream.schema
 
 
 def _rows(path: Path, batches: Iterator[pa.RecordBatch], advance: Callable[[int], object]) -> Iterator[Located]:
