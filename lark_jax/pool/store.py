@@ -10,9 +10,10 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, overload
+from typing import IO, overload
 
 from lark_jax.errors import PoolError
 from lark_jax.pool.records import Message, Selected, Trajectory
@@ -30,48 +31,73 @@ class TrajectoryWriter:
 
     def __init__(self) -> None:
         self._folder = scratch_folder()
-        stream = _guarded(self._folder, lambda: tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115
-        self._stored = StoredTrajectories(stream)
+        with _room_in(self._folder):
+            stream = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  (it lives as long as the pool)
+        self._texts = _Texts(stream)
+        self._stored = StoredTrajectories(self._texts)
         self._prompts: dict[bytes, int] = {}
 
     def add(self, trajectory: Trajectory, digest: bytes) -> None:
         """Takes a trajectory; `digest` is the `prompt_digest` of its prompt."""
-        _guarded(self._folder, lambda: self._stored.append(trajectory, self._place_of_prompt(trajectory, digest)))
+        with _room_in(self._folder):
+            if digest not in self._prompts:
+                self._prompts[digest] = self._texts.append(_prompt_as_bytes(trajectory.prompt))
+            self._stored.append(trajectory, self._prompts[digest])
 
     def finish(self) -> "StoredTrajectories":
-        _guarded(self._folder, self._stored.flush)
+        with _room_in(self._folder):
+            self._texts.flush()
         return self._stored
 
-    def _place_of_prompt(self, trajectory: Trajectory, digest: bytes) -> int:
-        if digest not in self._prompts:
-            self._prompts[digest] = self._stored.append_prompt(_prompt_as_bytes(trajectory.prompt))
-        return self._prompts[digest]
 
-
-class StoredTrajectories(Sequence[Trajectory]):
-    """Ids, teachers and locations in memory, texts in `stream`; safe to read from several threads."""
+class _Texts:
+    """Texts in a file, by number."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._written = 0
+        self._starts = array("q", [0])  # of each text, and of the next one
+
+    def append(self, text: bytes) -> int:
+        """The number of a new text."""
+        self._stream.write(text)
+        self._starts.append(self._starts[-1] + len(text))
+        return len(self._starts) - 2
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def read(self, number: int) -> bytes:
+        """A text; safe in several threads."""
+        # Read, not mapped: pages of a map would count as memory of this process.
+        start, end = self._starts[number : number + 2]
+        data = os.pread(self._stream.fileno(), end - start, start)
+        if len(data) < end - start:
+            raise PoolError("the temporary file with the pool's texts was cut; start again")
+        return data
+
+    def read_prompt(self, number: int) -> tuple[Message, ...]:
+        return tuple(Message(role, content) for role, content in json.loads(self.read(number)))
+
+
+class StoredTrajectories(Sequence[Trajectory]):
+    """Ids, teachers and places in memory; an item's texts are read when it is asked for."""
+
+    def __init__(self, texts: _Texts) -> None:
+        self._texts = texts
+        self._prompt = functools.lru_cache(maxsize=_PROMPTS_AT_HAND)(texts.read_prompt)
         self._problem_ids: list[str] = []
         self._candidate_ids: list[str] = []
         self._teachers: list[str] = []
         self._locations: list[str] = []
         self._answers: list[str | None] = []
         self._correct: list[bool | None] = []
-        self._prompts = array("q")  # of each trajectory: index of its prompt
-        self._prompt_bounds = array("q", [])  # start and end of each prompt
-        self._bounds = array("q", [])  # start of the response, its end = start of meta, end of meta
-        self._same_text: dict[str, str] = {}
-        self._prompt = functools.lru_cache(maxsize=_PROMPTS_AT_HAND)(self._read_prompt)
-
-    def append_prompt(self, text: bytes) -> int:
-        """Index of a new prompt."""
-        self._prompt_bounds.extend((self._written, self._write(text)))
-        return len(self._prompt_bounds) // 2 - 1
+        self._prompts = array("q")  # numbers of texts, as the next two
+        self._responses = array("q")
+        self._metas = array("q")
+        self._same: dict[str, str] = {}  # equal ids are one object
 
     def append(self, trajectory: Trajectory, prompt: int) -> None:
+        """Takes a trajectory whose prompt is the text of this number."""
         self._problem_ids.append(self._shared(trajectory.problem_id))
         self._candidate_ids.append(self._shared(trajectory.candidate_id))
         self._teachers.append(self._shared(trajectory.teacher))
@@ -79,12 +105,8 @@ class StoredTrajectories(Sequence[Trajectory]):
         self._answers.append(None if trajectory.answer is None else self._shared(trajectory.answer))
         self._correct.append(trajectory.correct)
         self._prompts.append(prompt)
-        meta = json.dumps(dict(trajectory.meta)).encode() if trajectory.meta else b""
-        self._bounds.extend((self._written, self._write(trajectory.response.encode()), self._write(meta)))
-
-    def flush(self) -> None:
-        self._stream.flush()
-        self._same_text = {}
+        self._responses.append(self._texts.append(trajectory.response.encode()))
+        self._metas.append(self._texts.append(json.dumps(dict(trajectory.meta)).encode()) if trajectory.meta else -1)
 
     def ids(self) -> Iterator[tuple[str, str]]:
         return zip(self._problem_ids, self._candidate_ids, strict=True)
@@ -99,43 +121,20 @@ class StoredTrajectories(Sequence[Trajectory]):
     def __getitem__(self, index: int | slice) -> Trajectory | Sequence[Trajectory]:
         if isinstance(index, slice):
             return Selected(self, range(len(self))[index])
-        index = range(len(self))[index]
-        start, middle, end = self._bounds[3 * index : 3 * index + 3]
-        data = self._read(start, end)
-        response, meta = data[: middle - start], data[middle - start :]
+        response, meta = self._responses[index], self._metas[index]
         return Trajectory(
             problem_id=self._problem_ids[index],
             candidate_id=self._candidate_ids[index],
             teacher=self._teachers[index],
-            messages=(*self._prompt(self._prompts[index]), Message("assistant", response.decode())),
+            messages=(*self._prompt(self._prompts[index]), Message("assistant", self._texts.read(response).decode())),
             location=self._locations[index],
             answer=self._answers[index],
             correct=self._correct[index],
-            meta=MappingProxyType(json.loads(meta) if meta else {}),
+            meta=MappingProxyType({} if meta < 0 else json.loads(self._texts.read(meta))),
         )
 
-    def _read_prompt(self, number: int) -> tuple[Message, ...]:
-        turns = json.loads(self._read(*self._prompt_bounds[2 * number : 2 * number + 2]))
-        return tuple(Message(role, content) for role, content in turns)
-
-    def _write(self, data: bytes) -> int:
-        """Position behind `data`."""
-        self._stream.write(data)
-        self._written += len(data)
-        return self._written
-
-    def _read(self, start: int, end: int) -> bytes:
-        # Read, not mapped: pages of a map would count as memory of this process.
-        data = b""
-        while len(data) < end - start:  # a read gives 2 GiB at most
-            part = os.pread(self._stream.fileno(), end - start - len(data), start + len(data))
-            if not part:
-                raise PoolError("the temporary file with the pool's texts was cut; start again")
-            data += part
-        return data
-
     def _shared(self, text: str) -> str:
-        return self._same_text.setdefault(text, text)
+        return self._same.setdefault(text, text)
 
 
 def prompt_digest(prompt: tuple[Message, ...]) -> bytes:
@@ -154,9 +153,10 @@ def _prompt_as_bytes(prompt: tuple[Message, ...]) -> bytes:
     return json.dumps([(message.role, message.content) for message in prompt], ensure_ascii=False).encode()
 
 
-def _guarded(folder: str, write: Any) -> Any:
+@contextmanager
+def _room_in(folder: str) -> Iterator[None]:
     try:
-        return write()
+        yield
     except OSError as error:
         raise PoolError(
             f"{folder}: cannot keep the pool's texts there: {error.strerror or error}; "

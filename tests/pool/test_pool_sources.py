@@ -1,7 +1,11 @@
 """Every layout of a pool gives the same trajectories; what is no pool is refused by file, line or item, and remedy."""
 
+import gc
 import json
 import os
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -385,6 +389,29 @@ def test_texts_lie_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.
     pool = read_pool(write_lists(tmp_path / "pool"))
     assert os.listdir(scratch) == []
     assert pool.trajectories[7].response == records()[7]["messages"][-1]["content"]
+
+
+def test_a_pool_that_nobody_holds_frees_its_file_at_once(tmp_path: Path) -> None:
+    pool = read_pool(write_lists(tmp_path))
+    assert pool.trajectories[0].response
+    held = weakref.ref(pool.trajectories)
+    gc.disable()
+    try:
+        del pool
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
+    """The benchmark's own measurement, in its process, of a pool with 30 million characters."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "bench_pool.py"
+    arguments = [f"--folder={tmp_path / 'pool'}", "--problems=15", "--characters=60000"]
+    output = subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(output)
+    assert found["records"] == 495
+    assert found["characters"] > 20e6
+    assert (found["peak_gib"] - found["peak_gib_before"]) * 2**30 < 0.5 * found["characters"]
 
 
 def test_no_room_for_the_texts_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
