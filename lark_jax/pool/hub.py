@@ -1,8 +1,8 @@
 """A pool's path -> a local file or folder. The only part of `pool` that can reach the network; it says so first."""
 
+import functools
 import os
 import re
-import sys
 from pathlib import Path
 
 from lark_jax.errors import PoolError
@@ -32,19 +32,23 @@ def local_source(source: str | Path) -> Path:
     Raises:
       PoolError: the dataset cannot be had.
     """
-    if not is_hub_id(source):
-        return Path(source)
+    return _snapshot(str(source)) if is_hub_id(source) else Path(source)
+
+
+@functools.cache  # stages hash and read one and the same snapshot, also when the hub gets another one meanwhile
+def _snapshot(name: str) -> Path:
     import huggingface_hub
 
-    name = str(source)
+    from lark_jax.runtime import say  # not at the top: it imports JAX, which those who only read have no use for
+
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    patterns = list(_PATTERNS)
     if not offline:
-        what = f"{name}: not here; fetching {', '.join(_PATTERNS)} of this dataset from the Hugging Face hub"
-        print(f"[lark_jax] {what}", file=sys.stderr, flush=True)
+        say(f"{name}: not here; fetching {', '.join(patterns)} of this dataset from the Hugging Face hub")
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, repo_type="dataset", allow_patterns=list(_PATTERNS), local_files_only=offline
+                name, repo_type="dataset", allow_patterns=patterns, local_files_only=offline
             )
         )
     except Exception as error:  # the hub client raises many unrelated types: HTTP, offline, validation, disk

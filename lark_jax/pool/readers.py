@@ -10,7 +10,7 @@ from lark_jax.pool.hub import local_source
 from lark_jax.pool.json_records import Advance, Located, one_line
 from lark_jax.pool.records import DuplicateAnswer, Pool, SkippedRecord, Trajectory
 from lark_jax.pool.schema import RecordError, parse_record
-from lark_jax.pool.sources import ItemCount, Source, SourceFile, find_source, missing_parts
+from lark_jax.pool.sources import ItemCount, Source, SourceFile, find_source, missing_files, missing_items
 from lark_jax.pool.store import TrajectoryWriter, prompt_digest
 
 
@@ -63,8 +63,8 @@ def _read(path: Path, config: PoolConfig, advance: Advance) -> Pool:
             collector.read(file, advance)
     except OSError as error:
         raise PoolError(f"{path}: cannot be read: {one_line(error)}; check the file and its permissions") from error
-    for missing in missing_parts(source, collector.aligned_items):
-        collector.refuse(missing)
+    for missing in (*collector.missing_items(source), *missing_files(source)):
+        collector.refuse(missing, skipping="goes on without")
     return collector.pool(path, source)
 
 
@@ -81,7 +81,8 @@ class _Collector:
         self._skipped: list[SkippedRecord] = []
         self._filtered: list[SkippedRecord] = []
         self._duplicates: list[DuplicateAnswer] = []
-        self.aligned_items: dict[Path, ItemCount] = {}
+        self._items: dict[Path, ItemCount] = {}  # of aligned files
+        self._problems_are_named = False
 
     def read(self, file: SourceFile, advance: Advance) -> None:
         constant = {} if self._config.teacher is None else {"teacher": self._config.teacher}
@@ -101,12 +102,20 @@ class _Collector:
     def _count(self, file: SourceFile, located: Located) -> None:
         found = located.index + 1
         is_sound = not isinstance(located.record, RecordError)
-        before = self.aligned_items.get(file.path, ItemCount(0, 0))
-        self.aligned_items[file.path] = ItemCount(found, found if is_sound else before.sound)
+        before = self._items.get(file.path, ItemCount(0, 0))
+        self._items[file.path] = ItemCount(found, found if is_sound else before.sound)
+        column = self._config.columns.problem_id or "problem_id"
+        if isinstance(located.record, dict) and located.record.get(column) is not None:
+            self._problems_are_named = True
 
-    def refuse(self, error: RecordError) -> None:
+    def missing_items(self, source: Source) -> list[RecordError]:
+        """What aligned files lack; where items name their problems, they need not have the same number."""
+        return [] if self._problems_are_named else list(missing_items(source, self._items))
+
+    def refuse(self, error: RecordError, skipping: str = "leaves such records out") -> None:
+        """Stops here, or lists the error and goes on; `skipping` says what the latter would mean."""
         if self._config.on_bad_record == "error":
-            raise PoolError(f'{error} (pool.on_bad_record="skip" leaves such records out)') from None
+            raise PoolError(f'{error} (pool.on_bad_record="skip" {skipping})') from None
         self._skipped.append(error.as_skipped())
 
     def pool(self, path: Path, source: Source) -> Pool:

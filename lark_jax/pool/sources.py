@@ -28,7 +28,7 @@ _FLAT_ROLLOUT = r"[A-Za-z]*\d{1,3}"  # "3" or "gen3", but not the "2507" of a mo
 class SourceFile:
     path: Path
     defaults: Mapping[str, str] = field(default_factory=dict)  # fields of its records that its name gives
-    is_aligned: bool = False  # item n of every such file answers problem n
+    is_aligned: bool = False  # item n of every such file answers problem n, unless items name their problems
 
     @property
     def candidate(self) -> str:
@@ -158,25 +158,28 @@ def _teacher_file(path: Path, parts: Mapping[str, str]) -> SourceFile:
     return SourceFile(path, {"teacher": teacher, "candidate_id": candidate}, is_aligned=True)
 
 
-def missing_parts(source: Source, items: Mapping[Path, ItemCount]) -> Iterator[RecordError]:
-    """What aligned files lack: items that other files have, and files that other teachers have."""
+def missing_items(source: Source, items: Mapping[Path, ItemCount]) -> Iterator[RecordError]:
+    """Aligned files that have fewer items than others."""
     aligned = [file for file in source.files if file.is_aligned]
-    if not aligned:
-        return
-    none = ItemCount(0, 0)
-    fullest = max(aligned, key=lambda file: items.get(file.path, none).sound)
-    most = items.get(fullest.path, none).sound
-    for file in aligned:
-        count = items.get(file.path, none).found
-        if count < most:
-            reason = f"has {count:,} items, {fullest.path} has {most:,}; item n of every file must answer problem n"
+    counts = [items.get(file.path, ItemCount(0, 0)) for file in aligned]
+    most = max((count.sound for count in counts), default=0)
+    for file, count in zip(aligned, counts, strict=True):
+        if count.found < most:
+            fullest = next(other.path for other, its in zip(aligned, counts, strict=True) if its.sound == most)
+            reason = f"has {count.found:,} items, {fullest} has {most:,}; item n of every file must answer problem n"
             yield RecordError(reason, str(file.path), "", file.candidate)
+
+
+def missing_files(source: Source) -> Iterator[RecordError]:
+    """Teachers that have fewer files than others."""
+    aligned = [file for file in source.files if file.is_aligned]
     files = Counter(file.defaults["teacher"] for file in aligned)
-    (complete, most_files), *_ = files.most_common(1)
+    most = max(files.values(), default=0)
     for teacher, count in files.items():
-        if count < most_files:
+        if count < most:
             folder = next(file.path.parent for file in aligned if file.defaults["teacher"] == teacher)
-            reason = f"teacher {teacher} has {count} files, {complete} has {most_files}; bring the missing ones"
+            complete = next(name for name in files if files[name] == most)
+            reason = f"teacher {teacher} has {count} files, {complete} has {most}; bring the missing ones"
             yield RecordError(reason, str(folder))
 
 

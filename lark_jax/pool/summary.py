@@ -156,7 +156,12 @@ def _table(head: str, rows: Sequence[tuple[str, int]], unit: str) -> list[str]:
 
 
 def _records(head: str, records: Sequence[SkippedRecord]) -> list[str]:
-    return _listed(head, [f"{item.location}: {item.problem_id}/{item.candidate_id}: {item.reason}" for item in records])
+    names = ["/".join(filter(None, (record.problem_id, record.candidate_id))) for record in records]
+    lines = [
+        ": ".join(filter(None, (record.location, name, record.reason)))
+        for record, name in zip(records, names, strict=True)
+    ]
+    return _listed(head, lines)
 
 
 def _by_reason(head: str, records: Sequence[SkippedRecord]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lark_jax import processes, runtime
+from lark_jax import runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import PoolError
 from lark_jax.pool import Pool, load_pool
@@ -39,8 +39,6 @@ def open_pool(experiment: Experiment) -> Pool:
 
 def say_what_is_left_out(pool: Pool) -> None:
     """One line each about files that are not read, records that are filtered, and answers that are there twice."""
-    if not processes.is_first():
-        return
     if pool.files_left_out:
         runtime.say(f"not part of the pool: {', '.join(pool.files_left_out)}")
     if pool.filtered:

@@ -185,6 +185,14 @@ def test_lists_are_cut_alike_wherever_the_reads_end(
     assert [t.response for t in read_pool(folder).trajectories] == [r["messages"][-1]["content"] for r in records()]
 
 
+def test_lists_whose_items_name_their_problems_need_not_be_aligned(tmp_path: Path) -> None:
+    for teacher, numbers in (("a", [3, 1]), ("b", [1, 2, 3])):
+        items = [{"id": number, "messages": turns(number, teacher)} for number in numbers]
+        (tmp_path / f"{teacher}_1.json").write_text(json.dumps(items))
+    pool = load_pool(PoolConfig(str(tmp_path), columns=ColumnsConfig(problem_id="id")))
+    assert {problem: len(group) for problem, group in pool.by_problem().items()} == {"3": 2, "1": 2, "2": 1}
+
+
 def test_one_damaged_item_spoils_no_other(tmp_path: Path) -> None:
     folder = write_lists(tmp_path)
     path = folder / "qwq" / "gen0.json"
