@@ -50,13 +50,50 @@ class StudentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PoolConfig:
-    path: str  # .jsonl or .parquet
-    on_bad_record: str = "error"  # "error": stop at the first; "skip": go on, list it in the manifest
+class ColumnsConfig:
+    """Which column of the source a field of a record is read from; None: the one with the field's own name."""
+
+    problem_id: str | None = None
+    candidate_id: str | None = None
+    teacher: str | None = None
+    messages: str | None = None  # {role, content} or ShareGPT's {from, value}
+    prompt: str | None = None  # text; prompt and response together in place of messages
+    response: str | None = None
+    system: str | None = None  # text of a system turn
+    answer: str | None = None
+    correct: str | None = None
 
     def __post_init__(self) -> None:
-        _require(bool(self.path), "pool.path", self.path, "a .jsonl or .parquet file")
+        both = self.messages is not None and (self.prompt is not None or self.response is not None)
+        _require(not both, "pool.columns.messages", self.messages, "either messages, or prompt and response")
+
+    def given(self) -> dict[str, str]:
+        """Field -> column, for the fields that are mapped."""
+        return {name: column for name, column in dataclasses.asdict(self).items() if column is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolConfig:
+    path: str  # .jsonl, .json, .parquet or .arrow file, a folder of such files, or the hub id of a dataset
+    on_bad_record: str = "error"  # "error": stop at the first; "skip": go on, list it in the manifest
+    columns: ColumnsConfig = ColumnsConfig()
+    only_correct: bool = False  # leave out records whose `correct` is false
+    duplicate_answers: str = "keep"  # same text twice in a problem: "keep" (and report), "skip", "error"
+    teacher: str | None = None  # of records that name none
+    split: str | None = None  # of a dataset with several: "train", ...
+    file_names: str | None = None  # in a folder of .json lists, e.g. "{teacher}_{rollout}.json"
+    exclude: tuple[str, ...] = ("selected_by_rsr/*",)  # files of a folder that are no part of the pool
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "pool.path", self.path, "a file, a folder or a hub id")
         _require_one_of("pool.on_bad_record", self.on_bad_record, ("error", "skip"))
+        _require_one_of("pool.duplicate_answers", self.duplicate_answers, ("keep", "skip", "error"))
+        names_teacher = self.file_names is None or self.file_names.count("{teacher}") == 1
+        _require(names_teacher, "pool.file_names", self.file_names, 'a pattern like "{teacher}/{rollout}.json"')
+
+    def reading(self) -> dict[str, Any]:
+        """Everything but the path: what decides which records the source gives."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "path"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +361,15 @@ def distributed_from_mapping(values: Mapping[str, Any]) -> DistributedConfig:
       ConfigError: as `experiment_from_mapping`, for this section.
     """
     return _converted(DistributedConfig, values.get("distributed", {}), "distributed")
+
+
+def pool_from_mapping(values: Mapping[str, Any]) -> PoolConfig:
+    """The section `pool` alone, for those who only look at a pool.
+
+    Raises:
+      ConfigError: as `experiment_from_mapping`, for this section.
+    """
+    return _converted(PoolConfig, values.get("pool", {}), "pool")
 
 
 def _section_from_mapping(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:

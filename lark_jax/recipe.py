@@ -3,7 +3,11 @@
 "C.3" and the like are appendices of the LARK paper. A config file starts from here and sets the three paths.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict, config_dict
+
+from lark_jax.config import ColumnsConfig
 
 
 def paper_recipe() -> ConfigDict:
@@ -21,6 +25,15 @@ def paper_recipe() -> ConfigDict:
     config.pool = ConfigDict()
     config.pool.path = ""  # 5,000 problems x 33 trajectories of 11 teachers; C.1
     config.pool.on_bad_record = "error"
+    config.pool.columns = ConfigDict()  # the source's names for these fields; None: the same
+    for field in dataclasses.fields(ColumnsConfig):
+        config.pool.columns[field.name] = config_dict.placeholder(str)
+    config.pool.only_correct = False  # C.1: the paper's pool holds correct ones only
+    config.pool.duplicate_answers = "keep"  # and report; or "skip", "error"
+    config.pool.teacher = config_dict.placeholder(str)  # of records that name none
+    config.pool.split = config_dict.placeholder(str)  # of a dataset with several
+    config.pool.file_names = config_dict.placeholder(str)  # folder of .json lists; e.g. "{teacher}_{rollout}.json"
+    config.pool.exclude = ("selected_by_rsr/*",)  # what the published pool (C.1) holds beside the 33 files
 
     config.score = ConfigDict()
     config.score.tokens_per_batch = 32_768  # per device; one row of full length

@@ -152,7 +152,7 @@ def pool_file_missing(files: Files) -> None:
     files.values["pool"]["path"] = str(files.folder / "nowhere.jsonl")
 
 
-@case(".csv", ".jsonl", ".parquet")
+@case(".csv", ".jsonl", ".json", ".parquet", ".arrow")
 def pool_of_another_format(files: Files) -> None:
     files.pool.rename(files.folder / "pool.csv")
     files.values["pool"]["path"] = str(files.folder / "pool.csv")
@@ -232,6 +232,53 @@ def parquet_with_text_for_messages(files: Files) -> None:
     row = {"problem_id": "1", "candidate_id": "1", "teacher": "t", "messages": "hello"}
     pq.write_table(pa.Table.from_pylist([row]), path)
     files.values["pool"]["path"] = str(path)
+
+
+def write_lists(files: Files) -> Path:
+    """The pool as a JSON list per teacher, aligned by item; returns the first of the lists."""
+    by_teacher: dict[str, list[Any]] = {}
+    for line in files.pool.read_text().splitlines():
+        record = json.loads(line)
+        by_teacher.setdefault(record["teacher"], []).append({"messages": record["messages"]})
+    folder = files.folder / "lists"
+    for teacher, items in by_teacher.items():
+        (folder / teacher).mkdir(parents=True)
+        (folder / teacher / "gen1.json").write_text(json.dumps(items, indent=0))
+    files.values["pool"]["path"] = str(folder)
+    return folder / sorted(by_teacher)[0] / "gen1.json"
+
+
+@case("gen1.json", "items", "item n of every file must answer problem n")
+def list_with_fewer_problems_than_the_others(files: Files) -> None:
+    path = write_lists(files)
+    path.write_text(json.dumps(json.loads(path.read_text())[:1]))
+
+
+@case("gen1.json", "item 0", "the prompt differs")
+def lists_that_are_not_aligned(files: Files) -> None:
+    path = write_lists(files)
+    path.write_text(json.dumps(json.loads(path.read_text())[::-1]))
+
+
+@case("config.pool.columns.answer", "'golden'", "problem_id, candidate_id")
+def mapping_to_a_column_that_is_not_there(files: Files) -> None:
+    files.values["pool"]["columns"] = {"answer": "golden"}
+
+
+@case("pool.jsonl:1", "correct", "only_correct")
+def filter_on_records_that_nobody_judged(files: Files) -> None:
+    files.edit_first_record(correct=None)
+    files.values["pool"]["only_correct"] = True
+
+
+@case("config.pool.path", "no such file")
+def folder_that_is_not_there_is_no_hub_id(files: Files) -> None:
+    files.values["pool"]["path"] = str(files.folder / "nowhere")
+
+
+@case("nobody/nothing", "Hugging Face hub", "HF_HUB_OFFLINE")
+def hub_dataset_that_cannot_be_had(files: Files) -> None:
+    files.values["pool"]["path"] = "nobody/nothing"
 
 
 @case("none of", "could be scored")

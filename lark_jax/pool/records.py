@@ -1,9 +1,9 @@
 """What a pool is made of, between the readers and every later stage."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, overload, runtime_checkable
 
 ROLES = ("system", "user", "assistant")
 
@@ -52,15 +52,83 @@ class SkippedRecord:
 
 
 @dataclass(frozen=True)
+class DuplicateAnswer:
+    """An answer that has the very text of an earlier candidate of its problem."""
+
+    problem_id: str
+    candidate_id: str
+    location: str
+    earlier: str  # location of the first candidate with this text
+
+
+@dataclass(frozen=True)
 class Pool:
-    """Trajectories in file order; candidates of one problem share the prompt, ids are unique within it."""
+    """Trajectories in file order; candidates of one problem share the prompt, ids are unique within it.
 
-    trajectories: tuple[Trajectory, ...]
-    skipped: tuple[SkippedRecord, ...] = ()
+    A pool that was read keeps its texts on disk: an item of `trajectories` is made when it is asked for.
+    """
 
-    def by_problem(self) -> dict[str, tuple[Trajectory, ...]]:
+    trajectories: Sequence[Trajectory]
+    skipped: tuple[SkippedRecord, ...] = ()  # bad records
+    filtered: tuple[SkippedRecord, ...] = ()  # good ones that the configuration leaves out
+    duplicates: tuple[DuplicateAnswer, ...] = ()
+    files_left_out: tuple[str, ...] = ()  # of the pool's folder, each with the reason
+
+    def by_problem(self) -> dict[str, Sequence[Trajectory]]:
         """Problems in order of first appearance, each with its candidates in file order."""
-        groups: dict[str, list[Trajectory]] = {}
-        for trajectory in self.trajectories:
-            groups.setdefault(trajectory.problem_id, []).append(trajectory)
-        return {problem_id: tuple(group) for problem_id, group in groups.items()}
+        groups: dict[str, list[int]] = {}
+        for index, (problem_id, _) in enumerate(self.ids()):
+            groups.setdefault(problem_id, []).append(index)
+        return {problem_id: Selected(self.trajectories, group) for problem_id, group in groups.items()}
+
+    def by_ids(self) -> Mapping[tuple[str, str], Trajectory]:
+        """Trajectories by (problem_id, candidate_id); no text is read before it is looked up."""
+        return _ByIds(self.trajectories, {ids: index for index, ids in enumerate(self.ids())})
+
+    def ids(self) -> Iterator[tuple[str, str]]:
+        """(problem_id, candidate_id) of each trajectory, without its texts."""
+        if isinstance(self.trajectories, HasIds):
+            return self.trajectories.ids()
+        return ((trajectory.problem_id, trajectory.candidate_id) for trajectory in self.trajectories)
+
+
+@runtime_checkable
+class HasIds(Protocol):
+    """A sequence of trajectories that knows their ids without reading them."""
+
+    def ids(self) -> Iterator[tuple[str, str]]: ...
+
+
+class Selected(Sequence[Trajectory]):
+    """Some items of another sequence, each read when it is asked for."""
+
+    def __init__(self, items: Sequence[Trajectory], indices: Sequence[int]) -> None:
+        self._items = items
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Trajectory]: ...
+    def __getitem__(self, index: int | slice) -> Trajectory | Sequence[Trajectory]:
+        if isinstance(index, slice):
+            return Selected(self._items, self._indices[index])
+        return self._items[self._indices[index]]
+
+
+class _ByIds(Mapping[tuple[str, str], Trajectory]):
+    def __init__(self, items: Sequence[Trajectory], places: Mapping[tuple[str, str], int]) -> None:
+        self._items = items
+        self._places = places
+
+    def __getitem__(self, ids: tuple[str, str]) -> Trajectory:
+        return self._items[self._places[ids]]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

@@ -1,7 +1,6 @@
 """The schema of a pool record: one mapping in, one valid Trajectory out, or an error that names the field."""
 
 import math
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +12,6 @@ REQUIRED_FIELDS = ("problem_id", "candidate_id", "teacher", "messages")
 OPTIONAL_FIELDS = ("answer", "correct", "meta")
 
 _MESSAGE_FIELDS = ("role", "content")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RecordError(PoolError):
@@ -55,6 +53,18 @@ def parse_record(record: Any, location: str) -> Trajectory:
         )
     except _FieldError as error:
         raise RecordError(str(error), location, problem_id, candidate_id) from None
+
+
+def identity_of(record: Mapping[str, Any]) -> tuple[str, str]:
+    """problem_id and candidate_id of a record as far as they are valid, else empty."""
+
+    def known(field: str) -> str:
+        try:
+            return _identifier(record, field)
+        except _FieldError:
+            return ""
+
+    return known("problem_id"), known("candidate_id")
 
 
 class _FieldError(Exception):
@@ -171,11 +181,12 @@ def _text(field: str, value: Any) -> str:
         raise _FieldError(field, f"expected text, got {_kind(value)}")
     if "\0" in value:
         raise _FieldError(field, f"has a NUL character at position {value.index(chr(0))}; remove it")
-    surrogate = _LONE_SURROGATE.search(value)
-    if surrogate:
+    try:
+        value.encode()  # several times faster than a search
+    except UnicodeEncodeError as error:
         raise _FieldError(
-            field, f"has half of a surrogate pair at position {surrogate.start()}, which is no text; remove it"
-        )
+            field, f"has half of a surrogate pair at position {error.start}, which is no text; remove it"
+        ) from None
     return value
 
 

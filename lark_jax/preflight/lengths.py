@@ -12,7 +12,7 @@ from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.finetuning.row_plans import powers_of_two
-from lark_jax.pool import read_pool
+from lark_jax.pool import load_pool
 from lark_jax.pool.chat import load_chat_format
 from lark_jax.pool.ladder import round_up
 from lark_jax.processes import EVERYTHING
@@ -99,10 +99,10 @@ def _given(text: str, longest: int) -> Lengths:
 
 def _counted(experiment: Experiment) -> Lengths:
     """Kept below the workdir: a second call counts nothing."""
-    pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
+    pool = load_pool(experiment.pool)
     chat = load_chat_format(experiment.student.path, experiment.student.chat_template)
     max_length = experiment.student.max_length
-    texts = files.sha256_of_json([files.sha256_of_path(experiment.pool.path), experiment.pool.on_bad_record])
+    texts = files.sha256_of_json([files.sha256_of_path(experiment.pool.path), experiment.pool.reading()])
     counts = files.sha256_of_json([texts, chat.template_hash, chat.tokenizer_hash, max_length])
     folder = Path(experiment.workdir) / FOLDER / f"lengths-{counts[:16]}"
     counted = count_inputs(pool, chat, max_length, folder=folder, share=EVERYTHING)

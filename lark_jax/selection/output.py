@@ -87,7 +87,7 @@ def read_training_set(directory: str | Path) -> tuple[WeightedTrajectory, ...]:
 
 
 def _rows(selection: Selection, pool: Pool) -> list[dict[str, Any]]:
-    trajectories = {(item.problem_id, item.candidate_id): item for item in pool.trajectories}
+    trajectories = pool.by_ids()
     rows = []
     for choice in selection.choices:
         trajectory = trajectories.get((choice.problem_id, choice.candidate_id))

@@ -7,6 +7,7 @@ from lark_jax.config import STAGES, Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.finetuning.loggers import require_installed
 from lark_jax.pipeline import Task
+from lark_jax.pool.hub import is_hub_id
 from lark_jax.stages.evaluate import evaluate_tasks
 from lark_jax.stages.export import export_tasks
 from lark_jax.stages.finetune import finetune_tasks
@@ -55,7 +56,8 @@ def check_paths(experiment: Experiment) -> None:
     if "finetune" in experiment.stages:
         require_installed(experiment.finetune.loggers)
     evaluating = "evaluate" in experiment.stages
-    paths = [("pool.path", experiment.pool.path), ("student.chat_template", experiment.student.chat_template)]
+    here = [] if is_hub_id(experiment.pool.path) else [("pool.path", experiment.pool.path)]
+    paths = [*here, ("student.chat_template", experiment.student.chat_template)]
     judge = experiment.score.judge
     if "score" in experiment.stages and "judge" in experiment.score.metrics:
         paths += [("score.judge.prompt_file", judge.prompt_file)]

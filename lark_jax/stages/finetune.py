@@ -24,13 +24,13 @@ from lark_jax.finetuning import (
 )
 from lark_jax.finetuning.row_use import report_rows
 from lark_jax.pipeline import Outcome, Task, require_manifest
-from lark_jax.pool import read_pool
 from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.scoring import read_score_table
 from lark_jax.selection import TRAIN_JSONL, choose_held_out, read_training_set
 from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout, Run
+from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score import STATISTICS
 from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
 from lark_jax.students import local_folder, read_architecture
@@ -146,8 +146,7 @@ def _held_out_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
     require_manifest(layout.statistics, "score")
     return {
         "scores": layout.hashes.of(layout.statistics / STATISTICS),
-        "pool": layout.hashes.of(experiment.pool.path),
-        "on_bad_record": experiment.pool.on_bad_record,
+        **pool_inputs(experiment, layout),
     }
 
 
@@ -157,8 +156,7 @@ def _held_out_trajectories(experiment: Experiment, layout: Layout) -> list[Traje
     choices = choose_held_out(
         read_score_table(layout.statistics / STATISTICS), experiment.finetune.held_out_fraction, experiment.seed
     )
-    pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
-    by_ids = {(trajectory.problem_id, trajectory.candidate_id): trajectory for trajectory in pool.trajectories}
+    by_ids = open_pool(experiment).by_ids()
     return [by_ids[choice.problem_id, choice.candidate_id] for choice in choices]
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
-from lark_jax.errors import PoolError
 from lark_jax.pipeline import Outcome, Task
-from lark_jax.pool import Pool, read_pool
+from lark_jax.pool import Pool
 from lark_jax.scoring.metric_columns import MetricColumns, write_metric
 from lark_jax.stages.layout import Layout
+from lark_jax.stages.pool import open_pool, pool_inputs
 
 COLUMNS = "columns.parquet"
 
@@ -44,13 +44,12 @@ class Metric:
 def metric_task(name: str, metric: Metric, experiment: Experiment, layout: Layout) -> Task:
     def inputs() -> dict[str, Any]:
         return {
-            "pool": layout.hashes.of(experiment.pool.path, PoolError),
-            "on_bad_record": experiment.pool.on_bad_record,
+            **pool_inputs(experiment, layout),
             **metric.inputs(experiment, layout),
         }
 
     def run(directory: Path) -> Outcome:
-        pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
+        pool = open_pool(experiment)
         result = metric.compute(experiment, layout, pool, directory)
         if result is None:
             return Outcome(counts={})  # the first process reports for all

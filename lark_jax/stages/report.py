@@ -14,7 +14,6 @@ from lark_jax.evaluation.runner import SampleRow, StudentResult, read_samples, r
 from lark_jax.finetuning import HeldOutMetrics, StepMetrics, read_held_out, read_metrics
 from lark_jax.finetuning.metrics import HELD_OUT, METRICS
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
-from lark_jax.pool import read_pool
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.report import ReportContent, terminal_report, write_report
 from lark_jax.report.content import (
@@ -35,6 +34,7 @@ from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
 from lark_jax.stages.evaluate import benchmarks_of, engine_of
 from lark_jax.stages.layout import BASE, Layout
+from lark_jax.stages.pool import open_pool
 from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.selections import comparison_of, read_picks
 
@@ -183,7 +183,7 @@ def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:
     of_problem = scores.only(problem_id)
     ids = (score.candidate_id for score in of_problem.rows())
     values = dict(zip(ids, method_scores(of_problem, lark, 0), strict=True))
-    pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record).by_problem()[problem_id]
+    pool = open_pool(experiment).by_problem()[problem_id]
     chosen = {choice.candidate_id: choice for choice in choices if choice.problem_id == problem_id}
     return Landscape(
         problem_id=problem_id,

@@ -16,7 +16,7 @@ from lark_jax import processes, runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import PipelineError, PoolError
 from lark_jax.pipeline import SECONDS_TO_BE_SEEN, Outcome, Task
-from lark_jax.pool import Pool, read_pool
+from lark_jax.pool import Pool
 from lark_jax.processes import EVERYTHING, Share
 from lark_jax.scoring import (
     CandidateScore,
@@ -30,6 +30,7 @@ from lark_jax.scoring.mesh_choice import fits_one_process
 from lark_jax.scoring.parameter_axes import choose_parameter_axes, smallest_device_memory
 from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout
+from lark_jax.stages.pool import open_pool, pool_inputs, say_what_is_left_out
 from lark_jax.stages.student import open_chat, scored_with, student_inputs
 from lark_jax.students import Decoder, load_student, local_folder, lossless_dtype, read_architecture
 from lark_jax.students.architecture import Architecture
@@ -43,8 +44,7 @@ Assembled = TypeVar("Assembled")
 def statistics_task(experiment: Experiment, layout: Layout) -> Task:
     def inputs() -> dict[str, Any]:
         return {
-            "pool": layout.hashes.of(experiment.pool.path, PoolError),
-            "on_bad_record": experiment.pool.on_bad_record,
+            **pool_inputs(experiment, layout),
             **student_inputs(experiment, layout),
             "dtype": experiment.score.dtype,
         }
@@ -53,7 +53,8 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
         architecture = read_architecture(local_folder(experiment.student.path))
         place = choose_place(experiment, architecture)
         _attention(experiment, architecture, place)  # refused before the pool is read
-        pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
+        pool = open_pool(experiment)
+        say_what_is_left_out(pool)
         chat = open_chat(experiment)
         options = ScoreOptions(
             max_length=experiment.student.max_length,
@@ -199,13 +200,13 @@ def refuse_if_nothing_scored(scores: tuple[CandidateScore, ...]) -> None:
 
 
 def outcome_of(pool: Pool, scores: tuple[CandidateScore, ...]) -> Outcome:
-    locations = {(t.problem_id, t.candidate_id): t.location for t in pool.trajectories}
-    unread = [dataclasses.asdict(record) for record in pool.skipped]
+    by_ids = pool.by_ids()
+    unread = [dataclasses.asdict(record) for record in (*pool.skipped, *pool.filtered)]
     unscored = [
         {
             "problem_id": score.problem_id,
             "candidate_id": score.candidate_id,
-            "location": locations[score.problem_id, score.candidate_id],
+            "location": by_ids[score.problem_id, score.candidate_id].location,
             "reason": score.reason,
         }
         for score in scores

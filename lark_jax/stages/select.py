@@ -1,30 +1,33 @@
 """Stage "select": `selection/<method>_B<budget>/`, from the score table alone; needs no accelerator."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
 from lark_jax.pipeline import Manifest, Outcome, Task, require_manifest
-from lark_jax.pool import read_pool
+from lark_jax.pool import Pool
 from lark_jax.scoring import read_score_table
 from lark_jax.selection import Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
+from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.student import SCORED_WITH
 
 
 def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
-    return [_select_task(experiment, layout, run) for run in layout.runs]
+    pool = functools.cache(lambda: open_pool(experiment))  # read once for all methods, when the first needs it
+    return [_select_task(experiment, layout, run, pool) for run in layout.runs]
 
 
-def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
+def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callable[[], Pool]) -> Task:
     def inputs() -> dict[str, Any]:
         require_manifest(layout.score, "score")
         return {
             "scores": layout.hashes.of(layout.score / SCORES),
-            "pool": layout.hashes.of(experiment.pool.path),
-            "on_bad_record": experiment.pool.on_bad_record,
+            **pool_inputs(experiment, layout),
             "method": run.method.name,
             "parameters": run.method.parameters(),
             "budget": run.budget,
@@ -33,12 +36,11 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         }
 
     def select(directory: Path) -> Outcome:
-        pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
         table = read_score_table(layout.score / SCORES)
         selection = select_trajectories(table, run.method, run.budget, experiment.seed)
         copies = experiment.select.resample
         counts = resampled_counts(selection.choices, copies, experiment.seed) if copies else None
-        write_selection(selection, pool, directory, counts)
+        write_selection(selection, pool(), directory, counts)
         scored = provenance(require_manifest(layout.score, "score"))
         return dataclasses.replace(outcome_of(selection), notes={"scored": scored})
 

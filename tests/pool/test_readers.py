@@ -290,12 +290,12 @@ def test_a_pool_without_records_is_refused_also_when_skipping(tmp_path, jsonl):
 @pytest.mark.parametrize("name", ["pool.csv", "pool.jsonl.gz", "pool"])
 def test_other_kinds_of_file_are_refused_with_the_supported_ones(tmp_path, name):
     (tmp_path / name).write_text("x")
-    assert "a .jsonl or .parquet file" in one_line_error(tmp_path / name)
+    assert "a .jsonl, .json, .parquet or .arrow file" in one_line_error(tmp_path / name)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path):
     assert "no such file" in one_line_error(tmp_path / "missing.jsonl")
-    assert "is a folder" in one_line_error(tmp_path)
+    assert "no pool in this folder" in one_line_error(tmp_path)
 
 
 def test_utf16_is_refused_as_a_file(tmp_path):

@@ -1,0 +1,164 @@
+"""Trajectories whose texts lie in a file, so that a pool of several gigabytes takes the memory of its ids.
+
+The file has no name: the operating system frees it when the pool is forgotten or the process ends, however it ends.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, overload
+
+from lark_jax.errors import PoolError
+from lark_jax.pool.records import Message, Selected, Trajectory
+
+_ON_DISK = Path("/var/tmp")  # /tmp is memory on many machines
+_PROMPTS_AT_HAND = 1024  # candidates of one problem share its prompt in memory
+
+
+class TrajectoryWriter:
+    """Takes trajectories one by one; `finish` gives them back as a sequence.
+
+    Raises:
+      PoolError: the texts cannot be written.
+    """
+
+    def __init__(self) -> None:
+        self._folder = scratch_folder()
+        with _room_in(self._folder):
+            stream = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  (it lives as long as the pool)
+        self._texts = _Texts(stream)
+        self._stored = StoredTrajectories(self._texts)
+        self._prompts: dict[bytes, int] = {}
+
+    def add(self, trajectory: Trajectory, digest: bytes) -> None:
+        """Takes a trajectory; `digest` is the `prompt_digest` of its prompt."""
+        with _room_in(self._folder):
+            if digest not in self._prompts:
+                self._prompts[digest] = self._texts.append(_prompt_as_bytes(trajectory.prompt))
+            self._stored.append(trajectory, self._prompts[digest])
+
+    def finish(self) -> "StoredTrajectories":
+        with _room_in(self._folder):
+            self._texts.flush()
+        return self._stored
+
+
+class _Texts:
+    """Texts in a file, by number."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._starts = array("q", [0])  # of each text, and of the next one
+
+    def append(self, text: bytes) -> int:
+        """The number of a new text."""
+        self._stream.write(text)
+        self._starts.append(self._starts[-1] + len(text))
+        return len(self._starts) - 2
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def read(self, number: int) -> bytes:
+        """A text; safe in several threads."""
+        # Read, not mapped: pages of a map would count as memory of this process.
+        start, end = self._starts[number : number + 2]
+        data = os.pread(self._stream.fileno(), end - start, start)
+        if len(data) < end - start:
+            raise PoolError("the temporary file with the pool's texts was cut; start again")
+        return data
+
+    def read_prompt(self, number: int) -> tuple[Message, ...]:
+        return tuple(Message(role, content) for role, content in json.loads(self.read(number)))
+
+
+class StoredTrajectories(Sequence[Trajectory]):
+    """Ids, teachers and places in memory; an item's texts are read when it is asked for."""
+
+    def __init__(self, texts: _Texts) -> None:
+        self._texts = texts
+        self._prompt = functools.lru_cache(maxsize=_PROMPTS_AT_HAND)(texts.read_prompt)
+        self._problem_ids: list[str] = []
+        self._candidate_ids: list[str] = []
+        self._teachers: list[str] = []
+        self._locations: list[str] = []
+        self._answers: list[str | None] = []
+        self._correct: list[bool | None] = []
+        self._prompts = array("q")  # numbers of texts, as the next two
+        self._responses = array("q")
+        self._metas = array("q")
+        self._same: dict[str, str] = {}  # equal ids are one object
+
+    def append(self, trajectory: Trajectory, prompt: int) -> None:
+        """Takes a trajectory whose prompt is the text of this number."""
+        self._problem_ids.append(self._shared(trajectory.problem_id))
+        self._candidate_ids.append(self._shared(trajectory.candidate_id))
+        self._teachers.append(self._shared(trajectory.teacher))
+        self._locations.append(trajectory.location)
+        self._answers.append(None if trajectory.answer is None else self._shared(trajectory.answer))
+        self._correct.append(trajectory.correct)
+        self._prompts.append(prompt)
+        self._responses.append(self._texts.append(trajectory.response.encode()))
+        self._metas.append(self._texts.append(json.dumps(dict(trajectory.meta)).encode()) if trajectory.meta else -1)
+
+    def ids(self) -> Iterator[tuple[str, str]]:
+        return zip(self._problem_ids, self._candidate_ids, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._problem_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Trajectory]: ...
+    def __getitem__(self, index: int | slice) -> Trajectory | Sequence[Trajectory]:
+        if isinstance(index, slice):
+            return Selected(self, range(len(self))[index])
+        response, meta = self._responses[index], self._metas[index]
+        return Trajectory(
+            problem_id=self._problem_ids[index],
+            candidate_id=self._candidate_ids[index],
+            teacher=self._teachers[index],
+            messages=(*self._prompt(self._prompts[index]), Message("assistant", self._texts.read(response).decode())),
+            location=self._locations[index],
+            answer=self._answers[index],
+            correct=self._correct[index],
+            meta=MappingProxyType({} if meta < 0 else json.loads(self._texts.read(meta))),
+        )
+
+    def _shared(self, text: str) -> str:
+        return self._same.setdefault(text, text)
+
+
+def prompt_digest(prompt: tuple[Message, ...]) -> bytes:
+    """Equal for equal prompts alone, as far as SHA-256 goes."""
+    return hashlib.sha256(_prompt_as_bytes(prompt)).digest()
+
+
+def scratch_folder() -> str:
+    """Where the texts lie: TMPDIR if set, else a folder that is on disk, else Python's choice."""
+    if "TMPDIR" not in os.environ and os.access(_ON_DISK, os.W_OK):
+        return str(_ON_DISK)
+    return tempfile.gettempdir()
+
+
+def _prompt_as_bytes(prompt: tuple[Message, ...]) -> bytes:
+    return json.dumps([(message.role, message.content) for message in prompt], ensure_ascii=False).encode()
+
+
+@contextmanager
+def _room_in(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PoolError(
+            f"{folder}: cannot keep the pool's texts there: {error.strerror or error}; "
+            "set TMPDIR to a folder with as much room as the pool"
+        ) from error

@@ -1,0 +1,53 @@
+"""The experiment's pool, as every stage reads it."""
+
+from typing import Any
+
+from lark_jax import runtime
+from lark_jax.config import Experiment
+from lark_jax.errors import PoolError
+from lark_jax.pool import Pool, load_pool
+from lark_jax.pool.hub import local_source
+from lark_jax.pool.readers import source_size
+from lark_jax.stages.layout import Layout
+
+SECONDS_WITHOUT_A_BAR = 10.0
+
+
+def pool_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
+    """What a stage's result depends on when it reads the pool: its bytes, and the settings that decide what is read.
+
+    Raises:
+      PoolError: there is no such pool.
+    """
+    return {
+        "pool": layout.hashes.of(local_source(experiment.pool.path), PoolError),
+        "reading": experiment.pool.reading(),
+    }
+
+
+def open_pool(experiment: Experiment) -> Pool:
+    """Reads the pool, with a progress bar where it takes long.
+
+    Raises:
+      PoolError: as `read_pool`.
+    """
+    with runtime.progress_bar(
+        what="read the pool", total=source_size(experiment.pool), unit="B", delay=SECONDS_WITHOUT_A_BAR
+    ) as bar:
+        return load_pool(experiment.pool, bar.update)
+
+
+def say_what_is_left_out(pool: Pool) -> None:
+    """One line each about files that are not read, records that are filtered, and answers that are there twice."""
+    if pool.files_left_out:
+        runtime.say(f"not part of the pool: {', '.join(pool.files_left_out)}")
+    if pool.filtered:
+        runtime.say(
+            f"left out: {len(pool.filtered):,} records, listed in the manifest; first: {pool.filtered[0].reason}"
+        )
+    if pool.duplicates:
+        first = pool.duplicates[0]
+        runtime.say(
+            f"{len(pool.duplicates):,} answers are word for word those of another candidate of their problem, first "
+            f"{first.location} and {first.earlier}; see config.pool.duplicate_answers"
+        )
