@@ -93,8 +93,8 @@ class ParameterSplit:
         for axes in ((), (DATA,), (DATA, TENSOR)):
             group = {name: value for name, value in gradients.items() if self._partial_over(name) == axes}
             # Over a single device too, XLA's CPU backend copies all that it is told to add up.
-            axes = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
-            totals |= lax.psum(group, axes) if axes and group else group
+            several = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
+            totals |= lax.psum(group, several) if several and group else group
         return totals
 
     def _partial_over(self, name: str) -> tuple[str, ...]:
