@@ -219,7 +219,7 @@ def test_a_judge_under_vllm_does_not_share_an_accelerator_with_jax(
     (tmp_path / "judge").mkdir()
     experiment = experiment_from_mapping(values_for(tmp_path, 2, engine="vllm"))
     with pytest.raises(
-        JudgeError, match="needs the accelerator that this process holds; run .* under JAX_PLATFORMS=cpu"
+        JudgeError, match=r"needs the accelerator that this process holds; run .* under JAX_PLATFORMS=cpu"
     ):
         run_tasks([task_of(changed(experiment, model=str(tmp_path / "judge")))])
 
