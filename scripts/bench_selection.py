@@ -1,7 +1,7 @@
 """Time of selecting from a synthetic score table: `python scripts/bench_selection.py --out=build/bench_selection.json`.
 
-"select" is the selection itself, arrays [N, K] in and scores, ranks and weights of the whole pool out, after compilation.
-"group" makes those arrays of the table's columns; "choices" is the whole of `select_trajectories`, which also makes one
+"select" is the selection itself after compilation: columns of the table in, scores, ranks and weights of the whole pool
+out. "group" finds the candidates of each problem; "choices" is the whole of `select_trajectories`, which also makes one
 Python object per chosen candidate. The time per candidate at different sizes shows whether it grows linearly.
 """
 

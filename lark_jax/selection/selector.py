@@ -90,7 +90,7 @@ def select_trajectories(
 
 
 def weigh(candidates: Candidates, method: Method, budget: int, seed: int) -> Weighed:
-    """Scores, ranks and weights of all candidates: the selection itself, compiled once per shape.
+    """Scores, ranks and weights of all candidates: the selection itself, compiled once per method and shape.
 
     Raises:
       SelectionError: as `select_trajectories`.
@@ -101,7 +101,7 @@ def weigh(candidates: Candidates, method: Method, budget: int, seed: int) -> Wei
         return Weighed(*(np.asarray(array) for array in found))
 
 
-@functools.partial(jax.jit, static_argnames=("score", "weighting", "budget"))
+@functools.partial(jax.jit, static_argnames=("score", "weighting"))
 def _weigh(
     arrays: tuple[jax.Array, ...], valid: jax.Array, score: Callable[..., jax.Array], weighting: Weighting, budget: int
 ) -> tuple[jax.Array, ...]:

@@ -69,7 +69,7 @@ def pools(draw: st.DrawFn) -> list[list[Row]]:
     return [[random_row(rng, n, k, digits) for k in range(size)] for n, size in enumerate(sizes)]
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(pool=pools(), budget=st.sampled_from([1, 3, 70]))
 @pytest.mark.parametrize("score", DETERMINISTIC)
 def test_every_score_under_every_weighting_equals_the_reference(score: str, pool: list[list[Row]], budget: int) -> None:

@@ -183,7 +183,7 @@ def test_a_table_with_nothing_to_select_is_refused_with_the_first_reason():
 
 
 def test_a_method_without_a_finite_score_is_refused_by_name():
-    lost = Method("lost", Score(SCORES["random"].read, lambda numbers, valid: numbers * math.nan), uniform_top_b)
+    lost = Method("lost", Score(SCORES["g_hat"].read, lambda loss, brier, _: loss * brier * math.nan), uniform_top_b)
     with pytest.raises(SelectionError, match="method 'lost' gives a finite score to none of the 1 candidates"):
         select_trajectories([_score("p", "c", 1.0, 0.5)], lost, 1, seed=0)
 
