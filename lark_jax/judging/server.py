@@ -46,17 +46,16 @@ class ServerJudge:
             return self._client.post("chat/completions", self._body(question), _read_answer)
 
         failures: dict[str, str] = {}
-        in_a_row = num_answered = 0
+        in_a_row = 0
         with runtime.progress_bar(what="judging", total=count, unit="question") as bar:
             for finished in in_parallel(answer_to, questions, self._concurrency):
                 if finished.value is not None:
                     answers.add(finished.item.key, finished.value)
                     in_a_row = 0
-                    num_answered += 1
                 else:
                     failures[finished.item.key] = self._reason(finished.error)
                     # Refusals in a row may be long texts side by side, unless nothing else was ever heard.
-                    in_a_row += isinstance(finished.error, RequestUnanswered) or not num_answered
+                    in_a_row += isinstance(finished.error, RequestUnanswered) or len(answers) == 0
                 if in_a_row >= GIVE_UP_AFTER:
                     raise self._stopped(f"{in_a_row} requests in a row failed; the last: {finished.error}")
                 bar.update()

@@ -211,7 +211,9 @@ def test_many_long_texts_side_by_side_do_not_end_a_run(tmp_path):
     responses = ["short", *(f"long{index}" for index in range(GIVE_UP_AFTER + 5)), "short2"]
     with serving(script) as server:
         judged = judge(server, pool_of(*responses), tmp_path / "a", concurrency=1)
+        again = judge(server, pool_of(*responses), tmp_path / "a", concurrency=1)  # now they are all that is asked
     assert len(judged.reasons) == GIVE_UP_AFTER + 5
+    assert again.reasons == judged.reasons
 
 
 def test_answers_that_came_before_the_end_are_kept(tmp_path):

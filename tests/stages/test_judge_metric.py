@@ -140,6 +140,7 @@ def start(values: dict, folder: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder / "values.json")], cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_nothing_answered_is_asked_twice(tmp_path: Path) -> None:
     """The server answers 30 questions and then keeps the others waiting, until the asking process is dead."""
     count, answered_first = 48, 30
@@ -209,6 +210,18 @@ def test_files_that_are_not_there_are_named_before_hours_of_scoring(tmp_path: Pa
     experiment = experiment_from_mapping(values_for(tmp_path, 2, server="http://127.0.0.1:9/v1"))
     with pytest.raises(ConfigError, match=rf"score\.judge\.{field}: .*nowhere: no such file"):
         check_paths(changed(experiment, engine=engine, **{field: str(tmp_path / "nowhere")}))
+
+
+def test_a_judge_under_vllm_does_not_share_an_accelerator_with_jax(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    (tmp_path / "judge").mkdir()
+    experiment = experiment_from_mapping(values_for(tmp_path, 2, engine="vllm"))
+    with pytest.raises(
+        JudgeError, match=r"needs the accelerator that this process holds; run .* under JAX_PLATFORMS=cpu"
+    ):
+        run_tasks([task_of(changed(experiment, model=str(tmp_path / "judge")))])
 
 
 def test_a_judge_that_nobody_asks_for_needs_no_settings(tmp_path: Path) -> None:
