@@ -269,7 +269,7 @@ def test_softmax_weights_stay_finite_at_extreme_scores_and_temperatures():
         ([3.0, -1.0, -2.0, -2.0], [1.0, 0, 0, 0], False),
         ([-3.0, -1.0, -2.0, -4.0], [0, 0.5, 0.5, 0], True),
         ([0.0, 0.0, -1.0, -1.0], [0.5, 0.5, 0, 0], True),
-        ([1e308, 1e308, 1.0, 0.0], [0.5, 0.5, 0, 0], False),
+        ([1e308, 1e308, 1.0, 0.0], [0.5, 0.5, 0, 0], True),
     ],
 )
 def test_proportional_weights_leave_out_negative_scores_and_fall_back_to_equal_ones(scores, expected, falls_back):
