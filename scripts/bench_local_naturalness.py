@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chat_template", help="Jinja file, for tokenizers without a template")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the student that is timed")
     parser.add_argument("--problems", type=int, default=2, help="of the pool, evenly spaced, with all their answers")
-    parser.add_argument("--answers", type=int, help="of each problem, the first ones; default: all")
+    parser.add_argument("--answers", type=int, help="of each problem, evenly spaced; default: all")
     parser.add_argument("--join", type=int, default=1, help="answers of a problem that become one")
     parser.add_argument("--context", type=int, default=4, help="m")
     parser.add_argument("--max_length", type=int, default=32_768)
@@ -84,10 +84,14 @@ def some_of(pool: Pool, problems: int, most_answers: int | None, join: int) -> P
     by_problem: dict[str, list[Trajectory]] = {}
     for trajectory in pool.trajectories:
         by_problem.setdefault(trajectory.problem_id, []).append(trajectory)
-    chosen = list(by_problem.values())[:: max(1, len(by_problem) // problems)][:problems]
-    chosen = [answers[:most_answers] for answers in chosen]
+    chosen = [spaced(answers, most_answers) for answers in spaced(list(by_problem.values()), problems)]
     starts = ((answers, start) for answers in chosen for start in range(0, len(answers), join))
     return Pool(tuple(joined(answers[start : start + join]) for answers, start in starts))
+
+
+def spaced(items: Sequence, most: int | None) -> Sequence:
+    most = most or len(items)
+    return items[:: max(1, len(items) // most)][:most]
 
 
 def joined(some: Sequence[Trajectory]) -> Trajectory:
