@@ -25,7 +25,7 @@ def paper_recipe() -> ConfigDict:
     config.score = ConfigDict()
     config.score.tokens_per_batch = 32_768  # per device; one row of full length
     config.score.dtype = "bfloat16"  # C.3 "Precision"; statistics are float32
-    config.score.metrics = ()  # further columns for methods that need them: "rule_quality", "local_naturalness"
+    config.score.metrics = ()  # further columns for methods that need them, e.g. "rule_quality"; computed alone
     config.score.vocab_chunk = 4_096  # vocabulary rows; memory only, results do not depend on it
     config.score.attention = "auto"  # kernel by platform and row length; C.3: FlashAttention-2
     config.score.natural_context = 4  # C.2, m of Local Naturalness

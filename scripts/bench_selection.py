@@ -1,7 +1,7 @@
 """Time of selecting from a synthetic score table: `python scripts/bench_selection.py --out=build/bench_selection.json`.
 
-"select" is the selection itself, arrays [N, K] in and scores, ranks and weights of the whole pool out, after compilation.
-"group" makes those arrays of the table's columns; "choices" is the whole of `select_trajectories`, which also makes one
+"select" is the selection itself after compilation: columns of the table in, scores, ranks and weights of the whole pool
+out. "group" finds the candidates of each problem; "choices" is the whole of `select_trajectories`, which also makes one
 Python object per chosen candidate. The time per candidate at different sizes shows whether it grows linearly.
 """
 
@@ -23,10 +23,11 @@ from lark_jax.selection.candidates import group_by_problem
 from lark_jax.selection.selector import weigh
 
 CANDIDATES = 33
+METRIC_COLUMNS = ("judge", "local_naturalness", *COLUMNS)
 
 
-def synthetic_table(problems: int, seed: int) -> ScoreTable:
-    """Random statistics and metrics; problem by problem, as scoring leaves them."""
+def synthetic_table(problems: int, metrics: Sequence[str], seed: int) -> ScoreTable:
+    """Random statistics and further metrics; problem by problem, as scoring leaves them."""
     rng, rows = np.random.default_rng(seed), problems * CANDIDATES
     problem = pa.array([f"p{number}" for number in range(problems)]).take(pa.array(np.arange(rows) // CANDIDATES))
     candidate = pa.array([f"c{number}" for number in range(CANDIDATES)]).take(pa.array(np.arange(rows) % CANDIDATES))
@@ -42,9 +43,9 @@ def synthetic_table(problems: int, seed: int) -> ScoreTable:
         "status": pa.repeat("ok", rows),
         "reason": pa.repeat("", rows),
     }
-    metrics = {name: pa.array(rng.uniform(0, 1, rows)) for name in ("judge", "local_naturalness", *COLUMNS)}
+    further = {name: pa.array(rng.uniform(0, 1, rows)) for name in metrics}
     schema = pa.schema([*SCHEMA, *(pa.field(name, pa.float64()) for name in metrics)])
-    return ScoreTable(pa.table({**fixed, **metrics}, schema=schema))
+    return ScoreTable(pa.table({**fixed, **further}, schema=schema))
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -58,7 +59,8 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def measure(problems: int, budget: int, repeats: int, methods: Sequence[Method]) -> dict[str, object]:
-    table = synthetic_table(problems, seed=0)
+    needed = any(method.score.metric for method in methods)
+    table = synthetic_table(problems, METRIC_COLUMNS if needed else (), seed=0)
     group = seconds(lambda: group_by_problem(table), repeats)
     candidates = group_by_problem(table)
     for method in methods:

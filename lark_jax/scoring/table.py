@@ -112,8 +112,9 @@ class ScoreTable:
 
     def codes(self, name: str) -> np.ndarray:
         """A column of texts, int64 [rows]: equal texts have equal numbers, from 0 in order of first appearance."""
-        encoded = _single(self.table.column(name).combine_chunks()).dictionary_encode()
-        return _single(encoded).indices.to_numpy().astype(np.int64)
+        encoded = self.table.column(name).dictionary_encode().unify_dictionaries()
+        indices = [chunk.indices.to_numpy() for chunk in encoded.chunks]
+        return np.concatenate([np.zeros(0, np.int64), *indices])
 
     def texts(self, name: str, rows: Sequence[int] | np.ndarray) -> list[str]:
         """A column of texts at some of the rows."""
@@ -218,10 +219,3 @@ def _check_rows(path: str | Path, scores: ScoreTable) -> None:
 def _where(path: str | Path, scores: ScoreTable, row: int) -> str:
     names = (scores.texts(column, np.array([row]))[0] for column in ("problem_id", "candidate_id"))
     return f"{path}: row {row} ({'/'.join(names)})"
-
-
-def _single(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """A column in one piece."""
-    if not isinstance(column, pa.ChunkedArray):
-        return column
-    return column.chunk(0) if column.num_chunks else pa.array([], column.type)

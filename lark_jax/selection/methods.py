@@ -23,7 +23,7 @@ class Method:
 
     def parameters(self) -> dict[str, float]:
         """Values of the configuration on which the weighting depends beside the scores."""
-        return dataclasses.asdict(self.weighting) if dataclasses.is_dataclass(self.weighting) else {}  # type: ignore[arg-type]
+        return dataclasses.asdict(self.weighting) if dataclasses.is_dataclass(self.weighting) else {}
 
 
 def _baseline(name: str, score: str) -> Method:

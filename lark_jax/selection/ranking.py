@@ -37,7 +37,7 @@ def shares_or_equal(amounts: jax.Array, is_chosen: jax.Array) -> tuple[jax.Array
     """Weights proportional to `amounts` among the chosen, and equal ones where those do not have a positive sum.
 
     Args:
-      amounts: [N, K], finite and >= 0 where chosen.
+      amounts: [N, K], >= 0 where chosen.
       is_chosen: bool [N, K].
 
     Returns:

@@ -16,6 +16,8 @@ from lark_jax.selection.methods import Method
 from lark_jax.selection.ranking import descending_ranks, usable
 from lark_jax.selection.weightings import Weighting
 
+BLOCK = 8_192  # problems that are computed at once
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -90,22 +92,40 @@ def select_trajectories(
 
 
 def weigh(candidates: Candidates, method: Method, budget: int, seed: int) -> Weighed:
-    """Scores, ranks and weights of all candidates: the selection itself, compiled once per shape.
+    """Scores, ranks and weights of all candidates: the selection itself, compiled once per method and shape.
 
     Raises:
       SelectionError: as `select_trajectories`.
     """
-    arrays = method.score.read(candidates, seed)
+    arrays = (*method.score.read(candidates, seed), candidates.valid)
     with _float64_on_host():
-        found = _weigh(arrays, candidates.valid, method.score.compute, method.weighting, budget)
-        return Weighed(*(np.asarray(array) for array in found))
+        blocks = [
+            [np.asarray(found) for found in _weigh(block, method.score.compute, method.weighting, budget)]
+            for block in _blocks(arrays)
+        ]
+    problems = len(candidates.valid)
+    return Weighed(*(np.concatenate(parts)[:problems] for parts in zip(*blocks, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("score", "weighting", "budget"))
+def _blocks(arrays: tuple[np.ndarray, ...]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Arrays [N, K] cut along N into blocks of one shape, the last filled up with zeros, which are not valid.
+
+    Problems do not depend on each other. A block's comparisons stay in the processor's caches, so that time grows
+    with N and not faster, and one program serves a pool of any size.
+    """
+    problems = len(arrays[0])
+    size = min(problems, BLOCK)
+    for first in range(0, problems, size):
+        missing = max(first + size - problems, 0)
+        yield tuple(np.pad(array[first : first + size], ((0, missing), (0, 0))) for array in arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("score", "weighting"))
 def _weigh(
-    arrays: tuple[jax.Array, ...], valid: jax.Array, score: Callable[..., jax.Array], weighting: Weighting, budget: int
+    arrays: tuple[jax.Array, ...], score: Callable[..., jax.Array], weighting: Weighting, budget: int
 ) -> tuple[jax.Array, ...]:
-    values = score(*arrays, valid)
+    *columns, valid = arrays
+    values = score(*columns, valid)
     takes_part = usable(values, valid)
     weights, tau = weighting(values, takes_part, budget)
     return values, takes_part, descending_ranks(values, takes_part), weights, tau
@@ -145,7 +165,7 @@ def _choices(candidates: Candidates, weighed: Weighed, budget: int) -> tuple[Cho
 
 
 def _counts(candidates: Candidates, weighed: Weighed, choices: tuple[Choice, ...]) -> SelectionCounts:
-    has_candidate_n: np.ndarray = weighed.usable.any(axis=-1)
+    has_candidate_n: np.ndarray = np.any(weighed.usable, axis=-1)
     empty = candidates.table.texts("problem_id", candidates.rows_nk[~has_candidate_n, 0])
     return SelectionCounts(
         problems=len(candidates.rows_nk),

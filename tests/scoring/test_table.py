@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lark_jax.errors import SelectionError
-from lark_jax.scoring.table import SCHEMA, SKIPPED, CandidateScore, read_scores, skipped_score, write_scores
+from lark_jax.scoring.table import SCHEMA, SKIPPED, CandidateScore, ScoreTable, read_scores, skipped_score, write_scores
 
 
 def _score(candidate_id: str = "c0", **changes) -> CandidateScore:
@@ -130,3 +131,25 @@ def test_a_missing_file_and_a_file_that_is_not_parquet_are_refused_by_name(tmp_p
     with pytest.raises(SelectionError, match=r"text\.parquet: not a readable parquet file") as caught:
         read_scores(tmp_path / "text.parquet")
     assert "\n" not in str(caught.value)
+
+
+def test_codes_number_texts_by_first_appearance_also_over_chunks():
+    names = ["b", "a", "b", "c", "a", "d", "b"]
+    rows = [_score(f"c{row}", problem_id=name) for row, name in enumerate(names)]
+    whole = ScoreTable.of(rows).table
+    expected = [list(dict.fromkeys(names)).index(name) for name in names]
+    for pieces in ([whole], [whole.slice(0, 2), whole.slice(2, 3), whole.slice(5)]):
+        assert ScoreTable(pa.concat_tables(pieces)).codes("problem_id").tolist() == expected
+    assert ScoreTable.of([]).codes("problem_id").tolist() == []
+
+
+def test_columns_hold_what_the_rows_hold():
+    rows = [_score("c0", metrics={"judge": 0.25}), skipped_score("p0", "c1", "teacher", "too long")]
+    table = ScoreTable.of(rows)
+    np.testing.assert_array_equal(table.numbers("judge"), [0.25, np.nan])
+    np.testing.assert_array_equal(table.numbers("loss"), [rows[0].loss, np.nan])
+    assert table.numbers("num_target_tokens").tolist() == [rows[0].num_target_tokens, 0]
+    assert table.texts("candidate_id", [1, 0]) == ["c1", "c0"]
+    assert _same(table.rows()[0], rows[0])
+    assert table.only("p0").rows()[1].reason == "too long"
+    assert len(table.only("absent")) == 0

@@ -105,8 +105,8 @@ def test_every_score_goes_with_every_weighting(score, weighting):
     [
         (
             SelectConfig(methods=("larc",)),
-            "config.select.methods: expected one of 'lark', 'random', 'token_length', 'rule_quality', 'judge', 'grape', "
-            "'local_naturalness', 'rsr', got 'larc'",
+            "config.select.methods: expected one of 'lark', 'random', 'token_length', 'rule_quality', 'judge', "
+            "'grape', 'local_naturalness', 'rsr', got 'larc'",
         ),
         (SelectConfig(score="ghat", weighting="chi2"), "config.select.score: expected one of 'g_hat'"),
         (SelectConfig(score="g_hat", weighting="klb"), "config.select.weighting: expected one of 'chi2', 'uniform'"),

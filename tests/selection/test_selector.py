@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lark_jax.errors import SelectionError
 from lark_jax.scoring.table import SKIPPED, CandidateScore, read_scores, skipped_score, write_scores
 from lark_jax.scoring.text_rules import COLUMNS
-from lark_jax.selection import METHODS, Method, method_scores, select_trajectories
+from lark_jax.selection import METHODS, Method, method_scores, select_trajectories, selector
 from lark_jax.selection.scores import SCORES, Score
 from lark_jax.selection.weightings.uniform import uniform_top_b
 
@@ -183,7 +183,7 @@ def test_a_table_with_nothing_to_select_is_refused_with_the_first_reason():
 
 
 def test_a_method_without_a_finite_score_is_refused_by_name():
-    lost = Method("lost", Score(SCORES["random"].read, lambda numbers, valid: numbers * math.nan), uniform_top_b)
+    lost = Method("lost", Score(SCORES["g_hat"].read, lambda loss, brier, _: loss * brier * math.nan), uniform_top_b)
     with pytest.raises(SelectionError, match="method 'lost' gives a finite score to none of the 1 candidates"):
         select_trajectories([_score("p", "c", 1.0, 0.5)], lost, 1, seed=0)
 
@@ -200,3 +200,10 @@ def test_a_process_that_may_not_use_the_cpu_is_told_how_to_allow_it(monkeypatch)
 def test_selection_leaves_the_default_precision_of_the_process_as_it_was():
     select_trajectories([_score("p", "c", 1.0, 0.5)], METHODS["lark"], 1, seed=0)
     assert jnp.asarray(1.0).dtype == jnp.float32
+
+
+def test_a_pool_of_several_blocks_is_selected_as_its_problems_are_one_by_one(monkeypatch):
+    table = _random_table(np.random.default_rng(), [5, 9, 2, 7, 9, 1, 4])
+    whole = select_trajectories(table, METHODS["lark"], 2, seed=0)
+    monkeypatch.setattr(selector, "BLOCK", 3)
+    assert select_trajectories(table, METHODS["lark"], 2, seed=0) == whole

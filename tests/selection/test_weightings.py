@@ -8,8 +8,11 @@ from scipy.optimize import brentq, minimize
 
 from lark_jax.selection import chi2_top_b, uniform_top_b
 from lark_jax.selection.ranking import descending_ranks
+from lark_jax.selection.weightings.kl import KlTopB
+from lark_jax.selection.weightings.proportional import proportional_top_b
+from lark_jax.selection.weightings.softmax import SoftmaxTopB
 
-RULES = [chi2_top_b, uniform_top_b]
+RULES = [chi2_top_b, uniform_top_b, proportional_top_b, SoftmaxTopB(0.3), KlTopB(2.0)]
 MAX_CANDIDATES = 64
 
 
@@ -193,7 +196,7 @@ def test_chi2_weights_ignore_an_affine_change_of_the_scores_and_tau_scales(facto
     np.testing.assert_allclose(changed_tau, factor * tau, rtol=1e-9)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [chi2_top_b, uniform_top_b, KlTopB(2.0)])
 @pytest.mark.parametrize("num_candidates", [1, 2])
 def test_a_budget_of_all_candidates_or_more_shares_the_weight_equally(rule, num_candidates):
     scores = np.random.default_rng().normal(0, 1, (4, num_candidates))
@@ -215,3 +218,61 @@ def test_rules_compile_with_a_static_budget(rule):
     scores, valid = jnp.asarray([[3.0, 1.0, 2.0]]), jnp.ones((1, 3), bool)
     eager, compiled = rule(scores, valid, 2), jax.jit(rule, static_argnums=2)(scores, valid, 2)
     np.testing.assert_allclose(compiled[0], eager[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("num_candidates", "budget", "strength"), [(33, 3, 1.0), (33, 5, 8.0), (6, 2, 0.5)])
+def test_kl_weights_maximize_the_regularized_objective_over_the_chosen(num_candidates, budget, strength):
+    """<q - p, s> - strength tau KL(q || p), against thousands of other q on the same support, near and far."""
+    rng = np.random.default_rng()
+    scores = rng.normal(0, 0.01, num_candidates)
+    weights, tempered = _run(KlTopB(strength), scores[None], np.ones((1, num_candidates), bool), budget)
+    _, tau = _chi2_reference(scores, np.ones(num_candidates, bool), budget)
+    assert tempered[0] == pytest.approx(strength * tau)
+    support = np.argsort(-scores)[:budget]
+    assert set(np.flatnonzero(weights[0])) == set(support)
+
+    def objective(q: np.ndarray) -> np.ndarray:
+        divergence = (q * np.log(q * num_candidates)).sum(-1)
+        return q @ scores[support] - scores.mean() - strength * tau * divergence
+
+    best = weights[0][support]
+    others = np.concatenate([rng.dirichlet(np.ones(budget), 2_000), rng.dirichlet(1e4 * best + 1e-3, 2_000)])
+    others = np.maximum(others, 1e-300)
+    assert (objective(others) <= objective(best) + 1e-15).all()
+    assert (objective(others[np.abs(others - best).max(-1) > 1e-2]) < objective(best)).all()
+
+
+def test_kl_weights_ignore_shift_and_scale_of_the_scores_and_softmax_weights_only_the_shift():
+    scores, valid = np.random.default_rng().normal(0, 0.01, (4, 9)), np.ones((4, 9), bool)
+    for rule, changed, same in (
+        (KlTopB(3.0), 7 * scores + 2, True),
+        (SoftmaxTopB(0.01), scores + 2, True),
+        (SoftmaxTopB(0.01), 7 * scores, False),
+    ):
+        pairs = _run(rule, scores, valid, 3)[0], _run(rule, changed, valid, 3)[0]
+        assert np.allclose(*pairs, rtol=1e-9) == same
+
+
+def test_softmax_weights_stay_finite_at_extreme_scores_and_temperatures():
+    scores = np.array([[1e308, -1e308, 0.0, 1e308]])
+    for temperature in (1e-300, 1.0, 1e300):
+        weights, _ = _run(SoftmaxTopB(temperature), scores, np.ones((1, 4), bool), 3)
+        assert np.isfinite(weights).all()
+        np.testing.assert_allclose(weights.sum(), 1.0)
+        assert weights[0, 1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected", "falls_back"),
+    [
+        ([3.0, 1.0, 0.5, -1.0], [0.75, 0.25, 0, 0], False),
+        ([3.0, -1.0, -2.0, -2.0], [1.0, 0, 0, 0], False),
+        ([-3.0, -1.0, -2.0, -4.0], [0, 0.5, 0.5, 0], True),
+        ([0.0, 0.0, -1.0, -1.0], [0.5, 0.5, 0, 0], True),
+        ([1e308, 1e308, 1.0, 0.0], [0.5, 0.5, 0, 0], True),
+    ],
+)
+def test_proportional_weights_leave_out_negative_scores_and_fall_back_to_equal_ones(scores, expected, falls_back):
+    weights, tau = _run(proportional_top_b, np.array([scores]), np.ones((1, 4), bool), 2)
+    np.testing.assert_allclose(weights, [expected])
+    assert (tau[0] == 0) == falls_back

@@ -10,15 +10,13 @@ def proportional_top_b(scores: jax.Array, valid: jax.Array, budget: int) -> tupl
     """q_k = max(s_k, 0) / sum_j max(s_j, 0) over the top B.
 
     The paper does not say what a negative score weighs: here nothing, and where none of the chosen has a positive
-    score they share the weight equally. So scores that are never positive (minus a loss) get equal weights.
+    score, or their sum overflows, they share the weight equally. So scores that are never positive (minus a loss) get
+    equal weights.
 
     Returns:
-      weights [N, K] and tau [N]: 0 where the weights are uniform for want of a positive score, else infinite, since
+      weights [N, K] and tau [N]: 0 where the weights are uniform for want of a positive, finite sum, else infinite:
       the rule has no temperature.
     """
     is_chosen = chosen(scores, valid, budget)
-    amounts = jnp.where(is_chosen, jnp.maximum(scores, 0.0), 0.0)
-    largest = amounts.max(axis=-1, keepdims=True, initial=0.0)
-    amounts = amounts / jnp.where(largest > 0, largest, 1.0)  # their sum cannot overflow then
-    weights, has_positive = shares_or_equal(amounts, is_chosen)
+    weights, has_positive = shares_or_equal(jnp.maximum(scores, 0.0), is_chosen)
     return weights, jnp.where(has_positive, jnp.inf, 0.0).astype(scores.dtype)
