@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from lark_jax.sharding import parameter_sharding
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.lora import FACTOR_B, Lora, is_factor
-from lark_jax.students.parameters import abstract_decoder, flatten_parameters, replace_parameters
+from lark_jax.students.parameters import abstract_decoder, flatten_parameters, replace_parameters, shapes_of
 
 
 def with_fresh_adapter(student: Decoder, lora: Lora, seed: int, mesh: Mesh) -> Decoder:
@@ -20,15 +20,22 @@ def with_fresh_adapter(student: Decoder, lora: Lora, seed: int, mesh: Mesh) -> D
     A is uniform in +-1 / sqrt(in), which is Kaiming's distribution for a = sqrt(5). B is zero, so that the decoder
     computes what `student` computes. Equal seeds give equal adapters, on any mesh.
     """
-    graph, state = nnx.split(abstract_decoder(student.architecture, student.dtype, lora=lora))
-    shapes = {name: value.shape for name, value in flatten_parameters(state).items() if is_factor(name)}
+    structure = abstract_decoder(
+        student.architecture,
+        student.dtype,
+        remat=student.remat,
+        attention_backend=student.attention_backend,
+        lora=lora,
+    )
+    shapes = {name: shape for name, shape in shapes_of(structure).items() if is_factor(name)}
     shardings = {name: parameter_sharding(name, shape, mesh) for name, shape in shapes.items()}
 
     def draw() -> dict[str, jax.Array]:
         return {name: _fresh(name, shape, seed) for name, shape in shapes.items()}
 
-    fresh = jax.jit(draw, out_shardings=shardings)()
-    return nnx.merge(graph, replace_parameters(state, {**flatten_parameters(nnx.state(student, nnx.Param)), **fresh}))
+    parameters = flatten_parameters(nnx.state(student, nnx.Param)) | jax.jit(draw, out_shardings=shardings)()
+    graph, state = nnx.split(structure)
+    return nnx.merge(graph, replace_parameters(state, parameters))
 
 
 def _fresh(name: str, shape: tuple[int, ...], seed: int) -> jax.Array:
