@@ -37,6 +37,12 @@ DECODER_SHAPES = {
     "layers.mlp.gate_proj.weight": (3, 128, 64),
     "layers.mlp.up_proj.weight": (3, 128, 64),
     "layers.mlp.down_proj.weight": (3, 64, 128),
+    "layers.self_attn.k_proj.lora_A.weight": (3, 8, 64),
+    "layers.self_attn.k_proj.lora_B.weight": (3, 32, 8),
+    "layers.mlp.up_proj.lora_A.weight": (3, 8, 64),
+    "layers.mlp.up_proj.lora_B.weight": (3, 128, 8),
+    "layers.mlp.down_proj.lora_A.weight": (3, 8, 128),
+    "layers.mlp.down_proj.lora_B.weight": (3, 64, 8),
 }
 
 

@@ -19,6 +19,7 @@ from lark_jax.students.parameters import abstract_decoder
 
 ADAPTED = dataclasses.replace(
     CONFIG,
+    learning_rate=3e-2,
     lora_rank=3,
     lora_alpha=5.0,
     lora_targets=("q_proj", "o_proj", "down_proj"),
