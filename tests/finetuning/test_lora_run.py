@@ -130,7 +130,7 @@ def _merged(weights: dict[str, np.ndarray], scaling: float) -> dict[str, np.ndar
 
 def test_with_bfloat16_compute_the_frozen_weights_are_bfloat16_and_the_adapter_is_float32(tmp_path: Path) -> None:
     config = dataclasses.replace(ADAPTED, dtype="bfloat16", epochs=1, remat="block")
-    result = run(tmp_path, config, held_out=HELD_OUT, num_devices=8)
+    result = run(tmp_path, config, held_out=HELD_OUT)
     for name, value in weights_of(result.student).items():
         assert value.dtype == (np.float32 if is_factor(name) else jnp.bfloat16), name
     before = weights_of(tiny_student())
