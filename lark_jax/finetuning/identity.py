@@ -24,8 +24,6 @@ FREE_FIELDS = (
     "tokens_per_batch",
     "vocab_chunk",
 )
-
-
 # What decides nothing where every parameter is trained.
 ADAPTER_FIELDS = ("lora_alpha", "lora_targets")
 

@@ -114,12 +114,12 @@ def finetune(
         return PreparedStep(batch, cut(data, batch, config, row_multiple=mesh.shape[DATA], pad_id=pad_id))
 
     identity = run_identity(student, examples, held_out, config, seed)
+    if lora is not None:
+        student = with_fresh_adapter(student, lora, seed, mesh)
+    frozen = frozen_parameters(student, model.dtype, mesh)
+    train_step = make_train_step(model, optimizer, mesh, vocab_chunk=config.vocab_chunk, frozen=frozen)
+    held_out_loss = HeldOutLoss(held_out, model, config, mesh, pad_id, frozen) if held_out else None
     with CheckpointStore(directory / CHECKPOINTS, identity, keep=config.keep_checkpoints) as store:
-        if lora is not None:
-            student = with_fresh_adapter(student, lora, seed, mesh)
-        frozen = frozen_parameters(student, model.dtype, mesh)
-        train_step = make_train_step(model, optimizer, mesh, vocab_chunk=config.vocab_chunk, frozen=frozen)
-        held_out_loss = HeldOutLoss(held_out, model, config, mesh, pad_id, frozen) if held_out else None
         restored = store.restore_latest(abstract_state(model, optimizer, mesh))
         state, completed = restored or (initial_state(student, optimizer, mesh), 0)
         del student, restored  # a second copy of the weights, unless the caller keeps the student

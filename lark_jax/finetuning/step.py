@@ -2,10 +2,9 @@
 
 What is trained (see `parameter_sets`), Adam's moments and gradient sums are float32; what is not is in the compute
 dtype. All of it lies on the devices as `sharding.PARAMETER_SPECS` says, split over `data` (FSDP) and `tensor`. Rows
-are split over `data`. Gradients come out of one `shard_map`: attention
-kernels see the arrays of one device, and every collective is written down, in `students.parallel` and
-`finetuning.objective`. Each layer is gathered where it is used, in the compute dtype; its gradient is added up over
-devices in float32.
+are split over `data`. Gradients come out of one `shard_map`: attention kernels see the arrays of one device, and every
+collective is written down, in `students.parallel` and `finetuning.objective`. Each layer is gathered where it is used,
+in the compute dtype; the gradient of what is trained is added up over devices in float32.
 """
 
 import functools
