@@ -28,6 +28,7 @@ SCORE_METRICS = ("judge", "local_naturalness", "rule_quality")  # keys of stages
 TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGERS
 REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
 STUDENT_PLACEHOLDER = "{student}"  # in evaluate.server_model
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of students.decoder
 Section = TypeVar("Section")
 
 
@@ -168,6 +169,9 @@ class FinetuneConfig:
     held_out_fraction: float = 0.0  # of the problems: never trained on, their loss is measured
     evaluate_every: int = 50  # optimizer steps between two measurements of the held-out loss
     loggers: tuple[str, ...] = ()  # beside metrics.jsonl: "tensorboard", "wandb"
+    lora_rank: int = 0  # of the adapter that is trained instead of the weights; 0: every parameter is trained
+    lora_alpha: float = 16.0  # the adapter's part is multiplied by lora_alpha / lora_rank
+    lora_targets: tuple[str, ...] = LORA_TARGETS  # linear layers with an adapter, by HF's names
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_grad_norm", "eps"):
@@ -191,6 +195,16 @@ class FinetuneConfig:
         for logger in self.loggers:
             _require_one_of("finetune.loggers", logger, TRAINING_LOGGERS)
         _require(len(set(self.loggers)) == len(self.loggers), "finetune.loggers", self.loggers, "each at most once")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        _require(self.lora_rank >= 0, "finetune.lora_rank", self.lora_rank, "an integer >= 0")
+        valid_alpha = 0 < self.lora_alpha < math.inf
+        _require(valid_alpha, "finetune.lora_alpha", self.lora_alpha, "a positive number")
+        for target in self.lora_targets:
+            _require_one_of("finetune.lora_targets", target, LORA_TARGETS)
+        distinct = len(self.lora_targets) > 0 and len(set(self.lora_targets)) == len(self.lora_targets)
+        _require(distinct, "finetune.lora_targets", self.lora_targets, "one or more distinct names")
 
 
 @dataclasses.dataclass(frozen=True)

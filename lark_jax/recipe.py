@@ -7,7 +7,7 @@ import dataclasses
 
 from ml_collections import ConfigDict, config_dict
 
-from lark_jax.config import ColumnsConfig
+from lark_jax.config import LORA_TARGETS, ColumnsConfig
 
 
 def paper_recipe() -> ConfigDict:
@@ -91,6 +91,9 @@ def paper_recipe() -> ConfigDict:
     config.finetune.held_out_fraction = 0.0  # of the problems; ours: the paper trains on all and holds out none
     config.finetune.evaluate_every = 50  # steps; of no effect without held-out problems
     config.finetune.loggers = ()  # "tensorboard", "wandb"; metrics.jsonl is always written
+    config.finetune.lora_rank = 0  # C.3 trains every parameter; > 0: an adapter (wants a larger learning_rate)
+    config.finetune.lora_alpha = 16.0  # of no effect at rank 0, like the next
+    config.finetune.lora_targets = LORA_TARGETS  # all linear layers of the decoder
 
     config.evaluate = ConfigDict()
     config.evaluate.engine = "vllm"  # C.3 "Software stack"

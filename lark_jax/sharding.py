@@ -19,7 +19,8 @@ DATA = "data"
 TENSOR = "tensor"
 
 # Stacked layer parameters are [num_layers, out, in]; the output side of q, k, v, gate and up and the input side of
-# o and down lie on `tensor`, the other side on `data`. Norm scales are small and stay whole.
+# o and down lie on `tensor`, the other side on `data`. Norm scales are small and stay whole. The matrices of an
+# adapter, [num_layers, rank, in] and [num_layers, out, rank], lie on `tensor` where the weight beside them does.
 PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed_tokens\.weight", PartitionSpec(TENSOR, DATA)),
     (r"lm_head\.weight", PartitionSpec(TENSOR, DATA)),
@@ -28,6 +29,10 @@ PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers\.self_attn\.o_proj\.weight", PartitionSpec(None, DATA, TENSOR)),
     (r"layers\.mlp\.(gate|up)_proj\.weight", PartitionSpec(None, TENSOR, DATA)),
     (r"layers\.mlp\.down_proj\.weight", PartitionSpec(None, DATA, TENSOR)),
+    (r"layers\.(self_attn\.[qkv]|mlp\.(gate|up))_proj\.lora_A\.weight", PartitionSpec(None, None, DATA)),
+    (r"layers\.(self_attn\.[qkv]|mlp\.(gate|up))_proj\.lora_B\.weight", PartitionSpec(None, TENSOR, DATA)),
+    (r"layers\.(self_attn\.o|mlp\.down)_proj\.lora_A\.weight", PartitionSpec(None, DATA, TENSOR)),
+    (r"layers\.(self_attn\.o|mlp\.down)_proj\.lora_B\.weight", PartitionSpec(None, DATA, None)),
     (r"(layers\.)?([a-z_]+\.)*[a-z_]*norm\.weight", PartitionSpec()),
 )
 

@@ -101,6 +101,10 @@ def test_wrong_type_is_refused_with_the_value_found(field: str, value: object, e
         ("stages", ("score", "train")),
         ("stages", ("score", "score")),
         ("student.path", ""),
+        ("finetune.lora_rank", -1),
+        ("finetune.lora_alpha", 0.0),
+        ("finetune.lora_targets", ()),
+        ("finetune.lora_targets", ("q_proj", "q_proj")),
         ("student.max_length", 1),
         ("pool.on_bad_record", "ignore"),
         ("score.tokens_per_batch", 0),
@@ -213,3 +217,10 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
     assert isinstance(experiment, Experiment)
     assert module.__doc__
     assert f"--config=configs/{path.name}" in module.__doc__, "the header shows the exact command"
+
+
+def test_an_unknown_layer_for_an_adapter_is_refused_with_the_known_ones() -> None:
+    message = error_line(with_field("finetune.lora_targets", ("q_proj", "lm_head")))
+    assert message.startswith("config.finetune.lora_targets: ")
+    assert message.endswith("got 'lm_head'")
+    assert all(f"'{name}'" in message for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lark_jax.files import read_json, sha256_of_path
 from lark_jax.pool.chat import load_chat_format
@@ -155,3 +158,26 @@ def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(
     finished = _run(workdir)
     assert finished.returncode == 0, finished.stderr
     assert _results(workdir) == undisturbed.results
+
+
+@pytest.mark.slow
+def test_with_lora_the_export_has_a_merged_student_and_the_adapter(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """On a copy of the finished run: only fine-tuning and export run again."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed.workdir, workdir)
+    fields = ["stages=finetune,export", "select.methods=lark", "select.budgets=1", "finetune.lora_rank=2"]
+    command = [*_command(workdir), *(f"--config.{field}" for field in fields)]
+    finished = subprocess.run(
+        command, cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    export = workdir / "export" / "lark_B1"
+    config = json.loads((export / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["peft_type"]) == (2, "LORA")
+    adapter = load_file(export / "adapter" / "adapter_model.safetensors")
+    merged = load_file(export / "student" / "model.safetensors")
+    base = load_file(workdir / "prepare" / "pretrain" / "student" / "model.safetensors")
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not np.array_equal(merged[name], base[name])}
+    assert changed == {name for name in base if name.endswith("_proj.weight")}
+    assert len(adapter) == 2 * len(changed)

@@ -37,6 +37,12 @@ DECODER_SHAPES = {
     "layers.mlp.gate_proj.weight": (3, 128, 64),
     "layers.mlp.up_proj.weight": (3, 128, 64),
     "layers.mlp.down_proj.weight": (3, 64, 128),
+    "layers.self_attn.k_proj.lora_A.weight": (3, 8, 64),
+    "layers.self_attn.k_proj.lora_B.weight": (3, 32, 8),
+    "layers.mlp.up_proj.lora_A.weight": (3, 8, 64),
+    "layers.mlp.up_proj.lora_B.weight": (3, 128, 8),
+    "layers.mlp.down_proj.lora_A.weight": (3, 8, 128),
+    "layers.mlp.down_proj.lora_B.weight": (3, 64, 8),
 }
 
 
@@ -130,6 +136,8 @@ def test_parameters_are_split_over_the_chosen_axes_alone(name: str, axes: tuple[
         assert size == math.prod(shape)
     elif name.endswith(".bias"):
         assert size == math.prod(shape) // (2 if TENSOR in axes else 1)
+    elif name.endswith(("k_proj.lora_A.weight", "up_proj.lora_A.weight", "down_proj.lora_B.weight")):
+        assert size == math.prod(shape) // (4 if DATA in axes else 1)  # the side that the weight's split does not touch
     else:
         assert size == math.prod(shape) // ways
 

@@ -118,7 +118,7 @@ class CheckpointStore:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Path of each array -> the sum of its bits, as 32-bit words, modulo 2^32.
+    """Path of each array -> the sum of its bits, as 32-bit words, modulo 2^32; of bfloat16 as float32.
 
     Exact, so equal on any number of devices.
     """
@@ -129,6 +129,7 @@ def checksums(tree: Any) -> dict[str, int]:
 @jax.jit
 def _sums_of_bits(tree: Any) -> Any:
     def sum_of_bits(value: jax.Array) -> jax.Array:
+        value = value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
         return jnp.sum(jax.lax.bitcast_convert_type(value, jnp.uint32), dtype=jnp.uint32)
 
     return jax.tree.map(sum_of_bits, tree)

@@ -1,6 +1,6 @@
 """The loss on trajectories of problems that the student is not trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from lark_jax.config import FinetuneConfig
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning.data import Example
 from lark_jax.finetuning.optimizer import Parameters
+from lark_jax.finetuning.parameter_sets import NOTHING_FROZEN
 from lark_jax.finetuning.row_plans import plan_micro_batches
 from lark_jax.pool.batching import TokenRows, assemble, bucket_lengths
 from lark_jax.scoring.step import jitted_score_step
@@ -25,13 +26,21 @@ class HeldOutLoss:
 
     Args:
       model: structure and computation dtype; its parameters are not looked at.
+      frozen: parameters that are not trained.
     """
 
     def __init__(
-        self, examples: Sequence[Example], model: Decoder, config: FinetuneConfig, mesh: Mesh, pad_id: int
+        self,
+        examples: Sequence[Example],
+        model: Decoder,
+        config: FinetuneConfig,
+        mesh: Mesh,
+        pad_id: int,
+        frozen: Mapping[str, jax.Array] = NOTHING_FROZEN,
     ) -> None:
         self._examples = examples
         self._mesh = mesh
+        self._frozen = frozen
         rendered = [example.rendered for example in examples]
         lengths = {member: trajectory.num_inputs for member, trajectory in enumerate(rendered)}
         buckets = bucket_lengths(max(lengths.values(), default=1))
@@ -45,11 +54,12 @@ class HeldOutLoss:
         self._losses = jax.jit(losses)
 
     def __call__(self, parameters: Parameters) -> float:
-        """Of the student with these float32 parameters.
+        """Of the student with these float32 parameters, beside those that are not trained.
 
         Raises:
           TrainingError: it is not finite; names the trajectories.
         """
+        parameters = {**self._frozen, **parameters}
         waiting = [(batch.row_ids_b, self._losses(parameters, *self._put(batch))) for batch in self._batches]
         losses = np.zeros(len(self._examples))
         for row_ids_b, losses_b in waiting:

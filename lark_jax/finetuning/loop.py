@@ -21,6 +21,7 @@ from lark_jax.finetuning.loggers import loggers_of, require_installed
 from lark_jax.finetuning.measuring import PreparedStep, Seen, describe, rates_of, read_step_metrics, timing_of
 from lark_jax.finetuning.metrics import HELD_OUT, METRICS, TIMINGS, TrainingLog
 from lark_jax.finetuning.optimizer import learning_rate_schedule, make_optimizer
+from lark_jax.finetuning.parameter_sets import frozen_parameters, lora_of
 from lark_jax.finetuning.preemption import StopRequest
 from lark_jax.finetuning.step import (
     Applied,
@@ -35,6 +36,7 @@ from lark_jax.finetuning.step import (
     zero_sums,
 )
 from lark_jax.sharding import DATA
+from lark_jax.students.adapters import with_fresh_adapter
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.flops import peak_flops_of
 from lark_jax.students.parameters import abstract_decoder
@@ -44,7 +46,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneResult:
-    student: Decoder  # float32 parameters, sharded over `data`
+    student: Decoder  # what was trained in float32, the rest as computed with; sharded over `data`
     steps: int  # optimizer steps
     directory: Path  # what `finetune` was given
 
@@ -102,17 +104,21 @@ def finetune(
     data = TrainingSet(tuple(examples), config.batch_size, seed)
     total_steps = config.epochs * data.steps_per_epoch
     optimizer = make_optimizer(config, total_steps)
-    model = abstract_decoder(student.architecture, config.dtype, remat=config.remat)
+    lora = lora_of(config)
+    model = abstract_decoder(student.architecture, config.dtype, remat=config.remat, lora=lora)
     model.attention_backend = None if config.attention == "auto" else config.attention
-    train_step = make_train_step(model, optimizer, mesh, vocab_chunk=config.vocab_chunk)
     learning_rates = np.asarray(learning_rate_schedule(config, total_steps)(jnp.arange(total_steps)))
-    held_out_loss = HeldOutLoss(held_out, model, config, mesh, pad_id) if held_out else None
 
     def prepared(step: int) -> PreparedStep:
         batch = data.batch(step)
         return PreparedStep(batch, cut(data, batch, config, row_multiple=mesh.shape[DATA], pad_id=pad_id))
 
     identity = run_identity(student, examples, held_out, config, seed)
+    if lora is not None:
+        student = with_fresh_adapter(student, lora, seed, mesh)
+    frozen = frozen_parameters(student, model.dtype, mesh)
+    train_step = make_train_step(model, optimizer, mesh, vocab_chunk=config.vocab_chunk, frozen=frozen)
+    held_out_loss = HeldOutLoss(held_out, model, config, mesh, pad_id, frozen) if held_out else None
     with CheckpointStore(directory / CHECKPOINTS, identity, keep=config.keep_checkpoints) as store:
         restored = store.restore_latest(abstract_state(model, optimizer, mesh))
         state, completed = restored or (initial_state(student, optimizer, mesh), 0)
@@ -138,13 +144,13 @@ def finetune(
                 metrics = read_step_metrics(data, current, applied, cross_entropies, learning_rates, seen)
                 seconds = time.perf_counter() - started
                 seen = Seen.with_step(metrics)
-                rates = rates_of(data, current.batch, model.architecture, peak_flops_of(mesh), seconds)
+                rates = rates_of(data, current.batch, model, peak_flops_of(mesh), seconds)
                 log.write(metrics, timing_of(completed, seconds, rates))
                 boundary.after_step(state, completed, seen, stop.after(completed))
                 bar.set_postfix_str(describe(metrics, rates, boundary.latest_held_out_loss), refresh=False)
                 bar.update()
             store.wait()  # here, where a signal does not yet end the process
-    return FinetuneResult(trained_student(model, state.parameters), total_steps, directory)
+    return FinetuneResult(trained_student(model, state.parameters, frozen), total_steps, directory)
 
 
 def run_step(

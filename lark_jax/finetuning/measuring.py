@@ -12,7 +12,7 @@ from lark_jax.errors import TrainingError
 from lark_jax.finetuning.data import MicroBatch, StepBatch, TrainingSet
 from lark_jax.finetuning.metrics import StepMetrics, StepTiming
 from lark_jax.finetuning.step import Applied
-from lark_jax.students.architecture import Architecture
+from lark_jax.students.decoder import Decoder
 from lark_jax.students.flops import Rates, training_flops
 
 
@@ -82,12 +82,10 @@ def read_step_metrics(
     )
 
 
-def rates_of(
-    data: TrainingSet, batch: StepBatch, architecture: Architecture, peak_flops: float | None, seconds: float
-) -> Rates:
+def rates_of(data: TrainingSet, batch: StepBatch, model: Decoder, peak_flops: float | None, seconds: float) -> Rates:
     """Of a step that took `seconds`. Counted is what the model needs: what remat computes again is not."""
     lengths = [data.examples[member].rendered.num_inputs for member in batch.members]
-    flops = sum(training_flops(architecture, length, remat="none") for length in lengths)
+    flops = sum(training_flops(model.architecture, length, remat="none", lora=model.lora) for length in lengths)
     return Rates(sum(lengths) / seconds, flops / seconds, peak_flops)
 
 

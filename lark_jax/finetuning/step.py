@@ -1,14 +1,14 @@
 """The two compiled functions of training: add one micro-batch's gradient, and apply an optimizer step.
 
-Parameters, Adam's moments and gradient sums are float32 and lie on the devices as `sharding.PARAMETER_SPECS` says,
-split over `data` (FSDP) and `tensor`. Rows are split over `data`. Gradients come out of one `shard_map`: attention
-kernels see the arrays of one device, and every collective is written down, in `students.parallel` and
-`finetuning.objective`. Each layer is gathered where it is used, in the compute dtype; its gradient is added up over
-devices in float32.
+What is trained (see `parameter_sets`), Adam's moments and gradient sums are float32; what is not is in the compute
+dtype. All of it lies on the devices as `sharding.PARAMETER_SPECS` says, split over `data` (FSDP) and `tensor`. Rows
+are split over `data`. Gradients come out of one `shard_map`: attention kernels see the arrays of one device, and every
+collective is written down, in `students.parallel` and `finetuning.objective`. Each layer is gathered where it is used,
+in the compute dtype; the gradient of what is trained is added up over devices in float32.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,19 +25,21 @@ from lark_jax.errors import ConfigError
 from lark_jax.finetuning.data import MicroBatch
 from lark_jax.finetuning.objective import weighted_cross_entropy
 from lark_jax.finetuning.optimizer import Parameters
+from lark_jax.finetuning.parameter_sets import NOTHING_FROZEN, abstract_frozen, abstract_parameters, is_trained
 from lark_jax.scoring.parameter_axes import check_tensor_axis
 from lark_jax.sharding import DATA, parameter_sharding, parameter_spec, replicated
 from lark_jax.sharding import rows as rows_sharding
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
+from lark_jax.students.lora import Lora
 from lark_jax.students.parallel import ParameterSplit
-from lark_jax.students.parameters import abstract_decoder, flatten_parameters, parameter_shapes, replace_parameters
+from lark_jax.students.parameters import abstract_decoder, flatten_parameters, replace_parameters
 
 
 class TrainState(NamedTuple):
     """All that a restarted run needs, next to the number of completed steps."""
 
-    parameters: Parameters  # float32, dotted name -> array
+    parameters: Parameters  # those that are trained: float32, dotted name -> array
     optimizer_state: optax.OptState
 
 
@@ -76,17 +78,27 @@ class TrainStep:
 
 
 def make_train_step(
-    student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, *, vocab_chunk: int
+    student: Decoder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    vocab_chunk: int,
+    frozen: Mapping[str, jax.Array] = NOTHING_FROZEN,
 ) -> TrainStep:
     """Compiles (lazily, once per shape of micro-batch) the training functions for `student` on `mesh`.
 
     Rows of a micro-batch are a multiple of the `data` axis.
 
+    Args:
+      student: structure; its parameters are not looked at.
+      frozen: `parameter_sets.frozen_parameters` of the student.
+
     Raises:
       ConfigError: the mesh does not fit the student, see `check_tensor_axis`; or the devices cannot do what
         `student.remat` asks for.
     """
-    return TrainStep(_jitted_accumulate(student, mesh, vocab_chunk), _jitted_apply(student, optimizer, mesh))
+    accumulate = _jitted_accumulate(student, mesh, vocab_chunk)
+    return TrainStep(functools.partial(accumulate, dict(frozen)), _jitted_apply(student, optimizer, mesh))
 
 
 def trace_accumulate(
@@ -100,6 +112,7 @@ def trace_accumulate(
     rows: int,
     length: int,
     packed: bool = False,
+    lora: Lora | None = None,
 ) -> jax.stages.Traced:
     """`TrainStep.accumulate` for rows [rows, length], traced without any array; `mesh` may be of absent devices.
 
@@ -109,35 +122,40 @@ def trace_accumulate(
       dtype: of the computation.
       rows: of the whole micro-batch.
       packed: rows have segment ids.
+      lora: the adapter that is trained; None: every parameter is.
 
     Raises:
       ConfigError: the mesh does not fit the student, see `check_tensor_axis`.
     """
-    student = abstract_decoder(architecture, dtype, remat=remat, attention_backend=attention_backend)
+    student = abstract_decoder(architecture, dtype, remat=remat, attention_backend=attention_backend, lora=lora)
     of_rows: Any = functools.partial(jax.ShapeDtypeStruct, (rows, length), sharding=rows_sharding(mesh))
     batch = Rows(of_rows(jnp.int32), of_rows(jnp.int32), of_rows(jnp.float32), of_rows(jnp.int32) if packed else None)
-    parameters: Any = _on_mesh(abstract_parameters(student), mesh)
-    return _jitted_accumulate(student, mesh, vocab_chunk).trace(parameters, abstract_sums(student, mesh), batch)
+    frozen, trained = (_on_mesh(shapes, mesh) for shapes in (abstract_frozen(student), abstract_parameters(student)))
+    return _jitted_accumulate(student, mesh, vocab_chunk).trace(frozen, trained, abstract_sums(student, mesh), batch)
 
 
-def trace_apply(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Traced:
+def trace_apply(
+    architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh, lora: Lora | None = None
+) -> jax.stages.Traced:
     """`TrainStep.apply`, traced without any array; `mesh` may be of absent devices."""
-    student = abstract_decoder(architecture)
+    student = abstract_decoder(architecture, lora=lora)
     state = abstract_state(student, optimizer, mesh)
     return _jitted_apply(student, optimizer, mesh).trace(state, abstract_sums(student, mesh))
 
 
 def _jitted_accumulate(student: Decoder, mesh: Mesh, vocab_chunk: int) -> jax.stages.Wrapped:
-    """(parameters, sums, rows) -> sums and the cross-entropy of every token; of `student` only shapes are kept."""
+    """(frozen, parameters, sums, rows) -> sums and the cross-entropy of every token; of `student` shapes are kept."""
     check_tensor_axis(student.architecture, mesh)
     _check_remat(student.remat, mesh)
     graph, template = _split_abstract(student)
-    specs: Any = {name: parameter_spec(name, value.shape, mesh) for name, value in abstract_parameters(student).items()}
-    split, head = ParameterSplit(specs), student.head_name
+    frozen_specs, specs = (_specs(shapes, mesh) for shapes in (abstract_frozen(student), abstract_parameters(student)))
+    split, head = ParameterSplit({**frozen_specs, **specs}), student.head_name
 
-    def accumulate(parameters: Parameters, sums: StepSums, batch: Rows) -> tuple[StepSums, jax.Array]:
+    def accumulate(
+        frozen: Parameters, parameters: Parameters, sums: StepSums, batch: Rows
+    ) -> tuple[StepSums, jax.Array]:
         def loss_of_own_rows(parameters: Parameters, token_weights_bt: jax.Array) -> jax.Array:
-            model = nnx.merge(graph, replace_parameters(template, parameters))
+            model = nnx.merge(graph, replace_parameters(template, {**frozen, **parameters}))
             return weighted_cross_entropy(
                 model(batch.tokens_bt, batch.segment_ids_bt, split),
                 split.head(head, model.head_weight(), model.dtype),
@@ -159,12 +177,12 @@ def _jitted_accumulate(student: Decoder, mesh: Mesh, vocab_chunk: int) -> jax.st
     sharded = jax.shard_map(
         accumulate,
         mesh=mesh,
-        in_specs=(specs, sums_specs, PartitionSpec(DATA)),
+        in_specs=(frozen_specs, specs, sums_specs, PartitionSpec(DATA)),
         out_specs=(sums_specs, whole),
         check_vma=False,  # kernels do not say over which axes their results vary; transposes are written down
     )
     sums_shardings = jax.tree.map(lambda value: value.sharding, abstract_sums(student, mesh))
-    return jax.jit(sharded, out_shardings=(sums_shardings, replicated(mesh)), donate_argnums=1)
+    return jax.jit(sharded, out_shardings=(sums_shardings, replicated(mesh)), donate_argnums=2)
 
 
 def _jitted_apply(student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
@@ -211,11 +229,12 @@ def abstract_state(student: Decoder, optimizer: optax.GradientTransformation, me
 
 
 def initial_state(student: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """float32 copies of the student's parameters, and fresh moments. The student keeps its own buffers."""
+    """float32 copies of the student's trained parameters, and fresh moments. The student keeps its own buffers."""
     shardings = state_shardings(student, optimizer, mesh)
     parameters = {
         name: jnp.array(jax.device_put(value, shardings.parameters[name]), jnp.float32, copy=True)
         for name, value in flatten_parameters(nnx.state(student, nnx.Param)).items()
+        if is_trained(name, student)
     }
     optimizer_state = jax.jit(optimizer.init, out_shardings=shardings.optimizer_state)(parameters)
     return TrainState(parameters, optimizer_state)
@@ -253,16 +272,12 @@ def put_rows(micro_batch: MicroBatch, mesh: Mesh) -> Rows:
     )
 
 
-def trained_student(student: Decoder, parameters: Parameters) -> Decoder:
-    """A decoder like `student` that holds `parameters`."""
+def trained_student(
+    student: Decoder, parameters: Parameters, frozen: Mapping[str, jax.Array] = NOTHING_FROZEN
+) -> Decoder:
+    """A decoder like `student` that holds `parameters` and, where these are not all, `frozen`."""
     graph, template = _split_abstract(student)
-    return nnx.merge(graph, replace_parameters(template, parameters))
-
-
-def abstract_parameters(student: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dotted name -> shape of every float32 master parameter."""
-    shapes = parameter_shapes(student.architecture)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return nnx.merge(graph, replace_parameters(template, {**frozen, **parameters}))
 
 
 def _check_remat(remat: str, mesh: Mesh) -> None:
@@ -279,6 +294,10 @@ def _on_mesh(shapes: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, j
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=parameter_sharding(name, value.shape, mesh))
         for name, value in shapes.items()
     }
+
+
+def _specs(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> Any:
+    return {name: parameter_spec(name, value.shape, mesh) for name, value in shapes.items()}
 
 
 def _split_abstract(student: Decoder) -> tuple[nnx.GraphDef, nnx.State]:

@@ -10,6 +10,7 @@ from lark_jax.preflight.lengths import Steps
 from lark_jax.preflight.requests import CompileAnswer
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.flops import forward_flops, training_flops
+from lark_jax.students.lora import Lora
 
 ATTENTION_BLOCK = 512  # queries per pass over keys and values, in flash kernels and ours
 VOCABULARY_BLOCK = 4_096  # tokens per pass over the head
@@ -64,14 +65,14 @@ def step_cost(
     return StepCost(flops, weights + activations + logits + rereads, _sent_bytes(answer, tokens))
 
 
-def training_cost(architecture: Architecture, answer: CompileAnswer, remat: str) -> StepCost:
+def training_cost(architecture: Architecture, answer: CompileAnswer, remat: str, lora: Lora | None = None) -> StepCost:
     """Of the micro-batch that `answer` is about, in bfloat16.
 
     Memory traffic is taken as that of forward passes, as many as the FLOPs are worth. What is sent is that of the
     compiled program, recomputation included.
     """
     forward = step_cost(architecture, answer, answer.rows_per_device, answer.length, 2)
-    flops = answer.rows_per_device * training_flops(architecture, answer.length, remat) / answer.tensor
+    flops = answer.rows_per_device * training_flops(architecture, answer.length, remat, lora) / answer.tensor
     return StepCost(flops, forward.memory_bytes * flops / forward.flops, float(total_sent(answer.collectives)))
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from lark_jax.errors import PreflightError
 from lark_jax.preflight.collectives import Collective
 from lark_jax.students.architecture import Architecture, RopeScaling
+from lark_jax.students.lora import Lora
 
 WORKER = "lark_jax.preflight.worker"
 ENVIRONMENT = {
@@ -56,6 +57,7 @@ class CompileRequest(MeshRequest):
       length: tokens of a row.
       remat: as `config.finetune.remat`; scoring has no backward pass.
       packed: rows have segment ids (fine-tuning).
+      lora: the adapter that fine-tuning trains; None: it trains every parameter.
     """
 
     step: str
@@ -65,6 +67,7 @@ class CompileRequest(MeshRequest):
     length: int
     remat: str = "none"
     packed: bool = False
+    lora: Lora | None = None
 
 
 Request = TypeVar("Request", bound=MeshRequest)
@@ -81,7 +84,7 @@ class Memory:
     code: int
     total: int
     available: int
-    resident: int = 0  # what the run keeps beside this program: the moments of Adam, while gradients are added up
+    resident: int = 0  # what the run keeps beside this program: Adam's moments, or frozen weights in the optimizer step
 
     @property
     def fits(self) -> bool:
@@ -171,7 +174,10 @@ def _ask_child(question: str, request: MeshRequest) -> dict[str, Any]:
 def request_from_json(values: dict[str, Any], kind: type[Request]) -> Request:
     architecture = values["architecture"]
     scaling = RopeScaling(**architecture["rope_scaling"])
-    return kind(**{**values, "architecture": Architecture(**{**architecture, "rope_scaling": scaling})})
+    values = {**values, "architecture": Architecture(**{**architecture, "rope_scaling": scaling})}
+    if values.get("lora") is not None:
+        values["lora"] = Lora(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
+    return kind(**values)
 
 
 def answer_from_json(values: dict[str, Any]) -> CompileAnswer:

@@ -4,11 +4,13 @@ import dataclasses
 
 from lark_jax import runtime
 from lark_jax.config import REMAT_CHOICES, Experiment
+from lark_jax.finetuning.parameter_sets import lora_of
 from lark_jax.preflight.cost import Assumptions, StepTime, step_time, training_cost
 from lark_jax.preflight.lengths import Lengths, longest_rows
 from lark_jax.preflight.requests import CompileAnswer, CompileRequest, compile_in_child
 from lark_jax.preflight.topologies import Topology
 from lark_jax.students.architecture import Architecture
+from lark_jax.students.lora import Lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class TrainingFindings:
 
     Attributes:
       configured: the experiment's own `finetune.remat`.
+      lora: the adapter that is trained; None: every parameter is.
       policies: all of them, in the order of `config.REMAT_CHOICES`.
       update: the optimizer step, which follows the last micro-batch.
     """
@@ -34,6 +37,7 @@ class TrainingFindings:
     student: str
     topology: Topology
     configured: str
+    lora: Lora | None
     policies: tuple[PolicyFinding, ...]
     update: CompileAnswer
     assumptions: Assumptions
@@ -76,12 +80,20 @@ def check_training(
         request = training_request(experiment, architecture, topology, lengths, remat)
         runtime.say(f"compiling finetune for {topology.name}: {request.length:,} tokens, remat={remat}")
         answer = compile_in_child(request)
-        cost = training_cost(architecture, answer, remat)
+        cost = training_cost(architecture, answer, remat, lora_of(experiment.finetune))
         across_hosts = topology.num_hosts > 1
         time = step_time(cost, topology.chip, across_hosts=across_hosts, assumptions=assumptions)
         policies.append(PolicyFinding(remat, answer, cost.flops, time))
     update = compile_in_child(dataclasses.replace(request, step="finetune_update"))
-    return TrainingFindings(student_name, topology, experiment.finetune.remat, tuple(policies), update, assumptions)
+    return TrainingFindings(
+        student=student_name,
+        topology=topology,
+        configured=experiment.finetune.remat,
+        lora=lora_of(experiment.finetune),
+        policies=tuple(policies),
+        update=update,
+        assumptions=assumptions,
+    )
 
 
 def training_request(
@@ -105,4 +117,5 @@ def training_request(
         length=length,
         remat=remat,
         packed=finetune.packing,
+        lora=lora_of(finetune),
     )

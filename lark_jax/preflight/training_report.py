@@ -6,6 +6,7 @@ from typing import Any
 from lark_jax.preflight.cost import total_sent
 from lark_jax.preflight.report import gib, mesh_text, table
 from lark_jax.preflight.training import PolicyFinding, TrainingFindings
+from lark_jax.students.lora import Lora
 
 
 def training_as_text(findings: TrainingFindings) -> str:
@@ -13,9 +14,9 @@ def training_as_text(findings: TrainingFindings) -> str:
     first, topology = findings.policies[0].answer, findings.topology
     memory, update = first.memory, findings.update.memory
     common = [
-        ("parameters", gib(memory.parameters), "float32"),
+        ("parameters", gib(memory.parameters), _trained(findings.lora)),
         ("moments of Adam", gib(memory.resident), "float32"),
-        ("sums of the gradients", gib(memory.parameters), "float32"),
+        ("sums of the gradients", gib(memory.resident // 2), "float32"),
     ]
     policies = [
         (_name(policy, findings), gib(findings.peak(policy)), _note(policy, findings)) for policy in findings.policies
@@ -42,6 +43,7 @@ def training_as_json(findings: TrainingFindings) -> dict[str, Any]:
         "student": findings.student,
         "topology": findings.topology.name,
         "configured": findings.configured,
+        "lora": None if findings.lora is None else dataclasses.asdict(findings.lora),
         "fits": findings.fits,
         "fastest": None if fastest is None else fastest.remat,
         "policies": [
@@ -57,6 +59,10 @@ def training_as_json(findings: TrainingFindings) -> dict[str, Any]:
         "update": dataclasses.asdict(findings.update),
         "assumptions": dataclasses.asdict(findings.assumptions),
     }
+
+
+def _trained(lora: Lora | None) -> str:
+    return "float32" if lora is None else f"frozen, but for an adapter of rank {lora.rank}, float32"
 
 
 def _name(policy: PolicyFinding, findings: TrainingFindings) -> str:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lark_jax.config import FinetuneConfig, MeshConfig
 from lark_jax.errors import LarkError, PreflightError
 from lark_jax.finetuning.optimizer import make_optimizer
+from lark_jax.finetuning.parameter_sets import abstract_frozen, abstract_parameters
 from lark_jax.finetuning.step import trace_accumulate, trace_apply
 from lark_jax.preflight.collectives import collectives_of
 from lark_jax.preflight.requests import (
@@ -30,10 +31,16 @@ from lark_jax.preflight.requests import (
 )
 from lark_jax.preflight.topologies import Topology, parse_topology
 from lark_jax.scoring.mesh_choice import fits_one_process
-from lark_jax.scoring.parameter_axes import check_tensor_axis, choose_parameter_axes, parameter_bytes_per_device
+from lark_jax.scoring.parameter_axes import (
+    bytes_per_device,
+    check_tensor_axis,
+    choose_parameter_axes,
+    parameter_bytes_per_device,
+)
 from lark_jax.scoring.step import trace_score_step
 from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students.attention import default_backend, describe_backend
+from lark_jax.students.parameters import abstract_decoder
 
 SHORT_LENGTH = 128
 _OUT_OF_MEMORY = (
@@ -76,6 +83,7 @@ def trace_micro_batch(
         rows=request.rows_per_device * mesh.shape[DATA],
         length=length,
         packed=request.packed,
+        lora=request.lora,
     )
 
 
@@ -83,26 +91,48 @@ def trace_update(
     request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str, length: int
 ) -> jax.stages.Traced:
     del parameter_axes, attention, length
-    return trace_apply(request.architecture, make_optimizer(FinetuneConfig(), total_steps=1_000), mesh)
+    return trace_apply(request.architecture, make_optimizer(FinetuneConfig(), total_steps=1_000), mesh, request.lora)
+
+
+class Held(NamedTuple):
+    """Bytes on each device: parameters that the program sees, and what the run keeps that it does not see."""
+
+    parameters: int
+    resident: int
+
+
+def held_in_scoring(request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...]) -> Held:
+    return Held(parameter_bytes_per_device(request.architecture, mesh, request.dtype, parameter_axes), 0)
+
+
+def held_in_micro_batch(request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...]) -> Held:
+    """Two moments of what is trained wait for the optimizer step."""
+    trained, frozen = _trained_and_frozen(request, mesh, parameter_axes)
+    return Held(trained + frozen, 2 * trained)
+
+
+def held_in_update(request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...]) -> Held:
+    trained, frozen = _trained_and_frozen(request, mesh, parameter_axes)
+    return Held(trained, frozen)
+
+
+def _trained_and_frozen(request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...]) -> tuple[int, int]:
+    student = abstract_decoder(request.architecture, request.dtype, lora=request.lora)
+    trained, frozen = abstract_parameters(student), abstract_frozen(student)
+    return bytes_per_device(trained, mesh, parameter_axes), bytes_per_device(frozen, mesh, parameter_axes)
 
 
 class Step(NamedTuple):
-    """What preflight compiles.
-
-    Attributes:
-      parameter_dtype: None: that of the computation.
-      moments: arrays as large as the parameters that the run keeps on the devices and the program does not see.
-    """
+    """What preflight compiles."""
 
     trace: TraceStep
-    parameter_dtype: str | None = None
-    moments: int = 0
+    held: Callable[[CompileRequest, Mesh, tuple[str, ...]], Held]
 
 
 STEPS: Mapping[str, Step] = {
-    "score": Step(trace_score),
-    "finetune": Step(trace_micro_batch, "float32", moments=2),
-    "finetune_update": Step(trace_update, "float32"),
+    "score": Step(trace_score, held_in_scoring),
+    "finetune": Step(trace_micro_batch, held_in_micro_batch),
+    "finetune_update": Step(trace_update, held_in_update),
 }
 
 
@@ -121,10 +151,8 @@ def answer(request: CompileRequest) -> CompileAnswer:
     step = STEPS[request.step]
     traced = step.trace(request, mesh, parameter_axes, attention, request.length)
     short = step.trace(request, mesh, parameter_axes, attention, min(SHORT_LENGTH, request.length))
-    parameter_dtype = jnp.dtype(step.parameter_dtype or dtype)
-    parameters = parameter_bytes_per_device(request.architecture, mesh, parameter_dtype, parameter_axes)
     start = time.monotonic()
-    memory = _compiled_memory(traced, topology, parameters, resident=step.moments * parameters)
+    memory = _compiled_memory(traced, topology, step.held(request, mesh, parameter_axes))
     return CompileAnswer(
         memory=memory,
         parameter_axes=parameter_axes,
@@ -195,7 +223,8 @@ def _attention(request: CompileRequest, topology: Topology) -> str:
     return request.attention
 
 
-def _compiled_memory(traced: jax.stages.Traced, topology: Topology, parameters: int, resident: int) -> Memory:
+def _compiled_memory(traced: jax.stages.Traced, topology: Topology, held: Held) -> Memory:
+    parameters, resident = held
     try:
         analysis = traced.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:

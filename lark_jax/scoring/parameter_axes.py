@@ -1,10 +1,9 @@
 """Over which mesh axes the student's parameters are split for scoring: what fits, or what the user asked for."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -49,11 +48,19 @@ def parameter_bytes_per_device(
     architecture: Architecture, mesh: Mesh, dtype: DTypeLike, parameter_axes: tuple[str, ...]
 ) -> int:
     """Bytes of all parameters on each device of `mesh`."""
-    sizes = (
-        math.prod(parameter_sharding(name, shape, mesh, parameter_axes).shard_shape(shape))
-        for name, shape in parameter_shapes(architecture).items()
+    shapes = parameter_shapes(architecture)
+    return bytes_per_device({n: jax.ShapeDtypeStruct(shapes[n], dtype) for n in shapes}, mesh, parameter_axes)
+
+
+def bytes_per_device(
+    parameters: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, parameter_axes: tuple[str, ...]
+) -> int:
+    """Of these parameters, by dotted name, on each device of `mesh`."""
+    return sum(
+        math.prod(parameter_sharding(name, value.shape, mesh, parameter_axes).shard_shape(value.shape))
+        * value.dtype.itemsize
+        for name, value in parameters.items()
     )
-    return sum(sizes) * np.dtype(dtype).itemsize
 
 
 def smallest_device_memory(devices: Sequence[jax.Device]) -> int | None:

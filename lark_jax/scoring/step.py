@@ -24,7 +24,13 @@ from lark_jax.sharding import rows as rows_sharding
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parallel import ParameterSplit
-from lark_jax.students.parameters import abstract_decoder, flatten_parameters, parameter_shapes, replace_parameters
+from lark_jax.students.parameters import (
+    abstract_decoder,
+    flatten_parameters,
+    parameter_shapes,
+    replace_parameters,
+    shapes_of,
+)
 
 # Tokens that pass through an MLP together, by platform. On a CPU larger blocks leave the cache; elsewhere all at once.
 MLP_BLOCKS = {"cpu": 512}
@@ -108,8 +114,7 @@ def jitted_score_step(
     check_tensor_axis(student.architecture, mesh)
     graph, state = nnx.split(student)
     state = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), state)
-    shapes = parameter_shapes(student.architecture)
-    specs = {name: parameter_spec(name, shape, mesh, parameter_axes) for name, shape in shapes.items()}
+    specs = {name: parameter_spec(name, shape, mesh, parameter_axes) for name, shape in shapes_of(student).items()}
     split = ParameterSplit(specs)
     head = student.head_name
     mlp_block = MLP_BLOCKS.get(mesh.devices.flat[0].platform)

@@ -1,4 +1,7 @@
-"""Stage "export": each fine-tuned student as an ordinary HF folder, `export/<method>_B<budget>/student/`."""
+"""Stage "export": each fine-tuned student as an ordinary HF folder, `export/<method>_B<budget>/student/`.
+
+An adapter is merged into it, and lies beside it in `adapter/` as PEFT reads it.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +11,9 @@ from lark_jax.errors import PipelineError
 from lark_jax.finetuning import CHECKPOINTS
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.stages.finetune import finetuned, training_data
-from lark_jax.stages.layout import STUDENT, Layout, Run
+from lark_jax.stages.layout import ADAPTER, STUDENT, Layout, Run
 from lark_jax.stages.student import open_chat
-from lark_jax.students import export_student, local_folder
+from lark_jax.students import export_adapter, export_student, local_folder
 
 
 def export_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -38,6 +41,8 @@ def _export_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
             end_of_turn_id=chat.end_of_turn_id,
             chat_template=None if experiment.student.chat_template is None else chat.template,
         )
+        if result.student.lora is not None:
+            export_adapter(result.student, experiment.student.path, directory / ADAPTER)
         return Outcome(counts={"files": sum(1 for _ in (directory / STUDENT).iterdir())})
 
     return Task(f"export/{run.name}", layout.export(run), inputs, export)

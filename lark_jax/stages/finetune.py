@@ -126,8 +126,10 @@ def finetuned(
 ) -> FinetuneResult:
     """Trains in `directory`, or continues there; returns at once what a finished run left there."""
     mesh = make_mesh(experiment.mesh)
+    # Frozen weights are only computed with; trained ones need all their digits.
+    dtype = "float32" if experiment.finetune.lora_rank == 0 else experiment.finetune.dtype
     return finetune(
-        open_student(experiment, mesh, "float32"),
+        open_student(experiment, mesh, dtype),
         data.examples,
         experiment.finetune,
         seed=experiment.seed,

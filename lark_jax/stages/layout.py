@@ -9,6 +9,7 @@ from lark_jax.selection import Method, require_metrics, resolve_methods
 
 BASE = "base"  # the student before fine-tuning, among the evaluated
 STUDENT = "student"  # folder of a checkpoint below its task's folder
+ADAPTER = "adapter"  # folder of an adapter in PEFT's form, beside it
 
 
 @dataclasses.dataclass(frozen=True)

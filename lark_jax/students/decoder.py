@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from lark_jax.errors import ConfigError
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.attention import attend, matmul_precision
+from lark_jax.students.lora import Lora
 from lark_jax.students.mixed_precision import add_bias, project, scale
 from lark_jax.students.parallel import LOCAL, ParameterSplit
 from lark_jax.students.remat import LAYER_INPUT, POLICIES, named, rematerialized
@@ -34,14 +35,26 @@ class Weight(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x W' (+ b), with W [out, in]."""
+    """x W' (+ b), with W [out, in]; with an adapter, + scaling x A' B', see `students.lora`."""
 
     def __init__(self, in_size: int, out_size: int, dtype: DTypeLike, rngs: nnx.Rngs, *, use_bias: bool = False):
         self.weight = nnx.Param(INITIALIZER_RANGE * jax.random.normal(rngs.params(), (out_size, in_size), dtype))
         self.bias = nnx.Param(jnp.zeros((out_size,), dtype)) if use_bias else None
+        self.lora_A: Weight | None = nnx.data(None)
+        self.lora_B: Weight | None = nnx.data(None)
+        self.lora_scaling = 0.0
+
+    def add_adapter(self, lora: Lora, rngs: nnx.Rngs) -> None:
+        """Float32 matrices [..., rank, in] and [..., out, rank], with the leading axes of the weight; random ones."""
+        *layers, out_size, in_size = self.weight.shape
+        self.lora_A = Weight((*layers, lora.rank, in_size), jnp.float32, rngs)
+        self.lora_B = Weight((*layers, out_size, lora.rank), jnp.float32, rngs)
+        self.lora_scaling = lora.scaling
 
     def __call__(self, x: jax.Array) -> jax.Array:
         out = project(x, self.weight[...])
+        if self.lora_A is not None and self.lora_B is not None:
+            out = out + project(self.lora_scaling * project(x, self.lora_A.weight[...]), self.lora_B.weight[...])
         return out if self.bias is None else add_bias(out, self.bias[...])
 
 
@@ -148,6 +161,7 @@ class Decoder(nnx.Module):
       remat: what the backward pass keeps of each layer: a key of `remat.POLICIES`. "none": everything; "attention": the
         input and the attention's output; "block": the input; "offload": the input, in the host's memory.
       attention_backend: a key of `attention.BACKENDS`; None: chosen by row length.
+      lora: the adapter that layers have beside their weights; None: none.
     """
 
     def __init__(
@@ -159,8 +173,11 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         remat: str = "none",
         attention_backend: str | None = None,
+        lora: Lora | None = None,
     ) -> None:
         """Fresh weights: normal with standard deviation 0.02, biases zero, norm scales one (as HF initializes).
+
+        The matrices of an adapter are drawn likewise; `adapters.with_fresh_adapter` has those to start from.
 
         Raises:
           ConfigError: unknown `remat`.
@@ -171,9 +188,12 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
         self.attention_backend = attention_backend
+        self.lora = lora
         table_shape = (architecture.vocab_size, architecture.hidden_size)
         self.embed_tokens = Weight(table_shape, param_dtype, rngs)
         self.layers = _stacked_layers(architecture, param_dtype, rngs)
+        if lora is not None:
+            _add_adapters(self.layers, lora, rngs)
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, param_dtype)
         self.lm_head = None if architecture.tie_word_embeddings else Weight(table_shape, param_dtype, rngs)
 
@@ -208,7 +228,7 @@ class Decoder(nnx.Module):
             return layer(hidden_btd, rotation, segment_ids_bt, self.attention_backend, split, mlp_block), None
 
         with jax.named_scope("layers"):
-            hidden_btd = _through_layers(rematerialized(block, self.remat), hidden_btd, stacked)
+            hidden_btd = _through_layers(block, hidden_btd, stacked, self.remat)
         with jax.named_scope("norm"):
             return self.norm(hidden_btd)
 
@@ -241,21 +261,30 @@ def _stacked_layers(architecture: Architecture, dtype: DTypeLike, rngs: nnx.Rngs
     return stack(rngs)
 
 
-def _through_layers(block: Block, hidden_btd: jax.Array, stacked: nnx.State) -> jax.Array:
+def _add_adapters(layers: DecoderLayer, lora: Lora, rngs: nnx.Rngs) -> None:
+    for path, module in nnx.iter_modules(layers):
+        if isinstance(module, Linear) and path[-1] in lora.targets:
+            module.add_adapter(lora, rngs)
+
+
+def _through_layers(block: Block, hidden_btd: jax.Array, stacked: nnx.State, remat: str) -> jax.Array:
     """Scans `block` over the layers, whose parameters are stacked on the leading axis.
 
     fp32 masters are scanned over, so that their gradients come out stacked too. Of narrower parameters, which are not
     trained, each layer is taken inside the loop: XLA's CPU backend widens a bf16 array to fp32 around a slice and
-    would move that, for all layers at once, out of the loop (1.4 GB for a student of 0.5B).
+    would move that, for all layers at once, out of the loop (1.4 GB for a student of 0.5B). They are taken inside of
+    what is rematerialized, so that no layer's copy is kept for the backward pass.
     """
-    weights = jax.tree.leaves(stacked)
-    if all(weight.dtype == jnp.float32 for weight in weights):
-        return jax.lax.scan(block, hidden_btd, stacked)[0]
+    masters, narrower = nnx.split_state(stacked, lambda _, weight: weight.dtype == jnp.float32, ...)
+    if not jax.tree.leaves(narrower):
+        return jax.lax.scan(rematerialized(block, remat), hidden_btd, stacked)[0]
 
-    def block_at(hidden_btd: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
-        return block(hidden_btd, layer_at(stacked, layer))
+    def block_at(hidden_btd: jax.Array, inputs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+        own, layer = inputs
+        return block(hidden_btd, nnx.merge_state(own, layer_at(narrower, layer)))
 
-    return jax.lax.scan(block_at, hidden_btd, jnp.arange(weights[0].shape[0]))[0]
+    layers = jnp.arange(jax.tree.leaves(narrower)[0].shape[0])
+    return jax.lax.scan(rematerialized(block_at, remat), hidden_btd, (masters, layers))[0]
 
 
 def layer_at(stacked: Stacked, layer: jax.Array | int) -> Stacked:

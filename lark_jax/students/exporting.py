@@ -1,8 +1,9 @@
 """Decoder -> HF checkpoint folder that transformers and vLLM load unchanged, written shard by shard."""
 
+import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from lark_jax.errors import CheckpointError
 from lark_jax.files import atomic_directory
 from lark_jax.students.architecture import read_architecture
 from lark_jax.students.decoder import Decoder
-from lark_jax.students.hf_names import EMBEDDING_KEY, check_keys, hf_slots, is_ignored, is_repeated_head
+from lark_jax.students.hf_names import EMBEDDING_KEY, Slot, check_keys, hf_slots, is_ignored, is_repeated_head, slots_of
 from lark_jax.students.hub import local_folder
+from lark_jax.students.lora import Lora, factors_of, is_factor
 from lark_jax.students.parameters import flatten_parameters
-from lark_jax.students.safetensors_folder import SINGLE_FILE, CheckpointFiles, open_checkpoint
+from lark_jax.students.safetensors_folder import SINGLE_FILE, CheckpointFiles, TensorHeader, open_checkpoint
 
 GENERATION_CONFIG = "generation_config.json"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+_PEFT_PREFIX = "base_model.model."  # PEFT's wrapper around the model
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")  # named templates: transformers, older folders
 # Everything beside the weights that loading a model or its tokenizer can need; weights of other formats stay behind.
@@ -39,10 +43,11 @@ def export_student(
 
     Tensors keep the source's names, dtypes and distribution over files; configuration, tokenizer and chat template
     are byte-identical copies where no argument below says otherwise. `out_dir` appears whole or not at all; host
-    memory holds one file's tensors.
+    memory holds one file's tensors. An adapter is merged: W + scaling B A, from the source's own W, computed in float32
+    and rounded once; all other tensors then keep the source's bytes.
 
     Args:
-      model: decoder of the source's architecture.
+      model: decoder of the source's architecture; with an adapter, one that was trained on this source.
       source: folder or hub id.
       out_dir: replaced when it exists.
       end_of_turn_id: added to `eos_token_id` of `generation_config.json`, so that generation stops at the turn's end.
@@ -65,6 +70,28 @@ def export_student(
             save_file(tensors, directory / file.name, metadata=checkpoint.metadata_of(file) or {"format": "pt"})
 
 
+def export_adapter(model: Decoder, base: str, out_dir: str | Path) -> None:
+    """Writes the adapter of `model` into `out_dir` as PEFT reads it, in float32.
+
+    Args:
+      model: a decoder with an adapter.
+      base: folder or hub id of the checkpoint beside which the adapter is loaded.
+      out_dir: replaced when it exists.
+
+    Raises:
+      ValueError: `model` has no adapter.
+    """
+    if model.lora is None:
+        raise ValueError("the student has no adapter to export")
+    parameters = flatten_parameters(nnx.state(model, nnx.Param))
+    slots = slots_of({name: value.shape for name, value in parameters.items() if is_factor(name)})
+    tensors = {_PEFT_PREFIX + key: _to_host(parameters[slot.name], slot.layer) for key, slot in slots.items()}
+    with atomic_directory(Path(out_dir)) as directory:
+        config = json.dumps(_peft_config(model.lora, base), indent=2) + "\n"
+        (directory / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
+        save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
+
+
 def save_new_student(model: Decoder, config_folder: str | Path, out_dir: str | Path) -> None:
     """Writes a student that has no source checkpoint: one `model.safetensors` in the parameters' own dtype.
 
@@ -80,7 +107,8 @@ def save_new_student(model: Decoder, config_folder: str | Path, out_dir: str | P
     if read_architecture(config_folder) != model.architecture:
         raise CheckpointError(f"{config_folder}/config.json: describes another architecture than the student to save")
     parameters = flatten_parameters(nnx.state(model, nnx.Param))
-    tensors = {key: _to_host(parameters[slot.name], slot.layer) for key, slot in hf_slots(model.architecture).items()}
+    slots = hf_slots(model.architecture)
+    tensors = {key: _to_host(parameters[slot.name], slot.layer) for key, slot in slots.items()}
     with atomic_directory(out_dir) as directory:
         _copy_companions(config_folder, directory)
         save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
@@ -96,14 +124,51 @@ def _check_export(model: Decoder, checkpoint: CheckpointFiles, out_dir: Path) ->
 
 def _tensors_of(file: Path, checkpoint: CheckpointFiles, model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     slots = hf_slots(model.architecture)
-    parameters = flatten_parameters(nnx.state(model, nnx.Param))
+    value_of = _stored_values(model)
     for key in checkpoint.keys_of(file):
         header = checkpoint.tensors[key]
         if is_ignored(key):
             yield key, header.read()
             continue
         slot = slots[EMBEDDING_KEY if is_repeated_head(key, model.architecture) else key]
-        yield key, _to_host(parameters[slot.name], slot.layer).astype(header.dtype, copy=False)
+        yield key, value_of(header, slot)
+
+
+def _stored_values(model: Decoder) -> Callable[[TensorHeader, Slot], np.ndarray]:
+    """What becomes of a tensor of the source, in its dtype."""
+    parameters, lora = flatten_parameters(nnx.state(model, nnx.Param)), model.lora
+
+    def trained(header: TensorHeader, slot: Slot) -> np.ndarray:
+        return _to_host(parameters[slot.name], slot.layer).astype(header.dtype, copy=False)
+
+    def merged(header: TensorHeader, slot: Slot, lora: Lora) -> np.ndarray:
+        base = header.read()
+        name_a, name_b = factors_of(slot.name)
+        if name_a not in parameters:
+            return base
+        a, b = (_to_host(parameters[name], slot.layer) for name in (name_a, name_b))
+        return (base.astype(np.float32) + np.float32(lora.scaling) * (b @ a)).astype(header.dtype)
+
+    return trained if lora is None else functools.partial(merged, lora=lora)
+
+
+def _peft_config(lora: Lora, base: str) -> dict[str, Any]:
+    """What PEFT needs to know; whatever else it knows has its default there."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": list(lora.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
 
 
 def _to_host(parameter: jax.Array, layer: int | None) -> np.ndarray:

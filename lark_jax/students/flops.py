@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from lark_jax.students.architecture import Architecture
+from lark_jax.students.lora import Lora
 
 # Dense bfloat16 peak of one device (one JAX device, so half a TPU v2/v3 board is not in here), from the vendors' data
 # sheets, without sparsity. Keys are looked for in `jax.Device.device_kind`, in this order.
@@ -69,15 +70,28 @@ def forward_flops(architecture: Architecture, length: int, *, vocab: bool = True
     return length * (projections + head) + attention_flops(architecture, length)
 
 
-def training_flops(architecture: Architecture, length: int, remat: str) -> float:
+def training_flops(architecture: Architecture, length: int, remat: str, lora: Lora | None = None) -> float:
     """FLOPs of a forward and a backward pass over one row, with what `remat` computes twice.
 
-    A backward pass has two products for each of the forward pass. A recomputation is taken as a whole forward pass;
-    "attention" leaves attention itself out of it.
+    A backward pass has two products for each of the forward pass, but one for those with weights that are not trained.
+    A recomputation is taken as a whole forward pass; "attention" leaves attention itself out of it.
+
+    Args:
+      lora: the adapter that is trained; None: every parameter is.
     """
-    forward = forward_flops(architecture, length)
-    recomputed = {"none": 0.0, "attention": forward - attention_flops(architecture, length)}.get(remat, forward)
-    return 3.0 * forward + recomputed
+    attention = attention_flops(architecture, length)
+    weights = forward_flops(architecture, length) - attention
+    adapter = 0.0 if lora is None else length * 2.0 * adapter_parameter_count(architecture, lora)
+    forward = weights + attention + adapter
+    recomputed = {"none": 0.0, "attention": forward - attention}.get(remat, forward)
+    weight_gradients = weights if lora is None else 0.0
+    return 2.0 * forward + attention + adapter + weight_gradients + recomputed
+
+
+def adapter_parameter_count(architecture: Architecture, lora: Lora) -> int:
+    """Of A and B of all layers."""
+    shapes = _matrix_shapes(architecture)
+    return architecture.num_layers * sum(lora.rank * sum(shapes[target]) for target in lora.targets)
 
 
 def attention_flops(architecture: Architecture, length: int) -> float:
@@ -103,8 +117,21 @@ def parameter_count(architecture: Architecture) -> int:
 
 
 def _layer_matrices(architecture: Architecture) -> int:
-    """Weights of one layer's matrices: q, k, v, o, gate, up, down."""
+    """Weights of one layer's matrices."""
+    return sum(out_size * in_size for out_size, in_size in _matrix_shapes(architecture).values())
+
+
+def _matrix_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Name -> (out, in) of one layer's matrices."""
+    hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
     query = architecture.num_heads * architecture.head_dim
     key_value = architecture.num_kv_heads * architecture.head_dim
-    attention = architecture.hidden_size * (2 * query + 2 * key_value)
-    return attention + 3 * architecture.hidden_size * architecture.intermediate_size
+    return {
+        "q_proj": (query, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }

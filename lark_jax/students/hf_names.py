@@ -27,8 +27,13 @@ class Slot:
 
 def hf_slots(architecture: Architecture) -> dict[str, Slot]:
     """HF key -> slot, for every tensor that a checkpoint of `architecture` must have."""
+    return slots_of(parameter_shapes(architecture))
+
+
+def slots_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+    """HF key -> slot, for parameters by their dotted names."""
     slots = {}
-    for name, shape in parameter_shapes(architecture).items():
+    for name, shape in shapes.items():
         if name.startswith(LAYERS):
             for layer in range(shape[0]):
                 slots[f"model.layers.{layer}.{name.removeprefix(LAYERS)}"] = Slot(name, layer, shape[1:])

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from lark_jax.sharding import DATA, TENSOR
+from lark_jax.students.lora import adapted_weight, is_factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ParameterSplit:
         What is split over `data` was added up where it was gathered, or looked up. The rest is added up here, at once.
         """
         totals: dict[str, jax.Array] = {}
-        for axes in ((), (DATA,), (DATA, TENSOR)):
+        for axes in ((), (DATA,), (TENSOR,), (DATA, TENSOR)):
             group = {name: value for name, value in gradients.items() if self._partial_over(name) == axes}
             # Over a single device too, XLA's CPU backend copies all that it is told to add up.
             several = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
@@ -98,12 +99,22 @@ class ParameterSplit:
         return totals
 
     def _partial_over(self, name: str) -> tuple[str, ...]:
-        """The axes along which a gradient has parts: norms of single heads see the heads of one device."""
-        if self._dimension(name, DATA) is not None:
-            return ()
+        """The axes along which a gradient has parts."""
+        over_data = (DATA,) if self._dimension(name, DATA) is None else ()
+        return (*over_data, TENSOR) if self._sees_one_part(name) else over_data
+
+    def _sees_one_part(self, name: str) -> bool:
+        """Whether devices along `tensor` share a parameter and go on with it differently.
+
+        Norms of single heads see the heads of one device. A of an adapter goes into the device's own rows of B, or B
+        comes after its own columns of A.
+        """
+        if self._dimension(name, TENSOR) is not None:
+            return False
+        if is_factor(name):
+            return self._dimension(adapted_weight(name), TENSOR) is not None
         of_heads = name.endswith((".q_norm.weight", ".k_norm.weight"))
-        heads_are_split = self._dimension("layers.self_attn.q_proj.weight", TENSOR) is not None
-        return (DATA, TENSOR) if of_heads and heads_are_split else (DATA,)
+        return of_heads and self._dimension("layers.self_attn.q_proj.weight", TENSOR) is not None
 
     def vocabulary_axis(self, name: str) -> str | None:
         """The mesh axis over which rows of the output projection `name` are split."""

@@ -43,6 +43,11 @@ def abstract_decoder(
 
 
 def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Dotted name -> shape of every parameter, layers stacked on the leading axis."""
-    flat = nnx.to_flat_state(nnx.state(abstract_decoder(architecture), nnx.Param))
+    """Dotted name -> shape of every parameter of a checkpoint, layers stacked on the leading axis."""
+    return shapes_of(abstract_decoder(architecture))
+
+
+def shapes_of(student: Decoder) -> dict[str, tuple[int, ...]]:
+    """The same for a decoder, whose adapter, where it has one, is not in `parameter_shapes`."""
+    flat = nnx.to_flat_state(nnx.state(student, nnx.Param))
     return dict(sorted((".".join(map(str, path)), value.shape) for path, value in flat))

@@ -22,8 +22,8 @@ from twenty_training_steps import LENGTH, Trace, mesh_of, student_of, twenty_ste
 from lark_jax.errors import ConfigError
 from lark_jax.finetuning.data import MicroBatch
 from lark_jax.finetuning.optimizer import make_optimizer
+from lark_jax.finetuning.parameter_sets import abstract_parameters
 from lark_jax.finetuning.step import (
-    abstract_parameters,
     initial_state,
     make_train_step,
     put_rows,

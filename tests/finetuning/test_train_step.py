@@ -23,6 +23,7 @@ from lark_jax.finetuning.step import (
     initial_state,
     make_train_step,
     put_rows,
+    trace_accumulate,
     zero_sums,
 )
 from lark_jax.pool.batching import BatchPlan
@@ -166,15 +167,17 @@ def test_with_bfloat16_compute_devices_add_up_their_gradients_in_float32() -> No
 
 def test_with_bfloat16_compute_the_gradient_of_the_head_is_reduced_in_float32() -> None:
     """Read before XLA's own passes: the CPU backend turns every bfloat16 all-reduce into float32."""
-    mesh = mesh_of(8)
-    parameters = initial_state(tiny_student(), OPTIMIZER, mesh).parameters
-    data = TrainingSet(random_examples(0, 4, 2), 8, seed=0)
-    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=1, row_multiple=8, pad_id=PAD_ID)
-    text = (
-        compiled(8, dtype="bfloat16")
-        .accumulate.lower(parameters, zero_sums(parameters, mesh), put_rows(micro, mesh))
-        .as_text()
+    traced = trace_accumulate(
+        ARCHITECTURE,
+        mesh_of(8),
+        dtype="bfloat16",
+        vocab_chunk=48,
+        remat="none",
+        attention_backend=None,
+        rows=8,
+        length=64,
     )
+    text = traced.lower().as_text()
     reduced = re.findall(r'"stablehlo.(?:all_reduce|reduce_scatter)".*?\}\) : \(tensor<([^>]*)>', text, re.DOTALL)
     assert f"{ARCHITECTURE.vocab_size}x{ARCHITECTURE.hidden_size}xf32" in reduced
     assert not [kind for kind in reduced if kind.endswith("bf16")]

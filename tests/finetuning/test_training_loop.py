@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
-from tiny_run import CONFIG, random_examples, run, tiny_student, weights_of
+from tiny_run import CONFIG, copy_with_checkpoint, random_examples, run, tiny_student, weights_of
 
 from lark_jax.config import MeshConfig
 from lark_jax.errors import TrainingError
@@ -29,14 +29,6 @@ TOTAL_STEPS = 15  # 18 trajectories, 4 a step, 3 epochs
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FinetuneResult]:
     directory = tmp_path_factory.mktemp("finished")
     return directory, run(directory)
-
-
-def copy_with_checkpoint(source: Path, target: Path, step: int) -> None:
-    """`target` looks as `source` did when it was killed at some moment after the checkpoint of `step`."""
-    shutil.copytree(source, target)
-    for checkpoint in (target / CHECKPOINTS).iterdir():
-        if int(checkpoint.name) > step:
-            shutil.rmtree(checkpoint)
 
 
 def test_logs_describe_every_step(finished: tuple[Path, FinetuneResult]) -> None:

@@ -1,5 +1,6 @@
 """A training run of a second or two."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lark_jax.config import FinetuneConfig, MeshConfig
-from lark_jax.finetuning import Example, FinetuneResult, finetune, weighted_examples
+from lark_jax.finetuning import CHECKPOINTS, Example, FinetuneResult, finetune, weighted_examples
 from lark_jax.pool.chat import RenderedTrajectory
 from lark_jax.sharding import make_mesh
 from lark_jax.students.architecture import Architecture, RopeScaling
@@ -85,6 +86,14 @@ def run(
         directory=directory,
         held_out=held_out,
     )
+
+
+def copy_with_checkpoint(source: Path, target: Path, step: int) -> None:
+    """`target` looks as `source` did when it was killed at some moment after the checkpoint of `step`."""
+    shutil.copytree(source, target)
+    for checkpoint in (target / CHECKPOINTS).iterdir():
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
 
 
 def weights_of(student: Decoder) -> dict[str, np.ndarray]:

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from lark_jax.students import Decoder
 from lark_jax.students.architecture import Architecture, RopeScaling
-from lark_jax.students.flops import attention_flops, forward_flops, parameter_count, peak_flops
+from lark_jax.students.flops import (
+    adapter_parameter_count,
+    attention_flops,
+    forward_flops,
+    parameter_count,
+    peak_flops,
+    training_flops,
+)
+from lark_jax.students.lora import Lora, is_factor
+from lark_jax.students.parameters import abstract_decoder, shapes_of
 
 QWEN_7B = Architecture(
     model_type="qwen2",
@@ -66,6 +75,23 @@ def test_parameters_are_those_of_the_decoder(tied: bool, norms_or_biases: bool):
     decoder = nnx.eval_shape(lambda: Decoder(architecture, rngs=nnx.Rngs(0)))
     held = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
     assert parameter_count(architecture) == held
+
+
+def test_an_adapter_has_the_parameters_of_the_decoders_and_spares_the_gradients_of_the_weights():
+    """By hand: attention thrice, the products with weights twice, those with A and B thrice."""
+    lora, length = Lora(8, 16.0, ("k_proj", "o_proj", "down_proj")), 1_000
+    factors = [
+        math.prod(shape) for name, shape in shapes_of(abstract_decoder(QWEN_7B, lora=lora)).items() if is_factor(name)
+    ]
+    assert adapter_parameter_count(QWEN_7B, lora) == sum(factors) == 28 * 8 * ((3584 + 512) + 2 * 3584 + (3584 + 18944))
+    attention, adapter = attention_flops(QWEN_7B, length), 2 * length * sum(factors)
+    weights = forward_flops(QWEN_7B, length) - attention
+    without_remat = 3 * attention + 2 * weights + 3 * adapter
+    assert training_flops(QWEN_7B, length, "none", lora) == pytest.approx(without_remat)
+    assert training_flops(QWEN_7B, length, "block", lora) == pytest.approx(
+        without_remat + attention + weights + adapter
+    )
+    assert training_flops(QWEN_7B, length, "attention", lora) == pytest.approx(without_remat + weights + adapter)
 
 
 @given(st.integers(1, 5_000))
