@@ -18,6 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lark_jax.errors import ConfigError
 from lark_jax.students.attention import attend
+from lark_jax.students.remat import LAYER_INPUT, named, rematerialized
 
 HAS_GPU = shutil.which("nvidia-smi") is not None and any(
     importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)
@@ -66,6 +67,25 @@ def test_the_backward_pass_is_cudnns_too_at_odd_lengths_and_inside_shard_map(dty
     for function in (gradients, sharded):
         targets = [target for target, _ in cudnn_calls(function, 383, 14, 2, dtype=dtype)]
         assert targets == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+
+
+@pytest.mark.usefixtures("cudnn_installed")
+@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("attention", 1), ("block", 2), ("offload", 2)])
+def test_with_its_output_kept_cudnns_forward_pass_does_not_run_again(remat, forward_passes):
+    """The policy knows it by the name of JAX's primitive, which is no public name: other releases may have another."""
+
+    def layer(x, weight):
+        q, k = named(x, LAYER_INPUT) * weight, x[:, :, :2] * weight
+        return attend(q, k, k, backend="cudnn") * weight, None
+
+    def loss(x, weights):
+        return jax.lax.scan(rematerialized(layer, remat), x, weights)[0].astype(jnp.float32).sum()
+
+    def through_layers(x, _, weights):
+        return jax.grad(loss, argnums=(0, 1))(x, weights[0, :3, 0, 0])
+
+    targets = [target for target, _ in cudnn_calls(through_layers, 384, 4, 2)]
+    assert sorted(targets) == ["fmhaSoftmax"] * forward_passes + ["fmhaSoftmaxBackward"]
 
 
 @pytest.mark.usefixtures("cudnn_installed")
