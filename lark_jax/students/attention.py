@@ -11,7 +11,6 @@ from lark_jax.errors import ConfigError
 from lark_jax.students.blockwise_attention import blockwise_attention
 from lark_jax.students.cudnn_attention import cudnn_attention, cudnn_refusal
 from lark_jax.students.dense_attention import dense_attention
-from lark_jax.students.manual_axes import inside_shard_map
 from lark_jax.students.splash_attention import splash_attention, splash_refusal
 
 # Measured on a CPU (4 heads of 32, forward and backward): about equal here, dense 2x slower at 512, 6x at 2,048.
@@ -59,7 +58,8 @@ def attend(
       segment_ids: int [batch, time]; tokens of different segments do not see each other. A segment is contiguous.
         None: one segment a row.
       backend: a key of `BACKENDS`; None: `default_backend` for this machine. On several TPU devices the Pallas kernel
-        runs inside `shard_map` only, since the compiler cannot partition it.
+        runs inside `shard_map` only, since the compiler cannot partition it; with `check_vma=False`, since the kernel
+        does not say over which axes its results vary.
 
     Returns:
       [batch, time, num_heads, head_dim] in the dtype of `q_bthd`; scores and softmax are fp32.
@@ -150,7 +150,8 @@ def _platform() -> str:
     platform = jax.default_backend()
     if platform == "gpu":
         platform = kernel_platform(jax.devices()[0])
-    partitioned_by_the_compiler = not inside_shard_map() and jax.device_count() > 1
+    inside_shard_map = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    partitioned_by_the_compiler = not inside_shard_map and jax.device_count() > 1
     return "cpu" if platform == "tpu" and partitioned_by_the_compiler else platform
 
 
