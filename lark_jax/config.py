@@ -18,7 +18,7 @@ from lark_jax.errors import ConfigError
 
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 DTYPES = ("float32", "bfloat16")
-ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
+ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "triton", "splash")  # keys of students.attention.BACKENDS
 TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGERS
 REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
 Section = TypeVar("Section")

@@ -12,12 +12,14 @@ from lark_jax.students.blockwise_attention import blockwise_attention
 from lark_jax.students.cudnn_attention import cudnn_attention, cudnn_refusal
 from lark_jax.students.dense_attention import dense_attention
 from lark_jax.students.splash_attention import splash_attention, splash_refusal
+from lark_jax.students.triton_attention import triton_attention, triton_refusal
 
 # Measured on a CPU (4 heads of 32, forward and backward): about equal here, dense 2x slower at 512, 6x at 2,048.
 LONGEST_DENSE_ROW = 256
 LONGEST_DENSE_ROW_BESIDE_KERNELS = 128  # one block of a kernel
 AMPERE = 8.0  # the first compute capability with cuDNN's flash kernels
-KERNELS: Mapping[str, str] = {"gpu": "cudnn", "tpu": "splash"}  # by platform, as `jax.default_backend()` names it
+# By platform, as `jax.default_backend()` names it: the first that can compute something is taken.
+KERNELS: Mapping[str, Sequence[str]] = {"gpu": ("cudnn", "triton"), "tpu": ("splash",)}
 
 # q_bthd, k_bskd, v_bskd, segment_ids_bt, precision -> out_bthd
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Precision], jax.Array]
@@ -37,6 +39,7 @@ BACKENDS: Mapping[str, Backend] = {
     "dense": Backend(dense_attention, no_refusal),
     "blockwise": Backend(blockwise_attention, no_refusal),
     "cudnn": Backend(cudnn_attention, cudnn_refusal),
+    "triton": Backend(triton_attention, triton_refusal),
     "splash": Backend(splash_attention, splash_refusal),
 }
 
@@ -88,10 +91,10 @@ def default_backend(length: int, platform: str, dtype: jnp.dtype, head_dim: int,
       platform: "cpu", "gpu" or "tpu".
       packed: rows have segment ids.
     """
-    kernel = KERNELS.get(platform)
-    if kernel is None or BACKENDS[kernel].refusal(jnp.dtype(dtype), head_dim, packed) is not None:
-        return "dense" if length <= LONGEST_DENSE_ROW else "blockwise"
-    return "dense" if length <= LONGEST_DENSE_ROW_BESIDE_KERNELS else kernel
+    for kernel in KERNELS.get(platform, ()):
+        if BACKENDS[kernel].refusal(jnp.dtype(dtype), head_dim, packed) is None:
+            return "dense" if length <= LONGEST_DENSE_ROW_BESIDE_KERNELS else kernel
+    return "dense" if length <= LONGEST_DENSE_ROW else "blockwise"
 
 
 def describe_backend(
@@ -156,7 +159,7 @@ def _platform() -> str:
 
 
 def _check_runs_here(backend: str, platform: str, dtype: jnp.dtype, head_dim: int, packed: bool) -> None:
-    home = next((where for where, kernel in KERNELS.items() if kernel == backend), platform)
+    home = next((where for where, kernels in KERNELS.items() if backend in kernels), platform)
     if home != platform:
         raise ConfigError(f"attention backend {backend!r} runs on {home}, not on {platform}; use 'auto' or 'blockwise'")
     refusal = _backend(backend).refusal(dtype, head_dim, packed)

@@ -95,7 +95,7 @@ def test_with_its_output_kept_cudnns_forward_pass_does_not_run_again(remat, forw
         (jnp.float32, 64, False, r"computes in bfloat16 or float16, not float32; these can: dense, blockwise$"),
         (jnp.bfloat16, 60, False, r"multiple of 8 up to 128, not 60; these can: dense, blockwise, splash$"),
         (jnp.bfloat16, 136, False, r"multiple of 8 up to 128, not 136; these can: dense, blockwise, splash$"),
-        (jnp.bfloat16, 64, True, r"does not honour segment ids; these can: dense, blockwise, splash$"),
+        (jnp.bfloat16, 64, True, r"does not honour segment ids; these can: dense, blockwise, triton, splash$"),
     ],
 )
 def test_what_cudnn_cannot_compute_is_refused_with_those_that_can(dtype, head_dim, packed, message):
