@@ -23,7 +23,7 @@ from lark_jax.judge_config import JudgeConfig
 
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 DTYPES = ("float32", "bfloat16")
-ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "splash")  # keys of students.attention.BACKENDS
+ATTENTION_BACKENDS = ("dense", "blockwise", "cudnn", "triton", "splash")  # keys of students.attention.BACKENDS
 SCORE_METRICS = ("judge", "local_naturalness", "rule_quality")  # keys of stages.metrics.METRICS
 TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGERS
 REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -105,3 +106,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows(mesh: Mesh) -> NamedSharding:
     """Leading axis over `data`: batches of rows."""
     return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """`array` on the devices, cut over `data`. Where the mesh spans several processes, each passes the same array."""
+    return jax.make_array_from_callback(array.shape, rows(mesh), array.__getitem__)

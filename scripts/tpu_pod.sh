@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Scores and selects on all hosts of a TPU VM slice. Runs on your own machine, from the repository's root, with gcloud.
+# Scores, selects and fine-tunes on all hosts of a TPU VM slice together; then exports on the first of them. Runs on your
+# own machine, from the repository's root, with gcloud.
 #
 #     export LARK_TPU=my-slice LARK_ZONE=us-east5-a LARK_SHARED=10.0.0.2:/share
 #     scripts/tpu_pod.sh setup                                   # once per slice: source, environment, shared folder
@@ -15,20 +16,26 @@
 #
 # After a preemption: delete the slice (`gcloud alpha compute tpus tpu-vm delete`), create it again, `setup`, and `run`
 # with the same arguments. Everything that counts is in the shared folder, so the run continues: what is finished is
-# not computed again. The same after a failure of one host: the others end by themselves, `run` starts all again.
+# not computed again, and training goes on from its last checkpoint. The same after a failure of one host: the others end
+# by themselves, `run` starts all again. `stop` lets a training step end and saves it.
 #
 # Settings, from the environment:
 #   LARK_TPU, LARK_ZONE  name and zone of the slice (the project is gcloud's own)
 #   LARK_SHARED          what all hosts mount at /mnt/lark: an NFS export HOST:/PATH, such as a Filestore instance, or a
 #                        bucket gs://NAME. Student, pool and working directory belong there. An NFS export is the safer
 #                        choice: a bucket has no atomic renames of folders.
+#   LARK_STAGES          stages of the run (default: score,select,finetune,export). Evaluation wants an engine that works
+#                        on the first host alone, see config.evaluate; on a slice of several hosts that is not a matter
+#                        of course, and the exported student can be evaluated anywhere.
 #   LARK_PYTHON          version of Python to install (default: 3.12)
 set -euo pipefail
+source scripts/job_stages.sh
 
 : "${LARK_TPU:?set it to the name of the slice}"
 : "${LARK_ZONE:?set it to the zone of the slice}"
 python_version=${LARK_PYTHON:-3.12}
 mount_point=/mnt/lark
+metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes
 
 # Runs a command on all hosts at once (a slice may have more than gcloud's usual 64), or on the one given.
 on_hosts() {
@@ -69,19 +76,43 @@ setup() {
   esac
 }
 
-# Every host starts one process, which drives the host's chips. JAX learns from the slice's metadata who it is and
-# where the first one listens; a slice of one host has one process. The processes outlive the ssh connection.
+# What a host does, as a script; $1 is its number in the slice. One process per host drives the host's chips. JAX learns
+# from the slice's metadata who it is and where the first one listens; a slice of one host has one process.
+job() {
+  local lark arguments stage
+  lark="~/lark_venv/bin/python -m lark_jax.run"
+  arguments=$(printf ' %q' "$@")
+  echo "set -e; export HF_HUB_OFFLINE=1"
+  if [ -n "$together" ]; then
+    echo "$lark$arguments --config.stages=$together --config.distributed.connect_timeout=600"
+  fi
+  echo '[ "$1" = 0 ] || exit 0'
+  # The chips of one host of a slice do not start without the others, and export computes nothing: it takes the host's
+  # processor. The other stages leave the chips to the evaluation engine.
+  for stage in ${alone//,/ }; do
+    case "$stage" in
+      export)
+        echo "JAX_PLATFORMS=cpu $lark$arguments --config.stages=export --config.distributed.start=never" \
+          "--config.mesh.data=-1 --config.mesh.tensor=1 --config.finetune.remat=block"
+        ;;
+      *) echo "$lark$arguments --config.stages=$stage --config.distributed.start=never" ;;
+    esac
+  done
+}
+
+# The job outlives the ssh connection, as the leader of a process group of its own.
 run() {
-  local arguments
-  arguments=$(printf ' %q' "$@" --config.stages=score,select --config.distributed.connect_timeout=600)
+  split_stages "${LARK_STAGES:-score,select,finetune,export}"
+  local job
+  job=$(printf '%q' "$(job "$@")")
   on_hosts all "set -e
     cd ~/lark_jax
-    if [ -f ~/lark_jax.pid ] && kill -0 \$(cat ~/lark_jax.pid) 2>/dev/null; then
+    if [ -f ~/lark_jax.pid ] && kill -0 -- -\$(cat ~/lark_jax.pid) 2>/dev/null; then
       echo 'error: still running here; scripts/tpu_pod.sh stop ends it' >&2
       exit 1
     fi
-    HF_HUB_OFFLINE=1 nohup ~/lark_venv/bin/python -m lark_jax.run$arguments \
-      >>$mount_point/logs/\$(hostname).log 2>&1 </dev/null &
+    number=\$(curl --silent --show-error --fail --header 'Metadata-Flavor: Google' $metadata/agent-worker-number)
+    setsid nohup bash -c $job lark_jax \"\$number\" >>$mount_point/logs/\$(hostname).log 2>&1 </dev/null &
     echo \$! >~/lark_jax.pid"
 }
 
@@ -90,7 +121,7 @@ log() {
 }
 
 stop() {
-  on_hosts all "if [ -f ~/lark_jax.pid ]; then kill \$(cat ~/lark_jax.pid) 2>/dev/null || true; rm -f ~/lark_jax.pid; fi"
+  on_hosts all "if [ -f ~/lark_jax.pid ]; then kill -- -\$(cat ~/lark_jax.pid) 2>/dev/null || true; fi"
 }
 
 case "${1:-}" in

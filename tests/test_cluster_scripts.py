@@ -13,13 +13,14 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from lark_jax.config import Experiment, experiment_from_mapping
+from lark_jax.config import STAGES, Experiment, MeshConfig, experiment_from_mapping
 from lark_jax.stages import check_stages
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SLURM = REPOSITORY / "scripts" / "slurm_8xa100.sh"
 TPU = REPOSITORY / "scripts" / "tpu_pod.sh"
 CONFIG = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
+MAIN_STAGES = tuple(stage for stage in STAGES if stage != "prepare")
 END_OF_CALL = "--end-of-call"
 
 
@@ -100,34 +101,76 @@ def test_batch_options_come_before_the_first_command() -> None:
     assert max(options) < first_command
 
 
-def test_slurm_scores_in_all_processes_and_goes_on_in_one(slurm: dict[str, str], tmp_path: Path) -> None:
-    finished = submit({**slurm, "LARK_STAGES": "finetune,export"}, CONFIG, f"--config.workdir={tmp_path}/a b")
+def test_slurm_trains_in_all_processes_and_exports_in_one(slurm: dict[str, str], tmp_path: Path) -> None:
+    finished = submit(slurm, CONFIG, f"--config.workdir={tmp_path}/a b", "--config.mesh.data=32")
     assert finished.returncode == 0, finished.stderr
     everywhere, alone = arguments_of(tmp_path / "bin" / "srun.calls")
     together = experiment_of(run_arguments(everywhere))
-    assert together.stages == ("score", "select")
+    assert together.stages == ("score", "select", "finetune")
     assert together.workdir == f"{tmp_path}/a b"
+    assert together.mesh.data == 32
     check_stages(together, 2)
     assert not [argument for argument in everywhere if argument.startswith(("--nodes", "--ntasks"))]
-    assert experiment_of(run_arguments(alone)).stages == ("finetune", "export")
+    on_first = experiment_of(run_arguments(alone))
+    assert on_first.stages == ("export",)
+    assert on_first.workdir == together.workdir
+    assert on_first.mesh.data == -1
     assert {"--nodes=1", "--ntasks=1"} <= set(alone)
 
 
+@pytest.mark.parametrize(
+    ("stages", "steps"),
+    [
+        ("score,select", [("score", "select")]),
+        ("finetune,export,evaluate,report", [("finetune",), ("export", "evaluate", "report")]),
+        ("export", [("export",)]),
+    ],
+)
+def test_slurm_runs_the_stages_asked_for_and_no_others(
+    slurm: dict[str, str], tmp_path: Path, stages: str, steps: list[tuple[str, ...]]
+) -> None:
+    benchmark = "--config.evaluate.benchmarks=benchmark.json"
+    assert submit({**slurm, "LARK_STAGES": stages}, CONFIG, benchmark).returncode == 0
+    calls = arguments_of(tmp_path / "bin" / "srun.calls")
+    assert [experiment_of(run_arguments(call)).stages for call in calls] == steps
+
+
+def test_every_stage_of_a_job_has_its_place_and_others_are_refused(slurm: dict[str, str], tmp_path: Path) -> None:
+    """The script's two lists against the code's own: what is planned for one process runs in one."""
+    assert submit({**slurm, "LARK_STAGES": ",".join(MAIN_STAGES)}, CONFIG).returncode == 0
+    everywhere, alone = arguments_of(tmp_path / "bin" / "srun.calls")
+    together = experiment_of(run_arguments(everywhere))
+    check_stages(together, 2)
+    assert (*together.stages, *experiment_of(run_arguments(alone)).stages) == MAIN_STAGES
+    for wrong in ("prepare", "finetunes", "score select"):
+        finished = submit({**slurm, "LARK_STAGES": wrong}, CONFIG)
+        assert finished.returncode == 2
+        assert f"LARK_STAGES: '{wrong}'" in finished.stderr
+    assert len(arguments_of(tmp_path / "bin" / "srun.calls")) == 2
+
+
 def test_slurm_stops_with_the_status_of_the_first_failure(slurm: dict[str, str], tmp_path: Path) -> None:
-    finished = submit({**slurm, "LARK_STAGES": "finetune", "SRUN_STATUS": "2"}, CONFIG)
+    finished = submit({**slurm, "SRUN_STATUS": "2"}, CONFIG)
     assert finished.returncode == 2
     assert len(arguments_of(tmp_path / "bin" / "srun.calls")) == 1
 
 
 def test_slurm_puts_the_job_back_into_the_queue_before_its_time_is_over(slurm: dict[str, str], tmp_path: Path) -> None:
-    calls = install(tmp_path / "bin", "srun", then="exec sleep 20")
+    """After its processes had time to save what they were at: one that takes a second to end after SIGTERM."""
+    saved = tmp_path / "saved"
+    install(tmp_path / "bin", "scontrol", then=f"test -f {saved} || exit 1")
+    install(tmp_path / "bin", "scancel", then=f"kill -TERM $(cat {tmp_path}/pid)")
+    training = f"trap 'sleep 1; touch {saved}; exit 143' TERM; echo $$ >{tmp_path}/pid; while :; do sleep 0.1; done"
+    calls = install(tmp_path / "bin", "srun", then=training)
     process = subprocess.Popen(["bash", str(SLURM), CONFIG], env=slurm, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
-    while not calls.exists() and time.monotonic() < deadline:
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=20) == 0
+    assert len(arguments_of(calls)) == 1
+    assert arguments_of(tmp_path / "bin" / "scancel.calls") == [["--signal=TERM", "17"]]
     assert arguments_of(tmp_path / "bin" / "scontrol.calls") == [["requeue", "17"]]
 
 
@@ -148,11 +191,16 @@ def host(tmp_path: Path) -> dict[str, str]:
         f'for a; do case "$a" in --command=*) a=${{a#--command=}}; bash -c "${{a//\\/mnt\\/lark/{mount}}}";; esac; done'
     )
     install(tmp_path / "bin", "gcloud", then=ssh)
+    install(tmp_path / "bin", "curl", then="printf %s ${HOST_NUMBER:-0}")
     home = tmp_path / "home"
-    install(home / "lark_venv" / "bin", "python", then="echo started; exec sleep 30")
+    install(
+        home / "lark_venv" / "bin",
+        "python",
+        then="echo ${JAX_PLATFORMS:-any} >>~/platforms; exec sleep ${STAGES_TAKE:-0}",
+    )
     (home / "lark_jax").mkdir()
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"},
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "HOME": str(home),
         "LARK_TPU": "slice",
@@ -165,30 +213,79 @@ def pod(environment: dict[str, str], *arguments: str) -> "subprocess.CompletedPr
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_slice_runs_the_same_command_on_all_hosts_and_stop_ends_it(host: dict[str, str], tmp_path: Path) -> None:
-    started = pod(host, "run", CONFIG, "--config.workdir=/mnt/lark/a b")
-    assert started.returncode == 0, started.stderr
+def test_a_slice_trains_on_all_hosts_and_exports_on_the_processor_of_the_first(
+    host: dict[str, str], tmp_path: Path
+) -> None:
+    asked = (CONFIG, "--config.workdir=/mnt/lark/a b", "--config.mesh.tensor=4", "--config.finetune.remat=offload")
+    together, exported = stages_of_host(host, *asked)
     (call,) = arguments_of(tmp_path / "bin" / "gcloud.calls")
     assert {"slice", "--zone=zone-1", "--worker=all", "--batch-size=all"} <= set(call)
+    assert together.stages == ("score", "select", "finetune")
+    assert together.workdir.endswith("/a b")
+    assert together.mesh.tensor == 4
+    check_stages(together, 2)
+    assert exported.stages == ("export",)
+    assert exported.workdir == together.workdir
+    assert exported.distributed.start == "never"
+    assert exported.mesh == MeshConfig()  # one processor
+    assert exported.finetune.remat == "block"  # a processor has no host to move anything to
+
+
+def test_the_other_hosts_of_a_slice_are_done_after_training(host: dict[str, str]) -> None:
+    (together,) = stages_of_host({**host, "HOST_NUMBER": "3"}, CONFIG)
+    assert together.stages == ("score", "select", "finetune")
+
+
+def test_a_slice_evaluates_after_export_in_a_process_that_may_see_the_chips(host: dict[str, str]) -> None:
+    benchmark = "--config.evaluate.benchmarks=benchmark.json"
+    experiments = stages_of_host({**host, "LARK_STAGES": "export,evaluate,report"}, CONFIG, benchmark)
+    assert [experiment.stages for experiment in experiments] == [("export",), ("evaluate",), ("report",)]
+    assert (Path(host["HOME"]) / "platforms").read_text().split() == ["cpu", "any", "any"]
+
+
+def test_a_slice_goes_on_only_after_success(host: dict[str, str]) -> None:
+    assert len(stages_of_host({**host, "STAGES_TAKE": "no-number"}, CONFIG)) == 1  # sleep fails
+
+
+def stages_of_host(environment: dict[str, str], *arguments: str) -> list[Experiment]:
+    """What the job that `run` starts on a host runs, one after the other; returns when the job has ended."""
+    started = pod(environment, "run", *arguments)
+    assert started.returncode == 0, started.stderr
+    home = Path(environment["HOME"])
+    wait_for_the_end_of(int((home / "lark_jax.pid").read_text()))
+    calls = arguments_of(home / "lark_venv" / "bin" / "python.calls")
+    return [experiment_of(run_arguments(call)) for call in calls]
+
+
+def test_a_slice_runs_one_job_at_a_time_and_stop_ends_it(host: dict[str, str], tmp_path: Path) -> None:
+    host = {**host, "STAGES_TAKE": "30"}
+    assert pod(host, "run", CONFIG).returncode == 0
     calls = tmp_path / "home" / "lark_venv" / "bin" / "python.calls"
     deadline = time.monotonic() + 20
     while not calls.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    (arguments,) = arguments_of(calls)
-    experiment = experiment_of(run_arguments(arguments))
-    assert experiment.stages == ("score", "select")
-    assert experiment.workdir.endswith("/a b")
-    check_stages(experiment, 2)
-
     again = pod(host, "run", CONFIG)
     assert again.returncode != 0
     assert "still running" in again.stderr
     process = int((tmp_path / "home" / "lark_jax.pid").read_text())
+    assert is_running(process)
     assert pod(host, "stop").returncode == 0
+    wait_for_the_end_of(process)
+    assert len(arguments_of(calls)) == 1
+
+
+def wait_for_the_end_of(group: int) -> None:
+    """Of all processes of a group, which include the stages that a job has started."""
     deadline = time.monotonic() + 20
-    while is_running(process) and time.monotonic() < deadline:
+    while members_of(group) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not is_running(process)
+    assert not members_of(group)
+
+
+def members_of(group: int) -> list[int]:
+    listed = subprocess.run(["ps", "-eo", "pid=,pgid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    return [process for process, its_group in pairs if its_group == group and is_running(process)]
 
 
 def is_running(process: int) -> bool:

@@ -14,7 +14,7 @@ from lark_jax.finetuning.parameter_sets import NOTHING_FROZEN
 from lark_jax.finetuning.row_plans import plan_micro_batches
 from lark_jax.pool.batching import TokenRows, assemble, bucket_lengths
 from lark_jax.scoring.step import jitted_score_step
-from lark_jax.sharding import DATA, TENSOR, rows
+from lark_jax.sharding import DATA, TENSOR, split_rows
 from lark_jax.students.decoder import Decoder
 
 
@@ -72,7 +72,4 @@ class HeldOutLoss:
         return float(np.mean(losses))
 
     def _put(self, batch: TokenRows) -> tuple[jax.Array, ...]:
-        def on_devices(array: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(array.shape, rows(self._mesh), array.__getitem__)
-
-        return on_devices(batch.tokens_bt), on_devices(batch.targets_bt), on_devices(batch.mask_bt)
+        return tuple(split_rows(array, self._mesh) for array in (batch.tokens_bt, batch.targets_bt, batch.mask_bt))

@@ -51,15 +51,25 @@ def best_fit(lengths: Mapping[int, int], capacity: int) -> tuple[Row, ...]:
     return tuple(map(tuple, rows))
 
 
+def full_row_lengths(shortest: int, tokens_per_batch: int | None = None) -> tuple[int, ...]:
+    """Lengths that full rows may have, ascending: `shortest`, which holds the longest trajectory, and its doublings.
+
+    Rows stay within `tokens_per_batch`, unless a trajectory alone does not. They may be longer than
+    `student.max_length`: positions begin again with every trajectory.
+    """
+    doubled = (shortest << doublings for doublings in range(MOST_DOUBLINGS + 1))
+    return tuple(n for n in doubled if tokens_per_batch is None or n <= max(tokens_per_batch, shortest))
+
+
 def padding_of_full_rows(lengths: Sequence[int]) -> dict[int, float]:
     """Length of a full row -> share of padding when all `lengths` are packed into such rows.
 
     First comes the shortest that holds the longest of `lengths`. Where that packs badly (all trajectories a little
     longer than half of it), it is doubled, a few times at most.
     """
-    by_member, shortest = dict(enumerate(lengths)), round_up(max(lengths))
+    by_member = dict(enumerate(lengths))
     padding: dict[int, float] = {}
-    for capacity in (shortest << doublings for doublings in range(MOST_DOUBLINGS + 1)):
+    for capacity in full_row_lengths(round_up(max(lengths))):
         padding[capacity] = 1 - sum(lengths) / (capacity * len(best_fit(by_member, capacity)))
         if padding[capacity] <= MOST_PADDING:
             break
@@ -70,15 +80,18 @@ def packed_row_lengths(padding_by_length: Mapping[int, float], tokens_per_batch:
     """Row lengths, ascending; the last is that of full rows, the others serve the rest of a step.
 
     A full row is as short as padding allows, because a kernel that does not skip other segments attends over all of
-    it. It stays within `tokens_per_batch`, unless a trajectory alone does not. It may be longer than
-    `student.max_length`: positions begin again with every trajectory.
+    it.
 
     Args:
       padding_by_length: from `padding_of_full_rows`.
+      tokens_per_batch: see `full_row_lengths`.
     """
-    shortest = min(padding_by_length)
-    allowed = {n: padding for n, padding in padding_by_length.items() if n <= max(tokens_per_batch, shortest)}
-    capacity = min(allowed, key=lambda length: (allowed[length], length))
+    allowed = set(full_row_lengths(min(padding_by_length), tokens_per_batch)) & padding_by_length.keys()
+    return rows_for_the_rest(min(allowed, key=lambda length: (padding_by_length[length], length)))
+
+
+def rows_for_the_rest(capacity: int) -> tuple[int, ...]:
+    """Row lengths, ascending, up to that of full rows, for what is left of a step."""
     return tuple(sorted({round_up(-(-capacity * eighths // SHORTER_ROWS)) for eighths in range(1, SHORTER_ROWS + 1)}))
 
 

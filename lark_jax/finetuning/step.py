@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import lax
@@ -27,7 +26,7 @@ from lark_jax.finetuning.objective import weighted_cross_entropy
 from lark_jax.finetuning.optimizer import Parameters
 from lark_jax.finetuning.parameter_sets import NOTHING_FROZEN, abstract_frozen, abstract_parameters, is_trained
 from lark_jax.scoring.parameter_axes import check_tensor_axis
-from lark_jax.sharding import DATA, parameter_sharding, parameter_spec, replicated
+from lark_jax.sharding import DATA, parameter_sharding, parameter_spec, replicated, split_rows
 from lark_jax.sharding import rows as rows_sharding
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
@@ -259,16 +258,12 @@ def zero_sums(parameters: Parameters, mesh: Mesh) -> StepSums:
 
 def put_rows(micro_batch: MicroBatch, mesh: Mesh) -> Rows:
     """Cut over `data`. Where the mesh spans several processes, each passes the same rows."""
-
-    def on_devices(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, rows_sharding(mesh), array.__getitem__)
-
     segment_ids_bt = micro_batch.segment_ids_bt
     return Rows(
-        on_devices(micro_batch.tokens_bt),
-        on_devices(micro_batch.targets_bt),
-        on_devices(micro_batch.token_weights_bt),
-        None if segment_ids_bt is None else on_devices(segment_ids_bt),
+        split_rows(micro_batch.tokens_bt, mesh),
+        split_rows(micro_batch.targets_bt, mesh),
+        split_rows(micro_batch.token_weights_bt, mesh),
+        None if segment_ids_bt is None else split_rows(segment_ids_bt, mesh),
     )
 
 

@@ -11,10 +11,8 @@ from typing import NamedTuple
 from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.errors import ConfigError
-from lark_jax.finetuning.row_plans import powers_of_two
 from lark_jax.pool import load_pool
 from lark_jax.pool.chat import load_chat_format
-from lark_jax.pool.ladder import round_up
 from lark_jax.processes import EVERYTHING
 from lark_jax.scoring.lengths import count_inputs
 from lark_jax.scoring.workload import plan_pool
@@ -77,16 +75,6 @@ def plan_steps(lengths: Lengths, tokens_per_batch: int, row_multiple: int) -> tu
     plans = plan_pool(lengths.inputs, tokens_per_batch, row_multiple)
     counts = collections.Counter((plan.length, plan.rows // row_multiple) for plan in plans)
     return tuple(Steps(rows, length, times) for (length, rows), times in sorted(counts.items(), reverse=True))
-
-
-def longest_rows(lengths: Lengths, tokens_per_batch: int, rows_per_step: int) -> tuple[int, int]:
-    """Length of the longest rows of fine-tuning, and how many of them a device takes at once.
-
-    Args:
-      rows_per_step: most rows of an optimizer step that one device has.
-    """
-    length = round_up(lengths.longest)
-    return length, powers_of_two(length, tokens_per_batch, rows_per_step)[-1]
 
 
 def _given(text: str, longest: int) -> Lengths:

@@ -4,9 +4,10 @@ import dataclasses
 
 from lark_jax import runtime
 from lark_jax.config import REMAT_CHOICES, Experiment
+from lark_jax.finetuning.largest import MicroBatchShape, largest_micro_batches
 from lark_jax.finetuning.parameter_sets import lora_of
 from lark_jax.preflight.cost import Assumptions, StepTime, step_time, training_cost
-from lark_jax.preflight.lengths import Lengths, longest_rows
+from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileAnswer, CompileRequest, compile_in_child
 from lark_jax.preflight.topologies import Topology
 from lark_jax.students.architecture import Architecture
@@ -15,12 +16,22 @@ from lark_jax.students.lora import Lora
 
 @dataclasses.dataclass(frozen=True)
 class PolicyFinding:
-    """One memory policy, `finetune.remat`: a micro-batch compiled with it."""
+    """One memory policy, `finetune.remat`: the largest micro-batches compiled with it.
+
+    Attributes:
+      answers: first that with the longest rows, which the next two are of.
+      flops: of the micro-batch on one device, recomputation included.
+    """
 
     remat: str
-    answer: CompileAnswer
-    flops: float  # of a micro-batch on one device, recomputation included
+    answers: tuple[CompileAnswer, ...]
+    flops: float
     time: StepTime
+
+    @property
+    def answer(self) -> CompileAnswer:
+        """The one that needs most memory."""
+        return max(self.answers, key=lambda answer: answer.memory.total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,21 +81,20 @@ def check_training(
     *,
     student_name: str,
 ) -> TrainingFindings:
-    """Compiles the micro-batch of the longest rows under every policy, and the optimizer step.
+    """Compiles the largest micro-batches under every policy, and the optimizer step.
 
     Raises:
       PreflightError: no compiler for this hardware is installed, or it refuses a program.
     """
+    requests = training_requests(experiment, architecture, topology, lengths)
     policies = []
     for remat in REMAT_CHOICES:
-        request = training_request(experiment, architecture, topology, lengths, remat)
-        runtime.say(f"compiling finetune for {topology.name}: {request.length:,} tokens, remat={remat}")
-        answer = compile_in_child(request)
-        cost = training_cost(architecture, answer, remat, lora_of(experiment.finetune))
+        answers = tuple(_compiled(dataclasses.replace(request, remat=remat)) for request in requests)
+        cost = training_cost(architecture, answers[0], remat, lora_of(experiment.finetune))
         across_hosts = topology.num_hosts > 1
         time = step_time(cost, topology.chip, across_hosts=across_hosts, assumptions=assumptions)
-        policies.append(PolicyFinding(remat, answer, cost.flops, time))
-    update = compile_in_child(dataclasses.replace(request, step="finetune_update"))
+        policies.append(PolicyFinding(remat, answers, cost.flops, time))
+    update = compile_in_child(dataclasses.replace(requests[0], step="finetune_update"))
     return TrainingFindings(
         student=student_name,
         topology=topology,
@@ -96,26 +106,35 @@ def check_training(
     )
 
 
-def training_request(
-    experiment: Experiment, architecture: Architecture, topology: Topology, lengths: Lengths, remat: str
-) -> CompileRequest:
-    """The micro-batch with the longest rows, as many as budget and step allow, on one mesh over all devices."""
+def training_requests(
+    experiment: Experiment, architecture: Architecture, topology: Topology, lengths: Lengths
+) -> tuple[CompileRequest, ...]:
+    """The largest micro-batches of the run, that with the longest rows first, on one mesh over all devices."""
     finetune, mesh = experiment.finetune, experiment.mesh
     data = topology.num_devices // mesh.tensor if mesh.data == -1 else mesh.data
-    length, rows_per_device = longest_rows(lengths, finetune.tokens_per_batch, -(-finetune.batch_size // data))
-    return CompileRequest(
-        step="finetune",
-        architecture=architecture,
-        topology=topology.name,
-        data=data,
-        tensor=mesh.tensor,
-        dtype=finetune.dtype,
-        parameters="gathered",
-        attention=finetune.attention,
-        vocab_chunk=finetune.vocab_chunk,
-        rows_per_device=rows_per_device,
-        length=length,
-        remat=remat,
-        packed=finetune.packing,
-        lora=lora_of(finetune),
-    )
+
+    def request(shape: MicroBatchShape) -> CompileRequest:
+        return CompileRequest(
+            step="finetune",
+            architecture=architecture,
+            topology=topology.name,
+            data=data,
+            tensor=mesh.tensor,
+            dtype=finetune.dtype,
+            parameters="gathered",
+            attention=finetune.attention,
+            vocab_chunk=finetune.vocab_chunk,
+            rows_per_device=shape.rows_per_device,
+            length=shape.length,
+            remat=finetune.remat,
+            packed=finetune.packing,
+            lora=lora_of(finetune),
+        )
+
+    return tuple(request(shape) for shape in largest_micro_batches(lengths.inputs, finetune, data))
+
+
+def _compiled(request: CompileRequest) -> CompileAnswer:
+    shape = f"{request.rows_per_device} x {request.length:,} tokens"
+    runtime.say(f"compiling finetune for {request.topology}: {shape}, remat={request.remat}")
+    return compile_in_child(request)

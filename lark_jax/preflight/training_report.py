@@ -11,7 +11,8 @@ from lark_jax.students.lora import Lora
 
 def training_as_text(findings: TrainingFindings) -> str:
     """One line per memory policy, what they have in common, and which to take."""
-    first, topology = findings.policies[0].answer, findings.topology
+    first, topology = findings.policies[0].answers[0], findings.topology
+    shapes = [f"{answer.rows_per_device} x {answer.length:,}" for answer in findings.policies[0].answers]
     memory, update = first.memory, findings.update.memory
     common = [
         ("parameters", gib(memory.parameters), _trained(findings.lora)),
@@ -24,12 +25,13 @@ def training_as_text(findings: TrainingFindings) -> str:
     policies.append(("optimizer step", gib(update.total), f"{gib(update.temporary)} temporary"))
     return "\n".join(
         [
-            f"finetune: {first.rows_per_device} x {first.length:,} tokens per device and micro-batch",
+            f"finetune: {' and '.join(shapes)} tokens per device and micro-batch",
             f"  mesh {mesh_text(first)}; attention {first.attention}; compiled by {first.compiler}",
             "",
             *table("always on a device, GiB", common),
             "",
             *table(f"peak by finetune.remat, GiB of {gib(topology.memory_bytes)} usable", policies),
+            *([f"    the higher of the two peaks; FLOPs and seconds of {shapes[0]} tokens"] if shapes[1:] else []),
             "",
             _verdict(findings),
         ]
@@ -49,9 +51,10 @@ def training_as_json(findings: TrainingFindings) -> dict[str, Any]:
         "policies": [
             {
                 **dataclasses.asdict(policy),
+                "answer": dataclasses.asdict(policy.answer),
                 "peak": findings.peak(policy),
                 "fits": findings.fits_with(policy),
-                "collective_bytes": total_sent(policy.answer.collectives),
+                "collective_bytes": total_sent(policy.answers[0].collectives),
                 "seconds_per_micro_batch": policy.time.seconds,
             }
             for policy in findings.policies
@@ -77,8 +80,17 @@ def _note(policy: PolicyFinding, findings: TrainingFindings) -> str:
 def _verdict(findings: TrainingFindings) -> str:
     fastest = findings.fastest
     if fastest is None:
-        return (
-            "  No policy makes it fit: it needs more devices, a tensor axis (--config.mesh.tensor), or shorter rows "
-            "(--config.student.max_length)"
-        )
+        return f"  No policy makes it fit: {_needed(findings)}"
     return f"  The fastest that fits: --config.finetune.remat={fastest.remat}"
+
+
+def _needed(findings: TrainingFindings) -> str:
+    """By the run with the policy that needs least."""
+    if not findings.update.memory.fits:
+        return "the optimizer step alone does not; it needs more devices"
+    worst = min(findings.policies, key=findings.peak).answer
+    tokens = worst.rows_per_device * worst.length
+    rows = "shorter rows (--config.student.max_length)"
+    if worst.rows_per_device > 1:
+        rows = f"fewer rows at once (--config.finetune.tokens_per_batch={tokens // 2})"
+    return f"it needs more devices, a tensor axis (--config.mesh.tensor), or {rows}"

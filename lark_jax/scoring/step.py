@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -19,7 +18,7 @@ from lark_jax.pool.batching import TokenRows
 from lark_jax.scoring.parameter_axes import check_tensor_axis
 from lark_jax.scoring.reductions import TrajectoryMeans, trajectory_means
 from lark_jax.scoring.token_statistics import token_statistics
-from lark_jax.sharding import DATA, parameter_sharding, parameter_spec
+from lark_jax.sharding import DATA, parameter_sharding, parameter_spec, split_rows
 from lark_jax.sharding import rows as rows_sharding
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
@@ -58,11 +57,8 @@ def make_score_step(student: Decoder, mesh: Mesh, vocab_chunk: int, *, parameter
         for name, value in flatten_parameters(nnx.state(student)).items()
     }
 
-    def on_devices(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, rows_sharding(mesh), array.__getitem__)
-
     def step(batch: TokenRows) -> TrajectoryMeans:
-        arrays = (on_devices(array) for array in (batch.tokens_bt, batch.targets_bt, batch.mask_bt))
+        arrays = (split_rows(array, mesh) for array in (batch.tokens_bt, batch.targets_bt, batch.mask_bt))
         return compiled(parameters, *arrays)
 
     return step

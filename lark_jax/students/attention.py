@@ -11,14 +11,15 @@ from lark_jax.errors import ConfigError
 from lark_jax.students.blockwise_attention import blockwise_attention
 from lark_jax.students.cudnn_attention import cudnn_attention, cudnn_refusal
 from lark_jax.students.dense_attention import dense_attention
-from lark_jax.students.manual_axes import inside_shard_map
 from lark_jax.students.splash_attention import splash_attention, splash_refusal
+from lark_jax.students.triton_attention import triton_attention, triton_refusal
 
 # Measured on a CPU (4 heads of 32, forward and backward): about equal here, dense 2x slower at 512, 6x at 2,048.
 LONGEST_DENSE_ROW = 256
 LONGEST_DENSE_ROW_BESIDE_KERNELS = 128  # one block of a kernel
 AMPERE = 8.0  # the first compute capability with cuDNN's flash kernels
-KERNELS: Mapping[str, str] = {"gpu": "cudnn", "tpu": "splash"}  # by platform, as `jax.default_backend()` names it
+# By platform, as `jax.default_backend()` names it: the first that can compute something is taken.
+KERNELS: Mapping[str, Sequence[str]] = {"gpu": ("cudnn", "triton"), "tpu": ("splash",)}
 
 # q_bthd, k_bskd, v_bskd, segment_ids_bt, precision -> out_bthd
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Precision], jax.Array]
@@ -38,6 +39,7 @@ BACKENDS: Mapping[str, Backend] = {
     "dense": Backend(dense_attention, no_refusal),
     "blockwise": Backend(blockwise_attention, no_refusal),
     "cudnn": Backend(cudnn_attention, cudnn_refusal),
+    "triton": Backend(triton_attention, triton_refusal),
     "splash": Backend(splash_attention, splash_refusal),
 }
 
@@ -59,7 +61,8 @@ def attend(
       segment_ids: int [batch, time]; tokens of different segments do not see each other. A segment is contiguous.
         None: one segment a row.
       backend: a key of `BACKENDS`; None: `default_backend` for this machine. On several TPU devices the Pallas kernel
-        runs inside `shard_map` only, since the compiler cannot partition it.
+        runs inside `shard_map` only, since the compiler cannot partition it; with `check_vma=False`, since the kernel
+        does not say over which axes its results vary.
 
     Returns:
       [batch, time, num_heads, head_dim] in the dtype of `q_bthd`; scores and softmax are fp32.
@@ -88,10 +91,10 @@ def default_backend(length: int, platform: str, dtype: jnp.dtype, head_dim: int,
       platform: "cpu", "gpu" or "tpu".
       packed: rows have segment ids.
     """
-    kernel = KERNELS.get(platform)
-    if kernel is None or BACKENDS[kernel].refusal(jnp.dtype(dtype), head_dim, packed) is not None:
-        return "dense" if length <= LONGEST_DENSE_ROW else "blockwise"
-    return "dense" if length <= LONGEST_DENSE_ROW_BESIDE_KERNELS else kernel
+    for kernel in KERNELS.get(platform, ()):
+        if BACKENDS[kernel].refusal(jnp.dtype(dtype), head_dim, packed) is None:
+            return "dense" if length <= LONGEST_DENSE_ROW_BESIDE_KERNELS else kernel
+    return "dense" if length <= LONGEST_DENSE_ROW else "blockwise"
 
 
 def describe_backend(
@@ -150,12 +153,13 @@ def _platform() -> str:
     platform = jax.default_backend()
     if platform == "gpu":
         platform = kernel_platform(jax.devices()[0])
-    partitioned_by_the_compiler = not inside_shard_map() and jax.device_count() > 1
+    inside_shard_map = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    partitioned_by_the_compiler = not inside_shard_map and jax.device_count() > 1
     return "cpu" if platform == "tpu" and partitioned_by_the_compiler else platform
 
 
 def _check_runs_here(backend: str, platform: str, dtype: jnp.dtype, head_dim: int, packed: bool) -> None:
-    home = next((where for where, kernel in KERNELS.items() if kernel == backend), platform)
+    home = next((where for where, kernels in KERNELS.items() if backend in kernels), platform)
     if home != platform:
         raise ConfigError(f"attention backend {backend!r} runs on {home}, not on {platform}; use 'auto' or 'blockwise'")
     refusal = _backend(backend).refusal(dtype, head_dim, packed)

@@ -20,7 +20,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.lax import Precision
 
 from lark_jax.students.blockwise_attention import pad_time
-from lark_jax.students.manual_axes import call_without_axis_types
 from lark_jax.students.remat import ATTENTION
 
 BLOCK_MULTIPLE = 128  # lanes of a vector register
@@ -65,6 +64,8 @@ def splash_attention(
     return jnp.swapaxes(out_bhtd, 1, 2)[:, :time]
 
 
+# The kernel has a derivative of its own. Under `jax.checkpoint` it would run forward again, though what it keeps has a
+# name that the policy saves (seen with JAX 0.10.2); behind this one it does not.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
     block: int,
@@ -74,26 +75,26 @@ def _attention(
     v_bksd: jax.Array,
     segment_ids_bt: jax.Array | None,
 ) -> jax.Array:
-    run = functools.partial(_run_kernel, block, interpret)
-    return call_without_axis_types(run, q_bhtd, k_bksd, v_bksd, segment_ids_bt)
+    return _run_kernel(block, interpret, q_bhtd, k_bksd, v_bksd, segment_ids_bt)
 
 
-def _forward(block: int, interpret: bool, *arrays: jax.Array | None) -> tuple[jax.Array, Pullback]:
-    def out_and_pullback(
-        q_bhtd: jax.Array, k_bksd: jax.Array, v_bksd: jax.Array, segment_ids_bt: jax.Array | None
-    ) -> tuple[jax.Array, Pullback]:
-        run = functools.partial(_run_kernel, block, interpret, segment_ids_bt=segment_ids_bt)
-        return jax.vjp(run, q_bhtd, k_bksd, v_bksd)
-
-    return call_without_axis_types(out_and_pullback, *arrays)
+def _forward(
+    block: int,
+    interpret: bool,
+    q_bhtd: jax.Array,
+    k_bksd: jax.Array,
+    v_bksd: jax.Array,
+    segment_ids_bt: jax.Array | None,
+) -> tuple[jax.Array, Pullback]:
+    run = functools.partial(_run_kernel, block, interpret, segment_ids_bt=segment_ids_bt)
+    return jax.vjp(run, q_bhtd, k_bksd, v_bksd)
 
 
 def _backward(
     block: int, interpret: bool, pullback: Pullback, d_out_bhtd: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     del block, interpret
-    gradients = call_without_axis_types(lambda pullback, d_out_bhtd: pullback(d_out_bhtd), pullback, d_out_bhtd)
-    return (*gradients, None)
+    return (*pullback(d_out_bhtd), None)
 
 
 _attention.defvjp(_forward, _backward)

@@ -148,7 +148,9 @@ def test_twenty_steps_of_two_processes_have_the_losses_of_one_device(layout: str
         np.testing.assert_allclose(np.load(output), trace_of(1, 1).losses, rtol=1e-5)
 
 
-def traced(data: int, tensor: int, *, remat: str = "block", layers: int = 5) -> tuple[ClosedJaxpr, Mesh]:
+def traced(
+    data: int, tensor: int, *, remat: str = "block", layers: int = 5, attention: str = "blockwise"
+) -> tuple[ClosedJaxpr, Mesh]:
     mesh = mesh_of(data, tensor)
     step = trace_accumulate(
         dataclasses.replace(ARCHITECTURE, num_layers=layers),
@@ -156,7 +158,7 @@ def traced(data: int, tensor: int, *, remat: str = "block", layers: int = 5) -> 
         dtype="bfloat16",
         vocab_chunk=48,
         remat=remat,
-        attention_backend="blockwise",
+        attention_backend=attention,
         rows=8,
         length=LENGTH,
     )
@@ -219,6 +221,13 @@ def test_with_its_output_kept_attention_runs_once_forward_and_once_backward(rema
     """Each pass of the blockwise algorithm has two loops that depend on the block: diagonal and below."""
     jaxpr, _ = traced(8, 1, remat=remat)
     assert sum(equation.primitive.name == "while" for equation, _ in equations(jaxpr.jaxpr)) == 2 * passes
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("none", 3), ("block", 4), ("attention", 3)])
+def test_with_its_output_kept_splash_runs_once_forward(remat: str, kernels: int) -> None:
+    """Forward, and backward for the queries and for keys and values."""
+    jaxpr, _ = traced(8, 1, remat=remat, attention="splash")
+    assert sum(equation.primitive.name == "pallas_call" for equation, _ in equations(jaxpr.jaxpr)) == kernels
 
 
 def test_bytes_that_travel_are_those_of_the_weights() -> None:

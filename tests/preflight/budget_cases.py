@@ -7,11 +7,11 @@ from pathlib import Path
 
 from student_shapes import STUDENT_SHAPES
 
-from lark_jax.config import Experiment, PoolConfig, StudentConfig
+from lark_jax.config import Experiment, FinetuneConfig, PoolConfig, StudentConfig
 from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileRequest
 from lark_jax.preflight.topologies import parse_topology
-from lark_jax.preflight.training import training_request
+from lark_jax.preflight.training import training_requests
 from lark_jax.students.architecture import architecture_from_config
 
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -43,9 +43,11 @@ def request_of(case: str) -> CompileRequest:
         stages=("finetune",),
         student=StudentConfig(path="nowhere/student"),
         pool=PoolConfig(path="nowhere/pool.jsonl"),
+        finetune=FinetuneConfig(remat=remat),
     )
     architecture = architecture_from_config(STUDENT_SHAPES[student])
-    return training_request(experiment, architecture, topology, Lengths((LENGTH,), "given"), remat)
+    (request,) = training_requests(experiment, architecture, topology, Lengths((LENGTH,), "given"))
+    return request
 
 
 def score_request(student: str, topology: str, **changes: object) -> CompileRequest:

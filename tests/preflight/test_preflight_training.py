@@ -7,20 +7,20 @@ import pytest
 from budget_cases import score_request
 
 from lark_jax.config import REMAT_CHOICES, Experiment, FinetuneConfig, MeshConfig, PoolConfig, StudentConfig
-from lark_jax.finetuning.row_plans import plan_micro_batches
 from lark_jax.preflight import training
 from lark_jax.preflight.cost import Assumptions
 from lark_jax.preflight.hardware import GIB
-from lark_jax.preflight.lengths import Lengths, longest_rows
+from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileAnswer, CompileRequest, Memory
 from lark_jax.preflight.topologies import parse_topology
-from lark_jax.preflight.training import TrainingFindings, check_training, training_request
+from lark_jax.preflight.training import TrainingFindings, check_training, training_requests
 from lark_jax.preflight.training_report import training_as_json, training_as_text
 from lark_jax.students.flops import attention_flops, forward_flops
 
 ARCHITECTURE = score_request("qwen2.5-7b", "v5p-16").architecture
 TOPOLOGY = parse_topology("v5p-16")
-LENGTHS = Lengths((20_000, 5_000), "given")
+LENGTHS = Lengths((32_700, 4_000), "given")
+FULLER = Lengths((20_000, 8_000), "given")  # short rows fill a micro-batch better than long ones
 
 
 def experiment_with(remat: str = "block", tensor: int = 1) -> Experiment:
@@ -35,14 +35,24 @@ def experiment_with(remat: str = "block", tensor: int = 1) -> Experiment:
 
 
 def findings_of(
-    monkeypatch: pytest.MonkeyPatch, totals: Mapping[str, int], configured: str = "block", update: int = 20
+    monkeypatch: pytest.MonkeyPatch,
+    totals: Mapping[str, int],
+    configured: str = "block",
+    update: int = 20,
+    lengths: Lengths = LENGTHS,
+    for_more_tokens: int = 0,
 ) -> tuple[TrainingFindings, list[CompileRequest]]:
-    """Of a compiler that needs `totals` GiB for each policy, and `update` for the optimizer step."""
+    """Of a compiler that needs `totals` GiB for each policy, and `update` for the optimizer step.
+
+    Args:
+      for_more_tokens: GiB more for micro-batches of over 30,000 tokens.
+    """
     asked: list[CompileRequest] = []
 
     def compile_request(request: CompileRequest) -> CompileAnswer:
         asked.append(request)
-        total = update if request.step == "finetune_update" else totals[request.remat]
+        more = for_more_tokens if request.rows_per_device * request.length > 30_000 else 0
+        total = update if request.step == "finetune_update" else totals[request.remat] + more
         return CompileAnswer(
             data=request.data,
             tensor=request.tensor,
@@ -61,7 +71,7 @@ def findings_of(
 
     monkeypatch.setattr(training, "compile_in_child", compile_request)
     found = check_training(
-        experiment_with(configured), ARCHITECTURE, TOPOLOGY, LENGTHS, Assumptions(), student_name="qwen"
+        experiment_with(configured), ARCHITECTURE, TOPOLOGY, lengths, Assumptions(), student_name="qwen"
     )
     return found, asked
 
@@ -102,36 +112,53 @@ def test_an_optimizer_step_that_does_not_fit_lets_no_policy_fit(monkeypatch: pyt
     assert found.fastest is None
     assert not found.fits
     assert found.peak(found.policies[0]) == 96 * GIB
+    assert "the optimizer step alone does not; it needs more devices" in training_as_text(found)
+
+
+def test_the_peak_is_that_of_the_larger_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals = {"none": 80, "attention": 40, "block": 30, "offload": 20}
+    found, asked = findings_of(monkeypatch, totals, lengths=FULLER, for_more_tokens=20)
+    shapes = [(request.rows_per_device, request.length) for request in asked if request.step == "finetune"]
+    assert shapes == [(1, 20_096), (4, 8_064)] * len(REMAT_CHOICES)
+    assert [found.peak(policy) for policy in found.policies] == [(total + 20) * GIB for total in totals.values()]
+    assert found.fastest is not None
+    assert found.fastest.remat == "attention", "without any recomputation only the longest rows fit"
+    text, values = training_as_text(found), training_as_json(found)
+    assert "finetune: 1 x 20,096 and 4 x 8,064 tokens per device and micro-batch" in text
+    assert "FLOPs and seconds of 1 x 20,096 tokens" in text
+    assert [policy["answer"]["length"] for policy in values["policies"]] == [8_064] * len(REMAT_CHOICES)
+    assert found.policies[0].flops == pytest.approx(3 * forward_flops(ARCHITECTURE, 20_096))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "more", "remedy"),
+    [(FULLER, 60, "tokens_per_batch=16128"), (FULLER, 0, "max_length"), (LENGTHS, 0, "max_length")],
+)
+def test_where_nothing_fits_the_remedy_is_for_the_larger_micro_batch(
+    monkeypatch: pytest.MonkeyPatch, lengths: Lengths, more: int, remedy: str
+) -> None:
+    found, _ = findings_of(monkeypatch, dict.fromkeys(REMAT_CHOICES, 96), lengths=lengths, for_more_tokens=more)
+    assert f"(--config.{'finetune' if more else 'student'}.{remedy})" in training_as_text(found)
 
 
 def test_flops_are_three_forward_passes_and_what_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = findings_of(monkeypatch, dict.fromkeys(REMAT_CHOICES, 40))
-    forward = forward_flops(ARCHITECTURE, 20_096)
+    forward = forward_flops(ARCHITECTURE, 32_768)
     flops = {policy.remat: policy.flops for policy in found.policies}
     assert flops["none"] == pytest.approx(3 * forward)
     assert flops["block"] == flops["offload"] == pytest.approx(4 * forward)
-    assert flops["attention"] == pytest.approx(4 * forward - attention_flops(ARCHITECTURE, 20_096))
+    assert flops["attention"] == pytest.approx(4 * forward - attention_flops(ARCHITECTURE, 32_768))
 
 
-def test_the_rows_are_the_longest_ones_of_the_run() -> None:
-    assert longest_rows(Lengths((32_767, 100), "given"), 32_768, 8) == (32_768, 1)
-    assert longest_rows(Lengths((2_000, 100), "given"), 32_768, 64) == (2_048, 16)
-    assert longest_rows(Lengths((5_000,), "given"), 32_768, 64) == (5_120, 4)
+def test_requests_are_of_the_largest_micro_batches_on_the_mesh_of_the_run() -> None:
+    split = training_requests(experiment_with(tensor=2), ARCHITECTURE, TOPOLOGY, FULLER)
+    assert [(r.data, r.tensor, r.rows_per_device, r.length) for r in split] == [(4, 2, 1, 20_096), (4, 2, 4, 8_064)]
+    whole = training_requests(experiment_with(), ARCHITECTURE, TOPOLOGY, FULLER)
+    assert tuple(dataclasses.replace(request, data=8, tensor=1) for request in split) == whole
 
 
-@pytest.mark.parametrize(("length", "rows_per_step"), [(1_024, 8), (1_024, 1), (4_096, 5), (2_048, 64)])
-def test_the_rows_are_those_that_the_run_makes_of_equal_trajectories(length: int, rows_per_step: int) -> None:
-    """However large the budget; what a step cuts in two for less padding counts as one."""
-    devices = 2
-    plans = plan_micro_batches(dict.fromkeys(range(rows_per_step * devices), length), (length,), 32_768, devices)
-    largest = max(plan.rows for plan in plans) // devices
-    _, rows = longest_rows(Lengths((length,), "given"), 32_768, rows_per_step)
-    assert largest <= rows < 2 * rows_per_step
-
-
-def test_the_request_is_of_the_longest_rows_on_the_mesh_of_the_run() -> None:
-    request = training_request(experiment_with(tensor=2), ARCHITECTURE, TOPOLOGY, LENGTHS, "attention")
-    assert (request.data, request.tensor, request.length, request.rows_per_device) == (4, 2, 20_096, 1)
-    assert dataclasses.replace(request, data=8, tensor=1) == training_request(
-        experiment_with(), ARCHITECTURE, TOPOLOGY, LENGTHS, "attention"
-    )
+def test_packed_rows_are_as_long_as_any_selection_may_make_them() -> None:
+    experiment = experiment_with()
+    packing = dataclasses.replace(experiment, finetune=dataclasses.replace(experiment.finetune, packing=True))
+    requests = training_requests(packing, ARCHITECTURE, TOPOLOGY, FULLER)
+    assert [(r.packed, r.rows_per_device, r.length) for r in requests] == [(True, 1, 32_256), (True, 8, 4_096)]

@@ -164,7 +164,9 @@ def test_the_default_can_compute_what_it_is_asked_for(platform, dtype, head_dim,
     for length in (1, 128, 129, 256, 257, 32_768):
         backend = default_backend(length, platform, dtype, head_dim, packed=packed)
         assert BACKENDS[backend].refusal(jnp.dtype(dtype), head_dim, packed) is None
-        assert backend in {"cpu": PORTABLE, "gpu": (*PORTABLE, "cudnn"), "tpu": (*PORTABLE, "splash")}[platform]
+        assert (
+            backend in {"cpu": PORTABLE, "gpu": (*PORTABLE, "cudnn", "triton"), "tpu": (*PORTABLE, "splash")}[platform]
+        )
         assert backend != "dense" or length <= LONGEST_DENSE_ROW
 
 
@@ -208,7 +210,7 @@ def test_packed_rows_take_a_kernel_that_honours_segments_or_else_plain_jnp():
         return describe_backend(backend, [128, 4_096], platform, jnp.bfloat16, 128, packed=True)
 
     assert described("tpu") == "attention: dense (packed rows of 128 tokens), splash (packed rows of 4,096 tokens)"
-    assert described("gpu") == "attention: dense (packed rows of 128 tokens), blockwise (packed rows of 4,096 tokens)"
+    assert described("gpu") == "attention: dense (packed rows of 128 tokens), triton (packed rows of 4,096 tokens)"
     assert described("gpu", "blockwise") == "attention: blockwise"
     with pytest.raises(ConfigError, match="'cudnn' does not honour segment ids; use 'auto' or 'blockwise'"):
         described("gpu", "cudnn")

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lark_jax.errors import ConfigError
 from lark_jax.students.attention import attend
+from lark_jax.students.remat import LAYER_INPUT, named, rematerialized
 
 HAS_GPU = shutil.which("nvidia-smi") is not None and any(
     importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)
@@ -69,13 +70,32 @@ def test_the_backward_pass_is_cudnns_too_at_odd_lengths_and_inside_shard_map(dty
 
 
 @pytest.mark.usefixtures("cudnn_installed")
+@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("attention", 1), ("block", 2), ("offload", 2)])
+def test_with_its_output_kept_cudnns_forward_pass_does_not_run_again(remat, forward_passes):
+    """The policy knows it by the name of JAX's primitive, which is no public name: other releases may have another."""
+
+    def layer(x, weight):
+        q, k = named(x, LAYER_INPUT) * weight, x[:, :, :2] * weight
+        return attend(q, k, k, backend="cudnn") * weight, None
+
+    def loss(x, weights):
+        return jax.lax.scan(rematerialized(layer, remat), x, weights)[0].astype(jnp.float32).sum()
+
+    def through_layers(x, _, weights):
+        return jax.grad(loss, argnums=(0, 1))(x, weights[0, :3, 0, 0])
+
+    targets = [target for target, _ in cudnn_calls(through_layers, 384, 4, 2)]
+    assert sorted(targets) == ["fmhaSoftmax"] * forward_passes + ["fmhaSoftmaxBackward"]
+
+
+@pytest.mark.usefixtures("cudnn_installed")
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "packed", "message"),
     [
         (jnp.float32, 64, False, r"computes in bfloat16 or float16, not float32; these can: dense, blockwise$"),
         (jnp.bfloat16, 60, False, r"multiple of 8 up to 128, not 60; these can: dense, blockwise, splash$"),
         (jnp.bfloat16, 136, False, r"multiple of 8 up to 128, not 136; these can: dense, blockwise, splash$"),
-        (jnp.bfloat16, 64, True, r"does not honour segment ids; these can: dense, blockwise, splash$"),
+        (jnp.bfloat16, 64, True, r"does not honour segment ids; these can: dense, blockwise, triton, splash$"),
     ],
 )
 def test_what_cudnn_cannot_compute_is_refused_with_those_that_can(dtype, head_dim, packed, message):

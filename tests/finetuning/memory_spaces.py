@@ -1,0 +1,45 @@
+"""What of a training step with remat="offload" lies in the host's memory, compiled for a TPU that is not there.
+
+Prints, as JSON, the bytes and the arrays of the compiled program.
+"""
+
+import dataclasses
+import json
+import re
+
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from tiny_run import ARCHITECTURE
+
+from lark_jax.config import MeshConfig
+from lark_jax.finetuning.step import trace_accumulate
+from lark_jax.preflight.topologies import parse_topology
+from lark_jax.sharding import make_mesh
+
+DEVICES, LAYERS, LENGTH, HIDDEN_SIZE = 4, 6, 384, 256
+ON_HOST = re.compile(r"(\w+)\[([\d,]+)\]\{[^}]*S\(5\)")  # as XLA writes an array in memory space 5
+
+
+def mesh_of_absent_devices() -> Mesh:
+    topology = parse_topology(f"v5e-{DEVICES}")
+    return make_mesh(MeshConfig(), list(topologies.get_topology_desc(**topology.description()).devices))
+
+
+def main() -> None:
+    step = trace_accumulate(
+        dataclasses.replace(ARCHITECTURE, num_layers=LAYERS, hidden_size=HIDDEN_SIZE),
+        mesh_of_absent_devices(),
+        dtype="bfloat16",
+        vocab_chunk=64,
+        remat="offload",
+        attention_backend=None,
+        rows=DEVICES,
+        length=LENGTH,
+    )
+    program = step.lower().compile()
+    arrays = {f"{dtype}[{shape}]" for dtype, shape in ON_HOST.findall(program.as_text())}
+    print(json.dumps({"bytes": program.memory_analysis().host_temp_size_in_bytes, "arrays": sorted(arrays)}))
+
+
+if __name__ == "__main__":
+    main()
