@@ -10,8 +10,9 @@ export JAX_PLATFORMS ?= cpu
 demo: $(VENV)/ready
 	$(BIN)/python -m lark_jax.run --config=configs/tiny.py
 
+# Two processes, a file each at a time: most of the time is XLA compiling, one core after the other.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -5,20 +5,15 @@ the command line (`finetune.batch_size`), the value found and the values allowed
 """
 
 import dataclasses
-import difflib
 import math
 import re
-import types
-import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
-
-from ml_collections import FieldReference
+from typing import Any
 
 from lark_jax.config_checks import require as _require
 from lark_jax.config_checks import require_one_of as _require_one_of
 from lark_jax.config_checks import require_url as _require_url
-from lark_jax.errors import ConfigError
+from lark_jax.config_values import converted, section_from_mapping
 from lark_jax.judge_config import JudgeConfig
 
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
@@ -29,7 +24,6 @@ TRAINING_LOGGERS = ("tensorboard", "wandb")  # keys of finetuning.loggers.LOGGER
 REMAT_CHOICES = ("none", "attention", "block", "offload")  # keys of students.remat.POLICIES
 STUDENT_PLACEHOLDER = "{student}"  # in evaluate.server_model
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of students.decoder
-Section = TypeVar("Section")
 
 
 def _marks_ends(rule: str | None) -> bool:
@@ -365,7 +359,7 @@ def experiment_from_mapping(values: Mapping[str, Any]) -> Experiment:
     Raises:
       ConfigError: a field is unknown (with the nearest known name), missing, of the wrong type, or out of range.
     """
-    return _section_from_mapping(Experiment, values, prefix="")
+    return section_from_mapping(Experiment, values, prefix="")
 
 
 def distributed_from_mapping(values: Mapping[str, Any]) -> DistributedConfig:
@@ -374,7 +368,7 @@ def distributed_from_mapping(values: Mapping[str, Any]) -> DistributedConfig:
     Raises:
       ConfigError: as `experiment_from_mapping`, for this section.
     """
-    return _converted(DistributedConfig, values.get("distributed", {}), "distributed")
+    return converted(DistributedConfig, values.get("distributed", {}), "distributed")
 
 
 def pool_from_mapping(values: Mapping[str, Any]) -> PoolConfig:
@@ -383,55 +377,4 @@ def pool_from_mapping(values: Mapping[str, Any]) -> PoolConfig:
     Raises:
       ConfigError: as `experiment_from_mapping`, for this section.
     """
-    return _converted(PoolConfig, values.get("pool", {}), "pool")
-
-
-def _section_from_mapping(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
-    hints = typing.get_type_hints(section)
-    _refuse_unknown_fields(values, list(hints), prefix)
-    arguments = {name: _converted(hints[name], values[name], f"{prefix}{name}") for name in values}
-    for field in dataclasses.fields(section):  # type: ignore[arg-type]
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in arguments:
-            raise ConfigError(f"config.{prefix}{field.name}: missing; set it in the config file")
-    return section(**arguments)
-
-
-def _refuse_unknown_fields(values: Mapping[str, Any], known: list[str], prefix: str) -> None:
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else "known fields: " + ", ".join(known)
-            raise ConfigError(f"config.{prefix}{name}: unknown field; {hint}")
-
-
-def _converted(hint: Any, value: Any, field: str) -> Any:
-    """`value` as the type `hint`; lossless conversions only (int to float, list to tuple)."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (hint,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping) and not hasattr(value, "items"):
-            raise ConfigError(f"config.{field}: expected a section with fields, got {value!r}")
-        return _section_from_mapping(typing.cast(type, hint), dict(value.items()), prefix=f"{field}.")
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ConfigError(f"config.{field}: expected a tuple, got {value!r}")
-        return tuple(_converted(typing.get_args(hint)[0], item, field) for item in _items(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"config.{field}: expected {hint.__name__}, got {value!r}")
-    return value
-
-
-def _items(value: list[Any] | tuple[Any, ...]) -> list[Any]:
-    """Items with references to other fields resolved; `--config.stages=score,select` arrives as one string."""
-    items: list[Any] = []
-    for item in value:
-        if isinstance(item, FieldReference):
-            items.append(item.get())
-        else:
-            items.extend(item.split(",") if isinstance(item, str) else [item])
-    return items
+    return converted(PoolConfig, values.get("pool", {}), "pool")
