@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -41,8 +43,8 @@ MINIATURE = {
 }
 
 
-def _command(workdir: Path) -> list[str]:
-    fields = [f"--config.{name}={value}" for name, value in MINIATURE.items()]
+def _command(workdir: Path, changes: Mapping[str, object] = MappingProxyType({})) -> list[str]:
+    fields = [f"--config.{name}={value}" for name, value in {**MINIATURE, **changes}.items()]
     config = ["--config=configs/tiny.py", f"--config.workdir={workdir}"]
     return [sys.executable, "-m", "lark_jax.run", *config, *fields]
 
@@ -165,10 +167,15 @@ def test_with_lora_the_export_has_a_merged_student_and_the_adapter(undisturbed: 
     """On a copy of the finished run: only fine-tuning and export run again."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed.workdir, workdir)
-    fields = ["stages=finetune,export", "select.methods=lark", "select.budgets=1", "finetune.lora_rank=2"]
-    command = [*_command(workdir), *(f"--config.{field}" for field in fields)]
+    fields = {"stages": "finetune,export", "select.methods": "lark", "select.budgets": 1, "finetune.lora_rank": 2}
     finished = subprocess.run(
-        command, cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, timeout=300, check=False
+        _command(workdir, fields),
+        cwd=REPOSITORY,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert finished.returncode == 0, finished.stderr
     export = workdir / "export" / "lark_B1"
