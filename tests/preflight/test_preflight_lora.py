@@ -9,7 +9,7 @@ from lark_jax.config import LORA_TARGETS, Experiment, FinetuneConfig, MeshConfig
 from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileRequest, request_from_json
 from lark_jax.preflight.topologies import parse_topology
-from lark_jax.preflight.training import training_request
+from lark_jax.preflight.training import training_requests
 from lark_jax.preflight.worker import held_in_micro_batch, held_in_update
 from lark_jax.scoring.parameter_axes import parameter_bytes_per_device
 from lark_jax.sharding import DATA, make_mesh
@@ -28,7 +28,8 @@ def request_with(lora_rank: int) -> CompileRequest:
         pool=PoolConfig(path="nowhere/pool.jsonl"),
         finetune=FinetuneConfig(lora_rank=lora_rank, lora_alpha=32.0),
     )
-    return training_request(experiment, ARCHITECTURE, parse_topology("v5p-16"), Lengths((20_000,), "given"), "block")
+    lengths = Lengths((20_000,) * 64, "given")
+    return training_requests(experiment, ARCHITECTURE, parse_topology("v5p-16"), lengths)[0]
 
 
 def test_the_request_has_the_adapter_and_survives_the_way_to_the_child() -> None:
