@@ -78,11 +78,11 @@ def test_of_a_layer_its_input_is_kept_and_no_copy_of_its_weights(dtype: str) -> 
 
 
 def test_no_gradient_of_a_frozen_weight_is_computed_or_held() -> None:
-    """Of a vocabulary that outweighs all else. A scan's body counts once among the FLOPs; ours is a third dearer."""
-    vocab = 16_384
+    """Of a vocabulary that outweighs all else. The body of a loop counts once among the FLOPs: 512 rows of it."""
+    vocab, chunk = 16_384, 512
     whole, adapter = (traced(lora, vocab_size=vocab).lower().compile() for lora in (None, Lora(1, 1.0, LORA_TARGETS)))
     flops = [program.cost_analysis()["flops"] for program in (whole, adapter)]
-    assert flops[1] < 0.75 * flops[0]
+    assert flops[0] - flops[1] >= 2 * LENGTH * chunk * ARCHITECTURE.hidden_size  # the product d_head = d_logits' hidden
     head_bytes = 4 * vocab * ARCHITECTURE.hidden_size
     assert whole.memory_analysis().temp_size_in_bytes > head_bytes
     assert adapter.memory_analysis().temp_size_in_bytes < head_bytes / 2

@@ -20,23 +20,26 @@ from lark_jax.finetuning.step import TrainStep, initial_state, make_train_step, 
 from lark_jax.pool.batching import BatchPlan
 from lark_jax.pool.chat import RenderedTrajectory
 from lark_jax.sharding import make_mesh
-from lark_jax.students import attention, blockwise_attention, splash_attention
+from lark_jax.students import attention, blockwise_attention, splash_attention, triton_attention
 from lark_jax.students.attention import BACKENDS, Backend, no_refusal
 from lark_jax.students.decoder import Decoder
 
 INPUTS = (129, 100, 64, 57, 33, 32, 31, 17, 2, 1)  # around the blocks of 32 and 128; packed into two rows of 256
 CAPACITY = 256
 OPTIMIZER = make_optimizer(CONFIG, 10)
-HONOURING = ("dense", "blockwise", "splash")
+HONOURING = ("dense", "blockwise", "splash", "triton")
 
 
 @pytest.fixture(autouse=True)
 def several_blocks_in_a_row_and_the_tpu_kernel_as_plain_jax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's program, interpreted, computes float32 as well as bfloat16."""
+    """The kernels' programs, interpreted, compute float32 as well as bfloat16."""
     monkeypatch.setattr(blockwise_attention, "LARGEST_BLOCK", 32)
     monkeypatch.setattr(splash_attention, "LARGEST_BLOCK_BY_ROW", ((math.inf, 128),))
-    interpreted = functools.partial(splash_attention.splash_attention, interpret=True)
-    monkeypatch.setattr(attention, "BACKENDS", {**BACKENDS, "splash": Backend(interpreted, no_refusal)})
+    kernels = {"splash": splash_attention.splash_attention, "triton": triton_attention.triton_attention}
+    interpreted = {
+        name: Backend(functools.partial(kernel, interpret=True), no_refusal) for name, kernel in kernels.items()
+    }
+    monkeypatch.setattr(attention, "BACKENDS", {**BACKENDS, **interpreted})
 
 
 @functools.cache
