@@ -35,13 +35,14 @@ from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_traj
 from lark_jax.students import read_architecture
 from lark_jax.students.flops import forward_flops
 
+CHECKPOINT_DTYPE = "bfloat16"  # in which the students' checkpoints are published, whatever --dtype computes
 PROMPT_SHARE = 8  # random rows: one token in eight is prompt
 
 
 def main() -> None:
     options = parse_arguments()
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        student = Path(options.student or random_checkpoint(options.shape, options.dtype, Path(scratch)))
+        student = Path(options.student or random_checkpoint(options.shape, CHECKPOINT_DTYPE, Path(scratch)))
         cases = pool_case(student, options) if options.pool else random_cases(student, options)
         rate = matmul_rate(options.dtype)
         print(f"{runtime.hardware()}; {options.dtype} matmul {rate / 1e12:.2f} TFLOP/s; {json.dumps(versions())}")

@@ -75,10 +75,11 @@ def ours(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
     from lark_jax.pool.batching import TokenRows
     from lark_jax.scoring.step import make_score_step
     from lark_jax.sharding import make_mesh
-    from lark_jax.students import load_student
+    from lark_jax.students import load_student, lossless_dtype
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    student, _ = load_student(request.student, mesh=mesh, dtype=jnp.dtype(request.dtype), parameter_axes=())
+    dtype, param_dtype = jnp.dtype(request.dtype), lossless_dtype(Path(request.student), request.dtype)
+    student, _ = load_student(request.student, mesh=mesh, dtype=dtype, param_dtype=param_dtype, parameter_axes=())
     step = make_score_step(student, mesh, request.vocab_chunk)
 
     def score() -> np.ndarray:
@@ -99,17 +100,19 @@ def cross_entropy_alone(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
     from flax import nnx
 
     from lark_jax.scoring import token_statistics
-    from lark_jax.students import load_student
+    from lark_jax.scoring.step import MLP_BLOCKS
+    from lark_jax.students import load_student, lossless_dtype
 
-    student, _ = load_student(request.student, dtype=jnp.dtype(request.dtype))
+    param_dtype = lossless_dtype(Path(request.student), request.dtype)
+    student, _ = load_student(request.student, dtype=jnp.dtype(request.dtype), param_dtype=param_dtype)
     graph, state = nnx.split(student)
+    mlp_block = MLP_BLOCKS.get(jax.default_backend())
 
     @jax.jit
     def losses(state: nnx.State, tokens_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
         model = nnx.merge(graph, state)
-        statistics = token_statistics(
-            model(tokens_bt), model.head_weight(), targets_bt, vocab_chunk=request.vocab_chunk
-        )
+        hidden_btd = model(tokens_bt, mlp_block=mlp_block)
+        statistics = token_statistics(hidden_btd, model.head_weight(), targets_bt, vocab_chunk=request.vocab_chunk)
         return jnp.where(mask_bt > 0, statistics.cross_entropy, 0.0).sum(-1) / mask_bt.sum(-1)
 
     def score() -> np.ndarray:

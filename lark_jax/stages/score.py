@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from lark_jax import processes, runtime
@@ -31,7 +32,7 @@ from lark_jax.scoring.parameter_axes import choose_parameter_axes, smallest_devi
 from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.student import notes_on, open_chat, student_inputs
-from lark_jax.students import Decoder, load_student, local_folder, read_architecture
+from lark_jax.students import Decoder, load_student, local_folder, lossless_dtype, read_architecture
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.attention import describe_backend, kernel_platform
 
@@ -109,9 +110,10 @@ def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
     Raises:
       ConfigError: the configured mesh matches neither.
     """
-    dtype, parameters = experiment.score.dtype, experiment.score.parameters
+    parameters = experiment.score.parameters
 
     def decide() -> list[Any]:
+        dtype = _parameter_dtype(experiment)
         alone = fits_one_process(
             architecture,
             experiment.mesh,
@@ -138,10 +140,15 @@ def _open_student(experiment: Experiment, place: Place) -> Decoder:
         local_folder(experiment.student.path),
         mesh=place.mesh,
         dtype=experiment.score.dtype,
+        param_dtype=_parameter_dtype(experiment),
         parameter_axes=place.parameter_axes,
         attention_backend=None if backend == "auto" else backend,
     )
     return student
+
+
+def _parameter_dtype(experiment: Experiment) -> np.dtype:
+    return lossless_dtype(local_folder(experiment.student.path), experiment.score.dtype)
 
 
 def require_one_plan(workload: Workload) -> None:

@@ -5,7 +5,7 @@ from lark_jax.students.decoder import Decoder
 from lark_jax.students.exporting import export_student, save_new_student
 from lark_jax.students.hub import local_folder
 from lark_jax.students.initialization import random_student
-from lark_jax.students.loading import load_student
+from lark_jax.students.loading import load_student, lossless_dtype
 
 __all__ = [
     "Architecture",
@@ -13,6 +13,7 @@ __all__ = [
     "export_student",
     "load_student",
     "local_folder",
+    "lossless_dtype",
     "random_student",
     "read_architecture",
     "save_new_student",

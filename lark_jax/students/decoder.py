@@ -4,6 +4,7 @@ Parameters carry HF's names and HF's [out, in] layout; those of the layers are s
 Sources: transformers, models/{qwen2,qwen3,llama,mistral}/modeling_*.py.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -93,8 +94,11 @@ class MLP(nnx.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, dtype, rngs)
         self.down_proj = Linear(intermediate_size, hidden_size, dtype, rngs)
 
-    def __call__(self, x_btd: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd))
+    def __call__(self, x_btd: jax.Array, block: int | None) -> jax.Array:
+        return self._at_once(x_btd) if block is None else _in_blocks(self._at_once, x_btd, block)
+
+    def _at_once(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nnx.Module):
@@ -111,6 +115,7 @@ class DecoderLayer(nnx.Module):
         segment_ids_bt: jax.Array | None,
         backend: str | None,
         split: ParameterSplit,
+        mlp_block: int | None,
     ) -> jax.Array:
         with jax.named_scope("self_attn"):
             normed_btd = split.shared("layers.self_attn.q_proj.weight", self.input_layernorm(hidden_btd))
@@ -118,7 +123,7 @@ class DecoderLayer(nnx.Module):
             hidden_btd = hidden_btd + split.total("layers.self_attn.o_proj.weight", out_btd)
         with jax.named_scope("mlp"):
             normed_btd = split.shared("layers.mlp.gate_proj.weight", self.post_attention_layernorm(hidden_btd))
-            out_btd = self.mlp(normed_btd)
+            out_btd = self.mlp(normed_btd, mlp_block)
             return hidden_btd + split.total("layers.mlp.down_proj.weight", out_btd)
 
 
@@ -161,7 +166,11 @@ class Decoder(nnx.Module):
         self.lm_head = None if architecture.tie_word_embeddings else Weight(table_shape, param_dtype, rngs)
 
     def __call__(
-        self, tokens_bt: jax.Array, segment_ids_bt: jax.Array | None = None, split: ParameterSplit = LOCAL
+        self,
+        tokens_bt: jax.Array,
+        segment_ids_bt: jax.Array | None = None,
+        split: ParameterSplit = LOCAL,
+        mlp_block: int | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm.
 
@@ -170,6 +179,8 @@ class Decoder(nnx.Module):
           segment_ids_bt: int [batch, time] for packed rows: equal ids are one trajectory, contiguous; positions
             start again at zero in each. None: one trajectory a row.
           split: inside `shard_map`, how the parameters are split over its axes; this device's parts take their place.
+          mlp_block: tokens that pass through an MLP together, so that less of its wide features exists at a time; None:
+            all. Meant for forward passes: a gradient would add up the weights' gradients block by block.
 
         Returns:
           hidden_btd: [batch, time, hidden_size] in `self.dtype`.
@@ -182,7 +193,7 @@ class Decoder(nnx.Module):
         def block(hidden_btd: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
             hidden_btd = named(hidden_btd, LAYER_INPUT)
             layer = nnx.merge(graphdef, split.gathered_layer(weights, self.dtype))
-            return layer(hidden_btd, rotation, segment_ids_bt, self.attention_backend, split), None
+            return layer(hidden_btd, rotation, segment_ids_bt, self.attention_backend, split, mlp_block), None
 
         with jax.named_scope("layers"):
             hidden_btd = _through_layers(rematerialized(block, self.remat), hidden_btd, stacked)
@@ -242,6 +253,16 @@ def _take_layer(stacked: nnx.State, layer: jax.Array) -> nnx.State:
 def _take_tied(stacked: nnx.State, layer: jax.Array) -> nnx.State:
     """The barrier ties the whole arrays to the iteration; nothing is copied."""
     return _take_layer(*jax.lax.optimization_barrier((stacked, layer)))
+
+
+def _in_blocks(function: Callable[[jax.Array], jax.Array], x_btd: jax.Array, block: int) -> jax.Array:
+    """`function` of single tokens, [..., d] to [..., d], for at most `block` tokens at a time."""
+    num_tokens = x_btd.shape[0] * x_btd.shape[1]
+    num_blocks = math.ceil(num_tokens / block)
+    block = math.ceil(num_tokens / num_blocks)
+    x_nd = jnp.pad(x_btd.reshape(num_tokens, -1), ((0, num_blocks * block - num_tokens), (0, 0)))
+    out_cnd = jax.lax.map(function, x_nd.reshape(num_blocks, block, -1))
+    return out_cnd.reshape(num_blocks * block, -1)[:num_tokens].reshape(x_btd.shape)
 
 
 def _positions(tokens_bt: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:

@@ -76,6 +76,20 @@ def load_student(
     return nnx.merge(graphdef, replace_parameters(state, parameters)), architecture
 
 
+def lossless_dtype(folder: Path, dtype: DTypeLike) -> np.dtype:
+    """The narrowest dtype of parameters for a computation in `dtype` with the values that loading in `dtype` gives.
+
+    That of the checkpoint where `dtype` holds each of its values, as float32 does those of bfloat16: weights are then
+    widened where they are used, a layer at a time. Else `dtype`.
+
+    Raises:
+      CheckpointError: see `open_checkpoint`.
+    """
+    stored = {header.dtype for header in open_checkpoint(folder).tensors.values()}
+    narrowest = min(stored, key=lambda candidate: candidate.itemsize)
+    return narrowest if stored == {narrowest} and jnp.promote_types(narrowest, dtype) == dtype else jnp.dtype(dtype)
+
+
 def _plan(checkpoint: CheckpointFiles, architecture: Architecture, targets: Mapping[str, Target]) -> list[Piece]:
     """What this process reads, in the order of the files."""
     slots = hf_slots(architecture)

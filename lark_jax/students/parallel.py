@@ -39,8 +39,8 @@ class ParameterSplit:
     def gathered_layer(self, weights: nnx.State, dtype: DTypeLike) -> nnx.State:
         """One layer of the stack with everything that is split over `data` made whole.
 
-        It travels in `dtype`. Values are rounded to it and keep the dtype of `weights`, in which their gradients are
-        added up over `data`.
+        It travels in `dtype`, or in that of `weights` where this is narrower. Values are rounded to it and keep the
+        dtype of `weights`, in which their gradients are added up over `data`.
         """
 
         def gathered(path: tuple[str, ...], weight: nnx.Variable) -> nnx.Variable:
@@ -48,7 +48,7 @@ class ParameterSplit:
             if dimension is None:
                 return weight
             # The table counts the leading axis of the stack.
-            return weight.replace(_gathered(weight[...], dimension - 1, jnp.dtype(dtype)))
+            return weight.replace(_gathered(weight[...], dimension - 1, _travelling_dtype(weight[...], dtype)))
 
         return nnx.map_state(gathered, weights)
 
@@ -82,7 +82,7 @@ class ParameterSplit:
     def head(self, name: str, head_vd: jax.Array, dtype: DTypeLike) -> jax.Array:
         """This device's rows of the output projection `name`, with all their columns; dtypes as in `gathered_layer`."""
         dimension = self._dimension(name, DATA)
-        return head_vd if dimension is None else _gathered(head_vd, dimension, jnp.dtype(dtype))
+        return head_vd if dimension is None else _gathered(head_vd, dimension, _travelling_dtype(head_vd, dtype))
 
     def total_gradients(self, gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """From gradients of the loss of this device's rows to those of the whole batch, laid out as the parameters.
@@ -92,6 +92,8 @@ class ParameterSplit:
         totals: dict[str, jax.Array] = {}
         for axes in ((), (DATA,), (DATA, TENSOR)):
             group = {name: value for name, value in gradients.items() if self._partial_over(name) == axes}
+            # Over a single device too, XLA's CPU backend copies all that it is told to add up.
+            axes = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
             totals |= lax.psum(group, axes) if axes and group else group
         return totals
 
@@ -115,6 +117,10 @@ class ParameterSplit:
 
 
 LOCAL = ParameterSplit({})
+
+
+def _travelling_dtype(part: jax.Array, dtype: DTypeLike) -> jnp.dtype:
+    return min(jnp.dtype(dtype), part.dtype, key=lambda candidate: candidate.itemsize)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -21,12 +21,12 @@ from lark_jax.config import MeshConfig
 from lark_jax.errors import ConfigError
 from lark_jax.pool.batching import TokenRows
 from lark_jax.scoring.reductions import MAX_RANK, TrajectoryMeans
-from lark_jax.scoring.step import lower_score_step, make_score_step
+from lark_jax.scoring.step import MLP_BLOCKS, jitted_score_step, lower_score_step, make_score_step
 from lark_jax.scoring.token_statistics.reference import statistics_from_logits
 from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students import Decoder, load_student, random_student, save_new_student
 from lark_jax.students.architecture import Architecture, architecture_from_config
-from lark_jax.students.parameters import parameter_shapes
+from lark_jax.students.parameters import abstract_decoder, parameter_shapes
 
 CONFIG = {
     "vocab_size": 320,
@@ -192,6 +192,42 @@ def test_bfloat16_stays_near_the_float32_scores(layout: str) -> None:
     found = _means(student, rows, LAYOUTS[layout])
     np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-2)
     np.testing.assert_allclose(found.brier, expected.brier, rtol=1e-2)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "tensor 4", "gathered", "gathered, tensor 2"])
+def test_parameters_held_in_bfloat16_score_in_float32_as_widened_ones_do(layout: str) -> None:
+    student, rows, expected = _rounded_case()
+    _, state = nnx.split(student)
+    graph, _ = nnx.split(abstract_decoder(student.architecture, "float32", "bfloat16"))
+    found = _means(nnx.merge(graph, state), rows, LAYOUTS[layout])
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
+    np.testing.assert_allclose(found.brier, expected.brier, rtol=1e-5)
+
+
+def test_gathered_bfloat16_parameters_travel_as_bfloat16_into_a_float32_computation() -> None:
+    architecture = _architecture(**STUDENTS["qwen2-untied"])
+    layout = LAYOUTS["gathered"]
+    student = abstract_decoder(architecture, "float32", "bfloat16")
+    shapes = parameter_shapes(architecture)
+    parameters = {name: jax.ShapeDtypeStruct(shape, "bfloat16") for name, shape in shapes.items()}
+    tokens_bt = jax.ShapeDtypeStruct((ROWS, LENGTH), "int32")
+    mask_bt = jax.ShapeDtypeStruct((ROWS, LENGTH), "float32")
+    step = jitted_score_step(student, layout.mesh(), 100, layout.parameter_axes)
+    gathers = re.findall(
+        r"(\w+)\[[^\]]*\] = all_gather\[", str(step.trace(parameters, tokens_bt, tokens_bt, mask_bt).jaxpr)
+    )
+    # The embedding table is not gathered: tokens travel to its columns. The float32 ones are the means of a row.
+    assert gathers.count("bf16") == sum(_is_matrix(name) for name in shapes) - 1
+    assert gathers.count("f32") == len(TrajectoryMeans._fields)
+
+
+def test_blocks_of_the_mlp_do_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case("qwen2-untied")
+    for block in (1, 100, ROWS * LENGTH - 1):
+        monkeypatch.setitem(MLP_BLOCKS, "cpu", block)
+        found = case.means(ONE_DEVICE)
+        np.testing.assert_allclose(found.loss, case.one_device.loss, rtol=1e-6)
+        np.testing.assert_allclose(found.brier, case.one_device.brier, rtol=1e-6)
 
 
 def test_results_are_whole_on_every_device() -> None:

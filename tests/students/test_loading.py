@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from lark_jax.config import MeshConfig
 from lark_jax.errors import CheckpointError
 from lark_jax.sharding import make_mesh
-from lark_jax.students import load_student, loading
+from lark_jax.students import load_student, loading, lossless_dtype
 from lark_jax.students.hf_names import hf_slots
 from lark_jax.students.parameters import flatten_parameters
 from lark_jax.students.placement import DeviceDestination, HostDestination
@@ -199,3 +199,30 @@ def test_config_in_the_style_of_transformers_4_loads_the_same(make_checkpoint):
     values["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
     (folder / "config.json").write_text(json.dumps(values))
     assert load_student(folder, dtype="float32")[1] == architecture == student.architecture
+
+
+def test_parameters_keep_the_checkpoints_dtype_where_the_computation_holds_its_values(make_checkpoint):
+    folder = make_checkpoint("qwen2-untied", num_hidden_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    stored = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
+    expected = {
+        ("bfloat16", "float32"): "bfloat16",
+        ("float16", "float32"): "float16",
+        ("float32", "float32"): "float32",
+        ("bfloat16", "bfloat16"): "bfloat16",
+        ("float32", "bfloat16"): "bfloat16",
+        ("float16", "bfloat16"): "bfloat16",
+    }
+    for (checkpoint, computation), parameters in expected.items():
+        converted = {key: value.astype(stored[checkpoint]) for key, value in tensors.items()}
+        save_file(converted, folder / "model.safetensors")
+        assert lossless_dtype(folder, computation) == jnp.dtype(parameters), (checkpoint, computation)
+
+
+def test_a_checkpoint_of_several_dtypes_is_held_in_that_of_the_computation(make_checkpoint):
+    folder = make_checkpoint("qwen2-untied", num_hidden_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    first = min(tensors)
+    tensors = {key: value.astype(np.float32 if key == first else jnp.bfloat16) for key, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    assert lossless_dtype(folder, "float32") == jnp.float32
