@@ -10,7 +10,8 @@ import numpy as np
 from lark_jax import files, runtime
 from lark_jax.config import Experiment
 from lark_jax.evaluation.accuracy import CONFIDENCE, RESAMPLES
-from lark_jax.evaluation.runner import SampleRow, StudentResult, read_samples, read_student_result
+from lark_jax.evaluation.runner import StudentResult, read_student_result
+from lark_jax.evaluation.samples import SampleRow, read_samples
 from lark_jax.finetuning import HeldOutMetrics, StepMetrics, read_held_out, read_metrics
 from lark_jax.finetuning.metrics import HELD_OUT, METRICS
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest

@@ -8,7 +8,7 @@ import pytest
 
 from lark_jax import pipeline
 from lark_jax.config import Experiment, experiment_from_mapping
-from lark_jax.evaluation.runner import SampleRow
+from lark_jax.evaluation.samples import SampleRow
 from lark_jax.files import write_jsonl
 from lark_jax.pipeline import Outcome, Task
 from lark_jax.stages.layout import BASE, Layout
