@@ -29,14 +29,12 @@ def equal(gold: str, answer: str, options: dict[str, Any]) -> bool:
 
 def forget() -> None:
     """Empties SymPy's caches and restarts every random stream that a comparison may draw from."""
-    import mpmath
     import sympy.core.random
     from sympy.core.cache import clear_cache
 
     clear_cache()
     random.seed(0)
     sympy.core.random.seed(0)
-    mpmath.mp.dps = 15
 
 
 def limit_cpu_time(seconds: float) -> None:
