@@ -12,8 +12,8 @@ from typing import Self
 
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.paper_rules import equal_by_paper_rules
-from lark_jax.evaluation.spelling import in_base, tidy, words
-from lark_jax.evaluation.verifier import LIMIT_S, MathVerifier, VerifierTimeout, package_versions
+from lark_jax.evaluation.spelling import in_base, tidy, without_percent, words
+from lark_jax.evaluation.verifier import LIMIT_S, MathVerifier, VerifierFailure, VerifierTimeout, package_versions
 
 GRADERS = ("math_verify", "paper")
 RULES = 2  # raised when a verdict of this module or its helpers changes: finished students are then graded again
@@ -24,7 +24,8 @@ WRONG = "wrong"
 NO_BOX = "no box"
 TIMED_OUT = "timed out"
 TOO_LONG = "answer too long"
-GAVE_UP = (TIMED_OUT, TOO_LONG)  # no verdict; the sample counts as wrong and is listed
+FAILED = "grader failed"
+GAVE_UP = (TIMED_OUT, TOO_LONG, FAILED)  # no verdict; the sample counts as wrong and is listed
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
@@ -35,7 +36,7 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 class Grade:
     correct: bool
     extracted: str | None  # what stood in the box; None without one
-    reason: str  # CORRECT, WRONG, NO_BOX, TIMED_OUT or TOO_LONG
+    reason: str  # CORRECT, WRONG, NO_BOX or one of GAVE_UP
 
 
 class Grader:
@@ -87,10 +88,14 @@ class Grader:
             expected, found = same_by(gold), same_by(answer)
             if expected is not None and found is not None:
                 return CORRECT if expected == found else WRONG
+        bare = without_percent(gold), without_percent(answer)
+        pairs = [(gold, answer)] + ([bare] if (gold == bare[0]) != (answer == bare[1]) else [])
         try:
-            equal = self._verifier.equal(f"\\boxed{{{gold}}}", f"\\boxed{{{answer}}}")
+            equal = any(self._verifier.equal(*(f"\\boxed{{{text}}}" for text in pair)) for pair in pairs)
         except VerifierTimeout:
             return TIMED_OUT
+        except VerifierFailure:
+            return FAILED
         return CORRECT if equal else WRONG
 
 

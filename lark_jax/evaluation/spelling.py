@@ -50,6 +50,11 @@ def in_base(answer: str) -> tuple[str, str] | None:
     return (match.group(1), match.group(2)) if match else None
 
 
+def without_percent(answer: str) -> str:
+    """`answer` without the sign of per cent at its end: problems that ask for per cent have golds of both kinds."""
+    return re.sub(r"\s*\\?%$", "", answer)
+
+
 def _trimmed(text: str) -> str:
     """Without spaces at either end, those of LaTeX included."""
     text = text.strip()

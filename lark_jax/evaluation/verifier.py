@@ -28,12 +28,16 @@ FIXED_ENVIRONMENT = {"PYTHONHASHSEED": "0", "SYMPY_GROUND_TYPES": "python", "SYM
 PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")  # whose code decides
 
 
-class VerifierTimeout(Exception):
-    """One comparison did not end within its limit, or took two processes down; the next one starts afresh."""
+class NoVerdict(Exception):
+    """One comparison came to no end; the next one starts afresh."""
 
 
-class _ProcessDied(Exception):
-    """The child ended, not by its limit of CPU time."""
+class VerifierTimeout(NoVerdict):
+    """It did not end within its limit."""
+
+
+class VerifierFailure(NoVerdict):
+    """It ran out of memory, or took down the process, not by its limit of CPU time."""
 
 
 def package_versions() -> dict[str, str]:
@@ -66,19 +70,21 @@ class MathVerifier:
 
         Raises:
           VerifierTimeout: no verdict within the limit.
+          VerifierFailure: out of memory, or two processes in a row died over this pair.
           EvaluationError: the child process cannot be started (math-verify is missing or broken).
         """
         request = {"gold": gold, "answer": answer, "options": options, "cpu_s": self._limit_s}
         line = (json.dumps(request) + "\n").encode()
-        try:
-            return self._ask(line)
-        except _ProcessDied:
-            try:
-                return self._ask(line)
-            except _ProcessDied as error:
-                raise VerifierTimeout("the process died twice over this comparison") from error
+        reply = self._ask(line) or self._ask(line)
+        if reply is None:
+            raise VerifierFailure("two processes died over this comparison")
+        if reply.get("error") == MemoryError.__name__:
+            self._stop()
+            raise VerifierFailure("this comparison ran out of memory")
+        return bool(reply["equal"])
 
-    def _ask(self, line: bytes) -> bool:
+    def _ask(self, line: bytes) -> dict[str, Any] | None:
+        """The child's reply; None when it died, not by its limit."""
         child = self._child or self._start()
         assert child.stdin is not None
         try:
@@ -89,12 +95,13 @@ class MathVerifier:
             self._stop()
             raise VerifierTimeout(f"no verdict within {self._limit_s * CLOCK_PER_LIMIT:g} s") from error
         except (OSError, EOFError) as error:
-            status = child.wait()
+            status = child.wait(START_DEADLINE_S)  # it is about to end: its pipes are closed
             self._stop()
             if status == -signal.SIGXCPU:
                 raise VerifierTimeout(f"no verdict within {self._limit_s:g} s of CPU time") from error
-            raise _ProcessDied from error
-        return bool(json.loads(reply)["equal"])
+            return None
+        answer: dict[str, Any] = json.loads(reply)
+        return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
         # -P: the folder of the script must not shadow anybody's modules.

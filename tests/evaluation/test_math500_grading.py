@@ -96,11 +96,9 @@ def test_a_sample_of_golds_equals_its_rewrites(golds):
 
 @pytest.mark.slow
 def test_golds_equal_their_rewrites(golds):
-    """Refused are only decimals with a per cent sign: math-verify divides those by 100 (1.25 is not 1.25%)."""
     count, wrong = refused(golds)
     assert count > 9_000
-    assert all("." in gold and text == f"{gold}\\%" for gold, text in wrong), wrong
-    assert 1 - len(wrong) / count >= 0.98
+    assert 1 - len(wrong) / count >= 0.999, wrong
 
 
 def test_golds_differ_from_one_another(golds):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from lark_jax.evaluation.grading import CORRECT, GAVE_UP, NO_BOX, TIMED_OUT, WRONG, Grader
-from lark_jax.evaluation.verifier import MathVerifier, VerifierTimeout
+from lark_jax.evaluation.grading import CORRECT, FAILED, GAVE_UP, NO_BOX, TIMED_OUT, WRONG, Grader
+from lark_jax.evaluation.verifier import MathVerifier, VerifierFailure
 
 # Cases whose published verdict math-verify 0.9.0 itself does not give. Both put line breaks into inline mathematics and
 # expect that the mathematics is then not found; version 0.9.0 finds the bare 9 all the same, and 9 is the gold.
@@ -96,8 +96,17 @@ def test_a_pair_that_kills_two_processes_has_no_verdict(monkeypatch):
             return child
 
         monkeypatch.setattr(verifier, "_start", start_and_kill)
-        with pytest.raises(VerifierTimeout, match="died twice"):
+        with pytest.raises(VerifierFailure, match="two processes died"):
             verifier.equal("$2$", "$3$")
+
+
+def test_a_comparison_out_of_memory_has_no_verdict_and_is_listed(monkeypatch):
+    with Grader() as grader:
+        reply = b'{"equal": false, "error": "MemoryError"}'
+        monkeypatch.setattr(grader._verifier, "_read_line", lambda _: reply)
+        assert grader.grade(r"\boxed{2+3}", "5", "expression").reason == FAILED
+        monkeypatch.undo()
+        assert grader.grade(r"\boxed{2+4}", "6", "expression").reason == CORRECT
 
 
 PIECES = [
@@ -135,7 +144,7 @@ def test_random_texts_neither_crash_nor_hang_the_grader():
 
 @pytest.mark.slow
 def test_ten_thousand_random_texts_neither_crash_nor_hang_the_grader():
-    started = time.process_time()
     reasons = grade_random_texts(10_000)
-    print(reasons, time.process_time() - started)
+    assert sum(reasons.values()) == 10_000
     assert reasons[WRONG] > 1_000
+    assert reasons.get(TIMED_OUT, 0) < 100
