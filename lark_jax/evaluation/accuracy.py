@@ -79,11 +79,6 @@ def solved_probability(num_correct: np.ndarray, samples: int, k: int) -> np.ndar
     return by_count[num_correct]
 
 
-def acc_at_k(correct_spn: np.ndarray, k: int) -> np.ndarray:
-    """Unbiased Acc@k, averaged over problems: bool [seeds, problems, n] -> float64 [seeds]."""
-    return solved_probability(correct_spn.sum(axis=2), correct_spn.shape[2], k).mean(axis=1)
-
-
 def bootstrap_means(values_pm: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
     """Means over problems drawn with replacement: float64 [problems, m] -> [resamples, m]. All m share the draws."""
     num_problems = len(values_pm)

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lark_jax.evaluation.accuracy import (
-    acc_at_k,
     accuracies,
     bootstrap_intervals,
     bootstrap_means,
@@ -66,14 +65,15 @@ def test_acc_at_k_of_few_samples_is_unbiased():
 def test_one_correct_sample_is_enough_and_unanswered_problems_stay_in_the_denominator():
     correct_spn = np.zeros((1, 4, 5), dtype=bool)
     correct_spn[0, 2, 4] = True
-    assert acc_at_k(correct_spn, 5).tolist() == [0.25]
-    assert acc_at_k(correct_spn, 1).tolist() == pytest.approx([0.05])
+    results = accuracies(correct_spn)
+    assert results[4].per_seed == (0.25,)
+    assert results[0].per_seed == pytest.approx([0.05])
 
 
 @pytest.mark.parametrize("k", [0, 6])
 def test_k_beyond_the_samples_is_refused(k):
     with pytest.raises(ValueError, match=r"k must be in 1 \.\.\. 5"):
-        acc_at_k(np.zeros((1, 4, 5), dtype=bool), k)
+        solved_probability(np.zeros(4, dtype=int), 5, k)
 
 
 def test_bootstrap_means_are_means_of_drawn_problems():
