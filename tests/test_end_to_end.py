@@ -64,7 +64,8 @@ def _run(workdir: Path) -> "subprocess.CompletedProcess[str]":
 def _results(workdir: Path) -> dict[str, bytes]:
     """Scores, selections, weights, training metrics and graded samples."""
     patterns = ("score/scores.parquet", "selection/*/train.*", "export/*/student/*", "finetune/*/metrics.jsonl")
-    patterns += ("evaluate/*/*/samples.jsonl", "prepare/pretrain/student/*", "report/accuracy.png")
+    patterns += ("evaluate/*/*/samples.jsonl", "evaluate/*/samples.parquet", "prepare/pretrain/student/*")
+    patterns += ("report/accuracy.png", "report/*.csv")
     found = {path for pattern in patterns for path in workdir.glob(pattern)}
     return {path.relative_to(workdir).as_posix(): path.read_bytes() for path in sorted(found)}
 

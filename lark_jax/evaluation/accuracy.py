@@ -1,24 +1,38 @@
-"""Acc@k and how sure it is. Pure NumPy; every figure is a fraction of the whole benchmark.
+"""Acc@k and how sure it is. Pure NumPy; every figure is a fraction of the whole benchmark, or of its whole level.
 
-Acc@k of one decoding seed (paper, Appendix C.4): the share of problems for which any of the k samples is correct.
+Acc@k of one decoding seed (paper, Appendix C.4): the share of problems for which any of k samples is correct. From
+n >= k samples it is estimated without bias, by the mean over all subsets of k: 1 - C(n - c, k) / C(n, k), c of them
+correct.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+_BLOCK = 1 << 20  # drawn problems held at a time
 
 
 @dataclass(frozen=True)
 class Accuracy:
+    k: int  # of Acc@k
     per_seed: tuple[float, ...]  # Acc@k of each decoding seed, in [0, 1]
     mean: float  # over seeds
     std: float | None  # sample standard deviation over seeds (ddof=1); None for one seed
     low: float  # bounds of the confidence interval of the mean over problems
     high: float
-    per_sample: float  # share of single samples that are correct: the expected Acc@1
+
+
+@dataclass(frozen=True)
+class LevelAccuracy:
+    """The part of a benchmark that has one level."""
+
+    level: str
+    num_problems: int
+    by_k: tuple[Accuracy, ...]  # k = 1 ... samples
 
 
 @dataclass(frozen=True)
@@ -26,53 +40,127 @@ class BenchmarkResult:
     benchmark: str
     fingerprint: str  # of the benchmark
     num_problems: int  # the denominator
-    samples: int  # k
+    samples: int  # n, drawn per problem and seed
     seeds: tuple[int, ...]
-    accuracy: Accuracy
+    by_k: tuple[Accuracy, ...]  # k = 1 ... samples
+    levels: tuple[LevelAccuracy, ...]  # sorted; empty where no problem has a level
     num_unboxed: int  # samples without an answer to grade
     num_cut: int  # samples that ended at the token limit
     mean_tokens: float  # generated tokens per sample
     ungraded: tuple[str, ...]  # "problem_id seed S sample I: reason" where the grader gave up; counted as wrong
 
+    @property
+    def accuracy(self) -> Accuracy:
+        """Acc@n: any of all samples correct."""
+        return self.by_k[-1]
 
-def acc_at_k(correct_spk: np.ndarray) -> np.ndarray:
-    """Any of the k samples correct, averaged over problems: bool [seeds, problems, k] -> float64 [seeds]."""
-    return correct_spk.any(axis=2).mean(axis=1, dtype=np.float64)
+
+@dataclass(frozen=True)
+class Difference:
+    """Acc@k of one student minus that of another, on the same problems."""
+
+    k: int
+    mean: float  # over seeds of the one, minus over seeds of the other
+    low: float  # bounds of the confidence interval over problems, drawn for both together
+    high: float
+    gained: int  # problems on which the one is better
+    lost: int  # problems on which it is worse
 
 
-def bootstrap_interval(
-    correct_spk: np.ndarray, seed: int, confidence: float = CONFIDENCE, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """Percentile bootstrap over problems of the mean Acc@k: what other problems of the same kind could have given.
+def solved_probability(num_correct: np.ndarray, samples: int, k: int) -> np.ndarray:
+    """Chance that k of `samples`, drawn without replacement, hold a correct one: counts int [...] -> float64 [...].
 
-    Problems are drawn with replacement, all seeds of a problem together (they are not independent).
+    Raises:
+      ValueError: k is not in 1 ... samples.
     """
-    solved_p = correct_spk.any(axis=2).mean(axis=0, dtype=np.float64)
-    num_problems = solved_p.shape[0]
+    if not 1 <= k <= samples:
+        raise ValueError(f"k must be in 1 ... {samples}, got {k}")
+    by_count = np.array([1.0 - comb(samples - count, k) / comb(samples, k) for count in range(samples + 1)])
+    return by_count[num_correct]
+
+
+def bootstrap_means(values_pm: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """Means over problems drawn with replacement: float64 [problems, m] -> [resamples, m]. All m share the draws."""
+    num_problems = len(values_pm)
     rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for index in range(resamples):  # one row at a time: [resamples, problems] would not be small
-        means[index] = solved_p[rng.integers(0, num_problems, num_problems)].mean()
+    rows_per_block = max(1, _BLOCK // num_problems)
+    means = []
+    for start in range(0, resamples, rows_per_block):
+        rows = min(rows_per_block, resamples - start)
+        drawn_rp = rng.integers(0, num_problems, (rows, num_problems)) + num_problems * np.arange(rows)[:, None]
+        counts_rp = np.bincount(drawn_rp.ravel(), minlength=rows * num_problems).reshape(rows, num_problems)
+        means.append(counts_rp @ values_pm / num_problems)
+    return np.concatenate(means)
+
+
+def bootstrap_intervals(
+    values_pm: np.ndarray, seed: int, confidence: float = CONFIDENCE, resamples: int = RESAMPLES
+) -> list[tuple[float, float]]:
+    """Percentile bootstrap over problems of each column's mean: what other problems of the kind could have given."""
     tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return float(low), float(high)
+    bounds_2m = np.quantile(bootstrap_means(values_pm, seed, resamples), [tail, 1.0 - tail], axis=0)
+    return [(float(low), float(high)) for low, high in bounds_2m.T]
 
 
-def summarize(correct_spk: np.ndarray, bootstrap_seed: int = 0) -> Accuracy:
-    """All of `Accuracy` from bool [seeds, problems, k]; every axis must have at least one entry.
+def accuracies(correct_spn: np.ndarray, bootstrap_seed: int = 0) -> tuple[Accuracy, ...]:
+    """Acc@k for every k from 1 to n, from bool [seeds, problems, n]; every axis must have at least one entry.
+
+    All seeds of a problem are drawn together in the bootstrap: they are not independent.
 
     Raises:
       ValueError: another rank, another dtype, or an empty axis.
     """
-    if correct_spk.ndim != 3 or correct_spk.dtype != np.bool_ or 0 in correct_spk.shape:
-        raise ValueError(f"expected bool [seeds, problems, k], got {correct_spk.dtype} {correct_spk.shape}")
-    per_seed = acc_at_k(correct_spk)
-    low, high = bootstrap_interval(correct_spk, bootstrap_seed)
+    if correct_spn.ndim != 3 or correct_spn.dtype != np.bool_ or 0 in correct_spn.shape:
+        raise ValueError(f"expected bool [seeds, problems, samples], got {correct_spn.dtype} {correct_spn.shape}")
+    counts_sp, samples = correct_spn.sum(axis=2), correct_spn.shape[2]
+    solved_ksp = np.stack([solved_probability(counts_sp, samples, k) for k in range(1, samples + 1)])
+    intervals = bootstrap_intervals(solved_ksp.mean(axis=1).T, bootstrap_seed)
+    return tuple(
+        _accuracy(k, solved_sp.mean(axis=1), interval)
+        for k, (solved_sp, interval) in enumerate(zip(solved_ksp, intervals, strict=True), 1)
+    )
+
+
+def level_accuracies(correct_spn: np.ndarray, levels: Sequence[str | None]) -> tuple[LevelAccuracy, ...]:
+    """Of each level (one per problem, None for those without), sorted; problems without a level are in none."""
+    if len(levels) != correct_spn.shape[1]:
+        raise ValueError(f"{len(levels)} levels for {correct_spn.shape[1]} problems")
+    named = sorted({level for level in levels if level is not None})
+    chosen = {level: np.array([own == level for own in levels]) for level in named}
+    return tuple(
+        LevelAccuracy(level, int(chosen[level].sum()), accuracies(correct_spn[:, chosen[level]])) for level in named
+    )
+
+
+def paired_difference(one_spn: np.ndarray, other_spn: np.ndarray, k: int, bootstrap_seed: int = 0) -> Difference:
+    """`one` minus `other`; both bool [seeds, problems, samples] over the same problems in the same order.
+
+    Seeds and samples may differ in number. Problems are drawn for both together, so that what makes a problem hard
+    for both cancels: the interval is narrower than two intervals side by side suggest.
+
+    Raises:
+      ValueError: the numbers of problems differ.
+    """
+    if one_spn.shape[1] != other_spn.shape[1]:
+        raise ValueError(f"{one_spn.shape[1]} problems against {other_spn.shape[1]}")
+    difference_p = _mean_solved(one_spn, k) - _mean_solved(other_spn, k)
+    ((low, high),) = bootstrap_intervals(difference_p[:, None], bootstrap_seed)
+    return Difference(
+        k, float(difference_p.mean()), low, high, int((difference_p > 0).sum()), int((difference_p < 0).sum())
+    )
+
+
+def _mean_solved(correct_spn: np.ndarray, k: int) -> np.ndarray:
+    """Per problem, over seeds: float64 [problems]."""
+    return solved_probability(correct_spn.sum(axis=2), correct_spn.shape[2], k).mean(axis=0)
+
+
+def _accuracy(k: int, per_seed: np.ndarray, interval: tuple[float, float]) -> Accuracy:
     return Accuracy(
+        k=k,
         per_seed=tuple(float(value) for value in per_seed),
         mean=float(per_seed.mean()),
         std=float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None,
-        low=low,
-        high=high,
-        per_sample=float(correct_spk.mean(dtype=np.float64)),
+        low=interval[0],
+        high=interval[1],
     )

@@ -1,7 +1,8 @@
 """From a generated text to right or wrong.
 
 The answer is what stands in the last `\\boxed{}` after the thinking block; a text without one is wrong, whatever else
-it says. Letters are compared here, everything else by math-verify (or, on request, by the paper's plain rules).
+it says. Letters, words and numbers in a named base are compared here, everything else by math-verify. On request the
+paper's plain rules (C.4) decide instead: the last `\\boxed{}` of the whole text, and strings.
 """
 
 import re
@@ -11,9 +12,11 @@ from typing import Self
 
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.paper_rules import equal_by_paper_rules
-from lark_jax.evaluation.verifier import DEADLINE_S, MathVerifier, VerifierTimeout
+from lark_jax.evaluation.spelling import in_base, tidy, without_percent, words
+from lark_jax.evaluation.verifier import LIMIT_S, MathVerifier, VerifierFailure, VerifierTimeout, package_versions
 
 GRADERS = ("math_verify", "paper")
+RULES = 2  # raised when a verdict of this module or its helpers changes: finished students are then graded again
 MAX_ANSWER_CHARACTERS = 4_096  # beyond, a box holds no answer but a model that repeats itself
 
 CORRECT = "correct"
@@ -21,9 +24,11 @@ WRONG = "wrong"
 NO_BOX = "no box"
 TIMED_OUT = "timed out"
 TOO_LONG = "answer too long"
-GAVE_UP = (TIMED_OUT, TOO_LONG)  # no verdict; the sample counts as wrong and is listed
+FAILED = "grader failed"
+GAVE_UP = (TIMED_OUT, TOO_LONG, FAILED)  # no verdict; the sample counts as wrong and is listed
 
 _BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
 
@@ -31,20 +36,21 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 class Grade:
     correct: bool
     extracted: str | None  # what stood in the box; None without one
-    reason: str  # CORRECT, WRONG, NO_BOX, TIMED_OUT or TOO_LONG
+    reason: str  # CORRECT, WRONG, NO_BOX or one of GAVE_UP
 
 
 class Grader:
     """Grades texts; a context manager (math-verify lives in a child process while it is open).
 
-    Equal pairs of gold and answer are compared once.
+    Equal pairs of gold and answer are compared once. A verdict is a function of the two: neither the order of the
+    questions nor the load of the machine changes it.
     """
 
-    def __init__(self, name: str = "math_verify", deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, name: str = "math_verify", limit_s: float = LIMIT_S) -> None:
         if name not in GRADERS:
             raise EvaluationError(f"grader {name!r} is unknown; known graders: {', '.join(GRADERS)}")
         self._name = name
-        self._verifier = MathVerifier(deadline_s)
+        self._verifier = MathVerifier(limit_s)
         self._verdicts: dict[tuple[str, str, str], str] = {}
 
     def __enter__(self) -> Self:
@@ -57,7 +63,7 @@ class Grader:
 
     def grade(self, text: str, gold: str, kind: str) -> Grade:
         """Grades a whole generated text; `kind` is "number", "letter" or "expression"."""
-        extracted = final_answer(text)
+        extracted = last_box(text) if self._name == "paper" else final_answer(text)
         if extracted is None:
             return Grade(False, None, NO_BOX)
         if len(extracted) > MAX_ANSWER_CHARACTERS:
@@ -73,13 +79,30 @@ class Grader:
         if kind == "letter":
             letter = choice_letter(answer)
             return CORRECT if letter is not None and letter == choice_letter(gold) else WRONG
-        if gold.strip() == answer.strip():
+        return self._compare(tidy(gold), tidy(answer))
+
+    def _compare(self, gold: str, answer: str) -> str:
+        if gold == answer:
             return CORRECT
+        for same_by in (words, in_base):
+            expected, found = same_by(gold), same_by(answer)
+            if expected is not None and found is not None:
+                return CORRECT if expected == found else WRONG
+        bare = without_percent(gold), without_percent(answer)
+        pairs = [(gold, answer)] + ([bare] if (gold == bare[0]) != (answer == bare[1]) else [])
         try:
-            equal = self._verifier.equal(f"\\boxed{{{gold}}}", f"\\boxed{{{answer}}}")
+            equal = any(self._verifier.equal(*(f"\\boxed{{{text}}}" for text in pair)) for pair in pairs)
         except VerifierTimeout:
             return TIMED_OUT
+        except VerifierFailure:
+            return FAILED
         return CORRECT if equal else WRONG
+
+
+def grader_identity(name: str) -> dict[str, object]:
+    """What verdicts of this grader depend on besides the answers: with it, results say when they are out of date."""
+    packages = package_versions() if name == "math_verify" else {}
+    return {"grader": name, "rules": RULES, **packages}
 
 
 def grade(text: str, gold: str, kind: str, grader: str = "math_verify") -> Grade:
@@ -94,13 +117,22 @@ def final_answer(text: str) -> str | None:
     The thinking block ends with the last `</think>`; one that is opened and never closed leaves no answer.
     """
     answer_part = text.rpartition("</think>")[2]
-    if "<think>" in answer_part:
-        return None
-    for box in reversed(list(_BOX.finditer(answer_part))):
-        content = _balanced(answer_part, box.end())
-        if content is not None:
-            return content.strip()
-    return None
+    return None if "<think>" in answer_part else last_box(answer_part)
+
+
+def last_box(text: str) -> str | None:
+    """What stands in the last complete `\\boxed{}`, stripped; None without one."""
+    openings = {box.end() - 1 for box in _BOX.finditer(text)}  # positions of their braces
+    unclosed: list[int] = []
+    last: tuple[int, int] | None = None
+    for match in _BRACE.finditer(text) if openings else ():
+        if match.group() == "{":
+            unclosed.append(match.start())
+        elif match.group() == "}" and unclosed:
+            opening = unclosed.pop()
+            if opening in openings and (last is None or opening > last[0]):
+                last = (opening, match.start())
+    return None if last is None else text[last[0] + 1 : last[1]].strip()
 
 
 def choice_letter(text: str) -> str | None:
@@ -108,16 +140,3 @@ def choice_letter(text: str) -> str | None:
     bare = _WRAPPED.sub(r"\1", text.strip().strip("$")).strip()
     match = re.fullmatch(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?", bare)
     return match.group(1).upper() if match else None
-
-
-def _balanced(text: str, start: int) -> str | None:
-    """`text` from `start` to the brace that closes the one before it; escaped braces do not count."""
-    depth = 1
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        if match.group() == "{":
-            depth += 1
-        elif match.group() == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start : match.start()]
-    return None

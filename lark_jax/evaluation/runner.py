@@ -5,11 +5,11 @@ Generations of a student, which another grader does not need again:
 Results of a student, which follow from them:
   <benchmark>/samples.jsonl one row per sample: problem_id, seed, sample, text, extracted, correct, reason,
                             finish_reason, num_tokens
+  samples.parquet           the same of all benchmarks without the texts, with level, gold and truncation
   summary.json              the `StudentResult`; written last, so its presence means that everything is there
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult, summarize
+from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult, LevelAccuracy, accuracies, level_accuracies
 from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, prompt_messages
 from lark_jax.evaluation.engines import (
     EngineChoice,
@@ -31,13 +31,13 @@ from lark_jax.evaluation.engines import (
     read_generations,
     run_generation,
 )
-from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, Grader
+from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, Grader, grader_identity
+from lark_jax.evaluation.samples import SAMPLES, SampleRow, write_sample_table
 from lark_jax.evaluation.worker.worker_request import Prompt, Request
 from lark_jax.files import read_json, sha256_of_json, sha256_of_path, write_json, write_jsonl
 from lark_jax.pool.chat import ChatFormat, render_prompt
 
 GENERATIONS = "generations.jsonl"
-SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"
 
 
@@ -47,21 +47,6 @@ class StudentResult:
     engine: EngineChoice
     benchmarks: tuple[BenchmarkResult, ...]
     fingerprint: str  # of model, prompts, golds and every setting that the result depends on
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """A line of samples.jsonl."""
-
-    problem_id: str
-    seed: int
-    sample: int
-    text: str
-    extracted: str | None
-    correct: bool
-    reason: str
-    finish_reason: str
-    num_tokens: int
 
 
 def evaluate_student(
@@ -95,9 +80,9 @@ def evaluate_student(
     requested = engine.engine if engine is not None else config.engine
     request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, requested, generations_dir)
     golds = [benchmark.fingerprint for benchmark in benchmarks]
-    fingerprint = sha256_of_json([student, request.fingerprint, requested, golds, config.grader])
-    if (out_dir / SUMMARY).exists() and (finished := read_student_result(out_dir)).fingerprint == fingerprint:
-        return finished
+    fingerprint = sha256_of_json([student, request.fingerprint, requested, golds, grader_identity(config.grader)])
+    if (out_dir / SUMMARY).exists() and read_json(out_dir / SUMMARY)["fingerprint"] == fingerprint:
+        return read_student_result(out_dir)
     engine = engine or choose_engine(config, request, generations_dir)
     request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, generations_dir)
     _discard_other_generations(request)
@@ -137,17 +122,18 @@ def render_prompts(benchmarks: Sequence[Benchmark], chat: ChatFormat, system_pro
 
 
 def read_student_result(out_dir: str | Path) -> StudentResult:
-    """Reads summary.json back."""
-    fields: dict[str, Any] = read_json(Path(out_dir) / SUMMARY)
-    benchmarks = tuple(_benchmark_result(entry) for entry in fields.pop("benchmarks"))
-    return StudentResult(engine=EngineChoice(**fields.pop("engine")), benchmarks=benchmarks, **fields)
+    """Reads summary.json back.
 
-
-def read_samples(out_dir: str | Path, benchmark: str) -> Iterator[SampleRow]:
-    """The rows of a benchmark's samples.jsonl: by seed, problem, sample."""
-    with (Path(out_dir) / benchmark / SAMPLES).open(encoding="utf-8") as stream:
-        for line in stream:
-            yield SampleRow(**json.loads(line))
+    Raises:
+      EvaluationError: another version of this program wrote it.
+    """
+    path = Path(out_dir) / SUMMARY
+    fields: dict[str, Any] = read_json(path)
+    try:
+        benchmarks = tuple(_benchmark_result(entry) for entry in fields.pop("benchmarks"))
+        return StudentResult(engine=EngineChoice(**fields.pop("engine")), benchmarks=benchmarks, **fields)
+    except (KeyError, TypeError) as error:
+        raise EvaluationError(f"{path}: written by another version ({error}); run the stage evaluate again") from error
 
 
 def _request(
@@ -167,9 +153,13 @@ def _request(
 
 
 def _benchmark_result(fields: dict[str, Any]) -> BenchmarkResult:
-    accuracy = fields.pop("accuracy")
+    levels = tuple(LevelAccuracy(**{**level, "by_k": _by_k(level["by_k"])}) for level in fields.pop("levels"))
     fields.update({name: tuple(fields[name]) for name in ("seeds", "ungraded")})
-    return BenchmarkResult(accuracy=Accuracy(**{**accuracy, "per_seed": tuple(accuracy["per_seed"])}), **fields)
+    return BenchmarkResult(by_k=_by_k(fields.pop("by_k")), levels=levels, **fields)
+
+
+def _by_k(entries: list[dict[str, Any]]) -> tuple[Accuracy, ...]:
+    return tuple(Accuracy(**{**entry, "per_seed": tuple(entry["per_seed"])}) for entry in entries)
 
 
 def _discard_other_generations(request: Request) -> None:
@@ -186,13 +176,14 @@ def _grade_all(
     by_benchmark: dict[str, list[Generation]] = {benchmark.name: [] for benchmark in benchmarks}
     for generation in read_generations(request.output):
         by_benchmark[generation.benchmark].append(generation)
-    results = []
+    graded = []
     with Grader(config.grader) as grader:
         for benchmark in benchmarks:
             rows = list(_sample_rows(benchmark, by_benchmark[benchmark.name], grader))
             write_jsonl(out_dir / benchmark.name / SAMPLES, [dataclasses.asdict(row) for row in rows])
-            results.append(_summarize(benchmark, rows, config))
-    return tuple(results)
+            graded.append((benchmark, rows))
+    write_sample_table(out_dir, graded)
+    return tuple(_summarize(benchmark, rows, config) for benchmark, rows in graded)
 
 
 def _sample_rows(benchmark: Benchmark, generations: Sequence[Generation], grader: Grader) -> Iterator[SampleRow]:
@@ -210,16 +201,17 @@ def _sample_rows(benchmark: Benchmark, generations: Sequence[Generation], grader
 def _summarize(benchmark: Benchmark, rows: Sequence[SampleRow], config: EvaluateConfig) -> BenchmarkResult:
     """Rows come by seed, problem, sample; the reshape fails where one is missing, so no average ever shrinks."""
     shape = (len(config.seeds), len(benchmark.problems), config.samples)
-    correct_spk = np.array([row.correct for row in rows], dtype=np.bool_).reshape(shape)
+    correct_spn = np.array([row.correct for row in rows], dtype=np.bool_).reshape(shape)
     return BenchmarkResult(
         benchmark=benchmark.name,
         fingerprint=benchmark.fingerprint,
         num_problems=len(benchmark.problems),
         samples=config.samples,
         seeds=config.seeds,
-        accuracy=summarize(correct_spk),
+        by_k=accuracies(correct_spn),
+        levels=level_accuracies(correct_spn, [problem.level for problem in benchmark.problems]),
         num_unboxed=sum(row.reason == NO_BOX for row in rows),
-        num_cut=sum(row.finish_reason == "length" for row in rows),
+        num_cut=sum(row.truncated for row in rows),
         mean_tokens=sum(row.num_tokens for row in rows) / len(rows),
         ungraded=tuple(
             f"{row.problem_id} seed {row.seed} sample {row.sample}: {row.reason}"

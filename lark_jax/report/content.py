@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lark_jax.evaluation.accuracy import Difference
 from lark_jax.pool.records import SkippedRecord
 
 
@@ -31,6 +32,18 @@ class AccuracyResult:
     def spread(self) -> float | None:
         """The standard deviation, or None where there is none to show."""
         return None if self.std is None or not math.isfinite(self.std) else self.std
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How much better one student of a model is than another on one benchmark."""
+
+    model: str
+    student: str
+    other: str
+    benchmark: str
+    num_problems: int
+    difference: Difference
 
 
 @dataclass(frozen=True)
@@ -157,6 +170,7 @@ class ReportContent:
     versions: tuple[Setting, ...] = ()
     results: tuple[AccuracyResult, ...] = ()
     interval_note: str = ""  # how `AccuracyResult.interval` was computed
+    differences: tuple[PairedDifference, ...] = ()  # intervals as for `results`
     curves: tuple[LossCurve, ...] = ()
     selections: SelectionComparison | None = None
     landscape: Landscape | None = None

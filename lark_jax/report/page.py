@@ -14,6 +14,7 @@ from lark_jax.report.figures import accuracy_figure, landscape_figure, loss_figu
 from lark_jax.report.selection_figure import selection_figure
 from lark_jax.report.style import clean, method_styles, png_bytes, svg_text
 from lark_jax.report.table import MISSING, Table, accuracy_detail_table, accuracy_table, loss_table, selection_table
+from lark_jax.report.table_one import difference_table
 
 FIGURE_NAMES = ("accuracy", "loss", "selections", "landscape")
 
@@ -70,6 +71,8 @@ def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
         accuracy=accuracy_table(content.results),
         accuracy_detail=accuracy_detail_table(content.results),
         accuracy_caption=_accuracy_caption(content),
+        differences=difference_table(content.differences) if content.differences else None,
+        differences_caption=_differences_caption(content),
         loss=loss_table(content.curves),
         selections=selection_table(content.selections) if content.selections else None,
         landscape=_landscape_table(content.landscape) if content.landscape else None,
@@ -118,6 +121,16 @@ def _loss_caption(content: ReportContent) -> str:
 def _accuracy_caption(content: ReportContent) -> str:
     caption = "Accuracy in percent: mean ± sample standard deviation over decoding seeds."
     return f"{caption} Interval: {content.interval_note}." if content.interval_note else caption
+
+
+def _differences_caption(content: ReportContent) -> str:
+    caption = (
+        "Acc@k of one student minus that of another on the same problems, in percentage points; problems on which it "
+        "does better or worse, counted over all seeds."
+    )
+    if not content.interval_note:
+        return caption
+    return f"{caption} Interval: {content.interval_note}, drawn for both together."
 
 
 def _accuracy_figure_caption(content: ReportContent) -> str:

@@ -12,6 +12,7 @@ from lark_jax.config import Experiment
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
 from lark_jax.evaluation.engines import EngineChoice, server_for
+from lark_jax.evaluation.grading import grader_identity
 from lark_jax.evaluation.runner import engine_for, evaluate_student
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import load_chat_format
@@ -75,7 +76,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             "engine": engine,
             **({"served_as": server_for(config, name).model} if engine == "openai" else {}),
             "decoding": {field: getattr(config, field) for field in DECODING_FIELDS},
-            "grader": config.grader,
+            "grader": grader_identity(config.grader),
         }
 
     def evaluate(directory: Path) -> Outcome:

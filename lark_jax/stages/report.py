@@ -1,4 +1,4 @@
-"""Stage "report": reads what the other stages left and writes `report/index.html` and `report/table.txt`."""
+"""Stage "report": reads what the other stages left and writes `report/index.html`, `report/table.txt` and tables."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ import numpy as np
 from lark_jax import files, runtime
 from lark_jax.config import Experiment
 from lark_jax.evaluation.accuracy import CONFIDENCE, RESAMPLES
-from lark_jax.evaluation.runner import SampleRow, StudentResult, read_samples, read_student_result
+from lark_jax.evaluation.runner import StudentResult, read_student_result
+from lark_jax.evaluation.samples import SampleRow, read_samples
 from lark_jax.finetuning import HeldOutMetrics, StepMetrics, read_held_out, read_metrics
 from lark_jax.finetuning.metrics import HELD_OUT, METRICS
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
@@ -28,7 +29,6 @@ from lark_jax.report.content import (
     Setting,
     StageSummary,
     settings_from,
-    student_label,
 )
 from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
@@ -37,6 +37,7 @@ from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.pool import open_pool
 from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.selections import comparison_of, read_picks
+from lark_jax.stages.tables import Evaluation, in_order, paired_differences, read_students, write_tables
 
 TABLE = "table.txt"
 PROBLEMS_SHOWN = 2  # of each benchmark, with an answer of every student
@@ -55,6 +56,8 @@ def report_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
     def write(directory: Path) -> Outcome:
         content = gather(experiment, layout)
         page = write_report(content, directory)
+        if students := read_students(_model(experiment), in_order(_evaluated(experiment, layout))):
+            write_tables(students, content.differences, directory)
         files.write_text(directory / TABLE, f"{terminal_report(content)}\n\nReport: {page}\n")
         return Outcome(counts={})
 
@@ -74,6 +77,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         versions=tuple(Setting(name, version) for name, version in _environment(layout)),
         results=tuple(_results(experiment, layout)),
         interval_note=f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples",
+        differences=paired_differences(_model(experiment), in_order(_evaluated(experiment, layout))),
         curves=tuple(_curves(layout)),
         selections=_selections(layout),
         landscape=_landscape(experiment, layout),
@@ -94,17 +98,19 @@ def _environment(layout: Layout) -> Iterator[tuple[str, str]]:
 
 
 def _results(experiment: Experiment, layout: Layout) -> Iterator[AccuracyResult]:
-    for method, budget, directory in _evaluated(experiment, layout):
-        yield from _accuracies(method, budget, read_student_result(directory))
+    for found in _evaluated(experiment, layout):
+        yield from _accuracies(found.method, found.budget, read_student_result(found.directory))
 
 
-def _evaluated(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, int | None, Path]]:
-    """Method, budget and folder of every student whose evaluation is there."""
-    students: list[tuple[str, int | None, Path]] = []
-    if experiment.evaluate.include_base:
-        students.append((BASE, None, layout.evaluation(BASE)))
-    students += [(run.method.name, run.budget, layout.evaluation(run.name)) for run in layout.runs]
-    return (student for student in students if read_manifest(student[2]) is not None)
+def _model(experiment: Experiment) -> str:
+    return Path(experiment.workdir).resolve().name
+
+
+def _evaluated(experiment: Experiment, layout: Layout) -> tuple[Evaluation, ...]:
+    """Every student of the experiment whose evaluation is there."""
+    base = [Evaluation(BASE, None, layout.evaluation(BASE))] if experiment.evaluate.include_base else []
+    tuned = [Evaluation(run.method.name, run.budget, layout.evaluation(run.name)) for run in layout.runs]
+    return tuple(found for found in (*base, *tuned) if read_manifest(found.directory) is not None)
 
 
 def _accuracies(method: str, budget: int | None, result: StudentResult) -> Iterator[AccuracyResult]:
@@ -124,16 +130,13 @@ def _accuracies(method: str, budget: int | None, result: StudentResult) -> Itera
 
 def _samples(experiment: Experiment, layout: Layout) -> Iterator[Sample]:
     """What every student answered first to the first problems of each benchmark; a problem's answers side by side."""
-    students = tuple(_evaluated(experiment, layout))
+    students = _evaluated(experiment, layout)
     for benchmark in benchmarks_of(experiment) if students else ():
         shown = benchmark.problems[:PROBLEMS_SHOWN]
-        answers = {
-            (method, budget): _first_samples(directory, benchmark.name, len(shown))
-            for method, budget, directory in students
-        }
+        answers = {found.label: _first_samples(found.directory, benchmark.name, len(shown)) for found in students}
         for index, problem in enumerate(shown):
-            for (method, budget), rows in answers.items():
-                student, row = student_label(method, budget), rows[index]
+            for student, rows in answers.items():
+                row = rows[index]
                 yield Sample(student, benchmark.name, problem.problem, row.text, problem.answer, row.correct)
 
 

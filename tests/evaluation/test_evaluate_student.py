@@ -10,9 +10,11 @@ import pytest
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import runner
+from lark_jax.evaluation.accuracy import accuracies
 from lark_jax.evaluation.benchmarks import read_benchmark
 from lark_jax.evaluation.engines import EngineChoice
 from lark_jax.evaluation.runner import engine_for, evaluate_student, read_student_result
+from lark_jax.evaluation.samples import read_verdicts
 from lark_jax.pool.chat import load_chat_format
 
 CONFIG = EvaluateConfig(
@@ -72,6 +74,20 @@ def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat,
     by_seed = [[row["text"] for row in rows if row["seed"] == seed] for seed in (0, 1)]
     assert by_seed[0] != by_seed[1]
     assert read_student_result(tmp_path / "results") == result
+    ids, correct_spn = read_verdicts(tmp_path / "results")["digits"]
+    assert ids == tuple(gold)
+    assert accuracies(correct_spn) == digits.by_k
+    assert [accuracy.k for accuracy in digits.by_k] == [1, 2, 3, 4, 5]
+
+
+def test_a_summary_of_another_version_is_named(copied):
+    folder, _ = copied
+    path = folder / "results" / "summary.json"
+    path.write_text(path.read_text().replace('"by_k"', '"accuracy"'))
+    with pytest.raises(
+        EvaluationError, match=r"summary\.json: written by another version.*run the stage evaluate again"
+    ):
+        read_student_result(folder / "results")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +143,7 @@ def test_other_weights_or_settings_discard_old_samples(copied, bigram_student, b
 
 def test_a_partial_result_ends_with_the_same_files(copied, bigram_student, benchmarks, chat, tmp_path):
     folder, result = copied
-    names = ("digits/samples.jsonl", "nines/samples.jsonl", "summary.json")
+    names = ("digits/samples.jsonl", "nines/samples.jsonl", "samples.parquet", "summary.json")
     names = ("generations/generations.jsonl", *(f"results/{name}" for name in names))
     expected = {name: (folder / name).read_bytes() for name in names}
     lines = expected[names[0]].splitlines(keepends=True)

@@ -1,5 +1,3 @@
-import json
-import random
 import time
 
 import pytest
@@ -8,18 +6,16 @@ from hypothesis import strategies as st
 
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.grading import (
-    CORRECT,
     NO_BOX,
-    TIMED_OUT,
     TOO_LONG,
-    WRONG,
     Grader,
     choice_letter,
     final_answer,
     grade,
+    grader_identity,
+    last_box,
 )
 from lark_jax.evaluation.paper_rules import equal_by_paper_rules, normalize_expression, number_value
-from lark_jax.evaluation.verifier import MathVerifier, VerifierTimeout
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +65,35 @@ def test_no_box_after_the_thinking_block_means_no_answer(text, grader):
     assert (verdict.correct, verdict.reason) == (False, NO_BOX)
 
 
+def quadratic_last_box(text):
+    """From every opening, last first, the depth is counted anew."""
+    for start in range(len(text) - len("boxed{"), 0, -1):
+        if not text.startswith("\\boxed{", start - 1):
+            continue
+        depth, position = 1, start + len("boxed{")
+        inside = position
+        while position < len(text):
+            if text[position] == "\\":
+                position += 1
+            elif text[position] in "{}":
+                depth += 1 if text[position] == "{" else -1
+                if depth == 0:
+                    return text[inside:position].strip()
+            position += 1
+    return None
+
+
+@given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "\\{", "\\}", "1", " ", "\\frac"]), max_size=14).map("".join))
+def test_last_box_equals_counting_from_every_opening(text):
+    assert last_box(text) == quadratic_last_box(text)
+
+
+def test_a_text_of_nothing_but_openings_takes_no_time():
+    started = time.process_time()
+    assert final_answer("\\boxed{" * 30_000) is None
+    assert time.process_time() - started < 2.0
+
+
 @pytest.mark.parametrize("grader_name", ["math_verify", "paper"])
 @pytest.mark.parametrize(
     ("box", "gold", "kind", "correct"),
@@ -112,6 +137,70 @@ def test_letters_are_not_compared_as_mathematics(grader):
     assert not grader.grade(r"\boxed{A+0}", "A", "letter").correct
 
 
+@pytest.mark.parametrize(
+    ("box", "gold", "correct"),
+    [
+        # intervals, sets, tuples
+        (r"(-\infty,2) \cup (3, +\infty)", r"(-\infty, 2)\cup(3,\infty)", True),
+        ("[1,2)", "[1, 2)", True),
+        ("(1,2)", "[1,2]", False),
+        (r"\{2, 1\}", r"\{1,2\}", True),
+        ("2, 1", "1,2", True),
+        (r"1-\sqrt{19}, 1+\sqrt{19}", r"1 \pm \sqrt{19}", True),
+        ("(2,1)", "(1,2)", False),
+        ("5", "5, 6", False),
+        ("5, 6", "5", False),
+        (r"\varnothing", r"\emptyset", True),
+        # matrices
+        (r"\begin{bmatrix} 1 \\ \frac{4}{2} \end{bmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
+        (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", False),
+        # per cent, money, units, groups of digits
+        (r"10\%", "10", True),
+        ("10", r"10\%", True),
+        (r"75\%", r"\frac{3}{4}", True),
+        (r"-12.5\%", "-12.5", True),
+        ("1.25", r"1.25\%", True),
+        (r"12\%", r"13\%", False),
+        (r"\$32,\!348", "32348", True),
+        (r"5\,\text{cm}", "5", True),
+        ("5", r"5\text{ cm}", True),
+        (r"864\text{ in}^2", r"864 \mbox{ inches}^2", True),
+        ("90", r"90^\circ", True),
+        (r"10\,080", "10,080", True),
+        (r"3.5 \times 10^{6}", "3500000", True),
+        # words
+        ("evelyn", r"\text{Evelyn}", True),
+        (r"\mathrm{No solution.}", r"\text{no solution}", True),
+        (r"\text{seat}", r"\text{east}", False),
+        ("seat", "east", False),  # no product of letters
+        ("odd", r"\text{even}", False),
+        (r"\text{(A)}", "A", True),
+        # numbers in a base
+        ("4210_{5}", "4210_5", True),
+        ("4210", "4210_5", True),
+        ("4210_6", "4210_5", False),
+        # layout around the whole
+        (r"\(\dfrac{1}{2}\).", "0.5", True),
+        ("{5}.", "5", True),
+        ("", "5", False),
+        ("0.333", r"\frac13", False),
+    ],
+)
+def test_forms_of_answers(box, gold, correct, grader):
+    assert grader.grade(f"Thus \\boxed{{{box}}}", gold, "expression").correct is correct
+
+
+def test_the_papers_rule_takes_the_last_box_of_the_whole_text():
+    unfinished = "<think> so \\boxed{5}, but wait"
+    assert grade(unfinished, "5", "number", "paper").correct
+    assert not grade(unfinished, "5", "number").correct
+
+
+def test_identity_of_a_grader_names_what_decides():
+    assert grader_identity("math_verify")["math-verify"] == "0.9.0"
+    assert set(grader_identity("paper")) == {"grader", "rules"}
+
+
 def test_unknown_grader_is_refused():
     with pytest.raises(EvaluationError, match="known graders: math_verify, paper"):
         Grader("exact")
@@ -137,74 +226,8 @@ def test_paper_expressions_have_one_spelling(variants):
     assert len({normalize_expression(variant) for variant in variants}) == 1
 
 
-def test_normalization_is_idempotent_on_math500_answers(shared_data):
-    lines = (shared_data / "benchmarks" / "math500.jsonl").read_text().splitlines()
-    answers = [json.loads(line)["answer"] for line in lines]
-    assert len(answers) == 500
-    for answer in answers:
-        once = normalize_expression(answer)
-        assert once
-        assert normalize_expression(once) == once
-
-
-def test_every_math500_gold_is_correct_in_another_layout(shared_data, grader):
-    lines = (shared_data / "benchmarks" / "math500.jsonl").read_text().splitlines()
-    golds = [json.loads(line)["answer"] for line in lines]
-    wrong = [
-        gold for gold in golds if not grader.grade(f"\\boxed{{\\displaystyle {gold} }}", gold, "expression").correct
-    ]
-    assert wrong == []
-
-
-def test_verifier_agrees_with_the_published_cases(shared_data):
-    cases = json.loads((shared_data / "grader" / "math_verify_cases.json").read_text())
-    agreed = 0
-    with MathVerifier(deadline_s=60.0) as verifier:
-        for case in cases:
-            options = {name: case[name] for name in ("strict", "allow_set_relation_comp") if name in case}
-            if "precision" in case:
-                options["float_rounding"] = case["precision"]
-            agreed += verifier.equal(case["gold"], case["pred"], **options) == bool(case["expected"])
-    assert agreed / len(cases) >= 0.98  # 252 of 254 with math-verify 0.9.0
-
-
-def test_a_comparison_that_hangs_in_c_code_is_interrupted_and_the_next_one_works():
-    with Grader(deadline_s=1.0) as impatient:
-        started = time.monotonic()
-        hung = impatient.grade(r"\boxed{9^{9^{9^9}}}", "5", "expression")
-        assert time.monotonic() - started < 60.0
-        assert (hung.correct, hung.reason) == (False, TIMED_OUT)
-        impatient._verifier._deadline_s = 30.0
-        assert impatient.grade(r"\boxed{2+3}", "5", "expression").reason == CORRECT
-
-
-def test_verifier_raises_after_its_process_was_killed_and_recovers():
-    with MathVerifier() as verifier:
-        assert verifier.equal("$2$", "$2$")
-        verifier._child.kill()
-        with pytest.raises(VerifierTimeout):
-            verifier.equal("$2$", "$3$")
-        assert not verifier.equal("$2$", "$3$")
-
-
 def test_endless_answers_are_listed_not_parsed(grader):
     assert grader.grade("\\boxed{" + "1" * 50_000 + "}", "5", "number").reason == TOO_LONG
-
-
-def test_random_texts_neither_crash_nor_hang_the_grader():
-    pieces = [
-        "\\boxed{", "}", "{", "\\frac", "\\sqrt", "^", "_", "$", "\\{", "\\}", "1", "42", ".", ",", "x", "\\pi", "-",
-        "+", "=", "<think>", "</think>", "\\left(", "\\right)", "\\text{", " ", "\n", "\\\\", "\\", "!", "é", "答",
-        "\U0001f600", "\x00", "∞", "\\begin{pmatrix}", "&", "%", "\\cup", "[", "]",
-    ]  # fmt: skip
-    rng = random.Random()
-    with Grader(deadline_s=3.0) as opened:
-        for _ in range(300):
-            body = "".join(rng.choices(pieces, k=rng.randrange(12)))
-            text = rng.choice([body, f"\\boxed{{{body}}}"])
-            verdict = opened.grade(text, "1", rng.choice(["number", "letter", "expression"]))
-            assert verdict.reason in (CORRECT, WRONG, NO_BOX, TIMED_OUT), text
-            assert verdict.correct == (verdict.reason == CORRECT)
 
 
 def test_grading_a_pair_twice_asks_the_verifier_once(grader, monkeypatch):

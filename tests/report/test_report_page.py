@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lark_jax.evaluation.accuracy import Difference
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.report import ReportContent, write_report
 from lark_jax.report.content import (
@@ -20,6 +21,7 @@ from lark_jax.report.content import (
     Landscape,
     LandscapeCandidate,
     LossCurve,
+    PairedDifference,
     Sample,
     Setting,
     StageSummary,
@@ -197,3 +199,18 @@ def test_several_benchmarks_get_one_column_each_and_keep_their_intervals() -> No
     assert "second set Acc@5 (n=30)" in page
     assert page.count("31.1 to 52.2") == 4
     assert render_page(ReportContent("t", results=results[:2])).count("31.1 to 52.2") == 2
+
+
+def test_differences_are_shown_with_how_they_were_found() -> None:
+    difference = Difference(k=5, mean=0.0716, low=0.012, high=0.131, gained=9, lost=3)
+    content = dataclasses.replace(
+        full_content(),
+        interval_note="95% bootstrap",
+        differences=(PairedDifference("qwen7b", "lark B=3", "rsr B=3", "amc83", 83, difference),),
+    )
+    text = " ".join("".join(PageReader(render_page(content)).text).split())
+    assert "Differences on the same problems" in text
+    assert "95% bootstrap, drawn for both together" in text
+    for cell in ("lark B=3", "rsr B=3", "+7.2", "+1.2 to +13.1", "Acc@5"):
+        assert cell in text
+    assert "Differences on the same problems" not in render_page(full_content())

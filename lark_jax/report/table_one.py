@@ -1,0 +1,172 @@
+"""The paper's Table 1: models x methods down, budgets x benchmarks across; and the same results as long lists."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult
+from lark_jax.report.content import PairedDifference, student_label
+from lark_jax.report.table import MISSING, Table
+from lark_jax.report.table_files import latex_table
+
+AVERAGE = "Avg"
+WHOLE = "all"  # in the column "level": the benchmark as a whole
+
+
+@dataclass(frozen=True)
+class EvaluatedStudent:
+    """One model, fine-tuned on one selection (or not), on all benchmarks of its run."""
+
+    model: str  # name of the row group
+    method: str
+    budget: int | None  # None before fine-tuning
+    benchmarks: tuple[BenchmarkResult, ...]
+
+
+def table_one(students: Sequence[EvaluatedStudent]) -> Table:
+    """Acc@n in percent, mean±std over decoding seeds; models, methods and benchmarks in order of first appearance.
+
+    A student before fine-tuning has the same cells under every budget. `Avg` is the unweighted mean over the
+    benchmarks; its deviation is that of the seeds' averages. Missing cells are dashes.
+
+    Raises:
+      EvaluationError: results that do not compare: another number of samples, or other problems under one name.
+    """
+    _require_comparable(students)
+    names, budgets = _benchmarks(students), _budgets(students)
+    header = ["Model", "Method"]
+    header += [f"{_group(budget)} {name}".strip() for budget in budgets for name in (*names, AVERAGE)]
+    found = {(s.model, s.method, s.budget): s for s in students}
+    rows = []
+    for model, method in dict.fromkeys((s.model, s.method) for s in students):
+        row = [model, method]
+        for budget in budgets:
+            student = found.get((model, method, budget)) or found.get((model, method, None))
+            row += _cells(student, names)
+        rows.append(tuple(row))
+    return Table(tuple(header), tuple(rows), (False, False) + (True,) * (len(header) - 2))
+
+
+def table_one_latex(students: Sequence[EvaluatedStudent]) -> str:
+    """`table_one` as a `tabular` with a line of budgets above the benchmarks; needs the package booktabs."""
+    table, names, budgets = table_one(students), _benchmarks(students), _budgets(students)
+    width = len(names) + 1
+    short = Table(("Model", "Method", *((*names, AVERAGE) * len(budgets))), _without_repeats(table.rows), table.numeric)
+    groups = [
+        rf"\multicolumn{{{width}}}{{c}}{{{'' if budget is None else f'Budget $B = {budget}$'}}}" for budget in budgets
+    ]
+    starts = range(3, 3 + width * len(budgets), width)
+    rules = "".join(rf"\cmidrule(lr){{{start}-{start + width - 1}}}" for start in starts)
+    lines = latex_table(short).splitlines()
+    return "\n".join([*lines[:2], " & & " + " & ".join(groups) + r" \\", rules, *lines[2:]]) + "\n"
+
+
+def accuracy_list(students: Sequence[EvaluatedStudent]) -> Table:
+    """One row per student, benchmark, level and k; fractions in [0, 1], the std empty for one seed."""
+    header = ("model", "method", "budget", "benchmark", "level", "k", "mean", "std", "low", "high", "problems", "seeds")
+    rows = []
+    for student in students:
+        who = (student.model, student.method, "" if student.budget is None else str(student.budget))
+        for result in student.benchmarks:
+            parts = [(WHOLE, result.num_problems, result.by_k)]
+            parts += [(level.level, level.num_problems, level.by_k) for level in result.levels]
+            for level, num_problems, by_k in parts:
+                for accuracy in by_k:
+                    sizes = (str(num_problems), str(len(result.seeds)))
+                    rows.append((*who, result.benchmark, level, *_figures(accuracy), *sizes))
+    return Table(header, tuple(rows), (False, False, True, False, False) + (True,) * 7)
+
+
+def difference_table(differences: Sequence[PairedDifference]) -> Table:
+    """One row per pair of students and benchmark, in percentage points."""
+    header = (
+        "model",
+        "student",
+        "minus",
+        "benchmark",
+        "metric",
+        "difference",
+        "interval",
+        "better on",
+        "worse on",
+        "n",
+    )
+    rows = tuple(
+        (
+            pair.model,
+            pair.student,
+            pair.other,
+            pair.benchmark,
+            f"Acc@{pair.difference.k}",
+            f"{100 * pair.difference.mean:+.1f}",
+            f"{100 * pair.difference.low:+.1f} to {100 * pair.difference.high:+.1f}",
+            str(pair.difference.gained),
+            str(pair.difference.lost),
+            f"{pair.num_problems:,}",
+        )
+        for pair in differences
+    )
+    return Table(header, rows, (False,) * 5 + (True,) * 5)
+
+
+def _require_comparable(students: Sequence[EvaluatedStudent]) -> None:
+    first: dict[str, tuple[EvaluatedStudent, BenchmarkResult]] = {}
+    for student in students:
+        for result in student.benchmarks:
+            other, known = first.setdefault(result.benchmark, (student, result))
+            pair = f"{_name(other)} and {_name(student)}"
+            if known.fingerprint != result.fingerprint:
+                raise EvaluationError(f"{result.benchmark}: {pair} were given different problems under this name")
+            if known.samples != result.samples:
+                raise EvaluationError(
+                    f"{result.benchmark}: {pair} do not compare: Acc@{known.samples} and Acc@{result.samples}; "
+                    "evaluate them with the same evaluate.samples"
+                )
+
+
+def _benchmarks(students: Sequence[EvaluatedStudent]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(result.benchmark for student in students for result in student.benchmarks))
+
+
+def _budgets(students: Sequence[EvaluatedStudent]) -> tuple[int | None, ...]:
+    """Ascending; a single None where no student was fine-tuned."""
+    return tuple(sorted({student.budget for student in students if student.budget is not None})) or (None,)
+
+
+def _cells(student: EvaluatedStudent | None, names: Sequence[str]) -> list[str]:
+    by_name = {} if student is None else {result.benchmark: result.accuracy for result in student.benchmarks}
+    cells = [_cell(by_name[name].mean, by_name[name].std) if name in by_name else MISSING for name in names]
+    return [*cells, _average([by_name[name] for name in names]) if len(by_name) == len(names) else MISSING]
+
+
+def _average(accuracies: Sequence[Accuracy]) -> str:
+    """The deviation needs the same number of seeds everywhere."""
+    mean = statistics.mean(accuracy.mean for accuracy in accuracies)
+    if len({len(accuracy.per_seed) for accuracy in accuracies}) > 1:
+        return _cell(mean, None)
+    per_seed = [statistics.mean(values) for values in zip(*(a.per_seed for a in accuracies), strict=True)]
+    return _cell(mean, statistics.stdev(per_seed) if len(per_seed) > 1 else None)
+
+
+def _cell(mean: float, std: float | None) -> str:
+    return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f}±{100 * std:.2f}"
+
+
+def _figures(accuracy: Accuracy) -> tuple[str, ...]:
+    values = (accuracy.mean, accuracy.std, accuracy.low, accuracy.high)
+    return (str(accuracy.k), *("" if value is None else f"{value:.6f}" for value in values))
+
+
+def _without_repeats(rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """The model's name in its first row only."""
+    before = ["", *(row[0] for row in rows)]
+    return tuple(("" if row[0] == last else row[0], *row[1:]) for row, last in zip(rows, before, strict=False))
+
+
+def _group(budget: int | None) -> str:
+    return "" if budget is None else f"B={budget}"
+
+
+def _name(student: EvaluatedStudent) -> str:
+    return f"{student.model}, {student_label(student.method, student.budget)}"

@@ -1,0 +1,84 @@
+"""Spellings without a difference become one; differences stay."""
+
+import time
+
+import pytest
+
+from lark_jax.evaluation.spelling import in_base, tidy, words
+
+
+@pytest.mark.parametrize(
+    ("spelling", "tidied"),
+    [
+        ("5", "5"),
+        ("5.", "5"),
+        (" \\, 5 \\; ", "5"),
+        ("$5$", "5"),
+        ("\\(5.\\)", "5"),
+        ("\\[ x \\]", "x"),
+        ("$$5$$", "5"),
+        ("{$5.$}", "5"),
+        ("{{5}}", "5"),
+        ("{1}{2}", "{1}{2}"),
+        ("$1$ and $2$", "$1$ and $2$"),
+        ("\\displaystyle \\frac{1}{2}", "\\frac{1}{2}"),
+        ("\\text{1.25}", "1.25"),
+        ("\\text{five}", "\\text{five}"),
+        ("10\\,080", "10080"),
+        ("11,\\! 111,\\! 111", "11111111"),
+        ("10{,}080.5", "10080.5"),
+        ("1~000~000", "1000000"),
+        ("10 080", "10080"),
+        ("1, 234", "1, 234"),  # two numbers
+        ("1,234", "1,234"),  # math-verify knows
+        ("12\\,34", "12\\,34"),
+        ("0.123 456", "0.123 456"),
+        ("1000 200", "1000 200"),
+        ("\\varnothing", "\\emptyset"),
+        ("a...", "a..."),
+        ("\\left\\{ x \\right.", "\\left\\{ x \\right."),
+        ("\\{1\\}", "\\{1\\}"),
+        ("\\", "\\"),
+        ("", ""),
+        ("$", "$"),
+    ],
+)
+def test_marks_without_value_go_and_others_stay(spelling, tidied):
+    assert tidy(spelling) == tidied
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("\\text{Evelyn}", "evelyn"),
+        ("Evelyn", "evelyn"),
+        ("\\mathrm{ No  Solution. }", "no solution"),
+        ("no solution", "no solution"),
+        ("abc", None),  # may be a product
+        ("\\text{no}", "no"),
+        ("x+y", None),
+        ("\\text{9:30 a.m.}", None),
+        ("\\pi", None),
+        ("", None),
+        ("\\text{}", None),
+    ],
+)
+def test_words_are_texts_and_long_runs_of_letters(answer, expected):
+    assert words(answer) == expected
+
+
+def test_a_base_belongs_to_a_number():
+    assert in_base("4210_5") == in_base("4210_{5}") == ("4210", "5")
+    assert in_base("11_7") != in_base("11_6")
+    assert in_base("4210") is None
+    assert in_base("2x_1") != in_base("2x_2")
+
+
+@pytest.mark.parametrize("piece", [" ", "~", "\\,", "1 ", "100 ", "{", "$", "{,}", "1, ", "\\text{", "\\quad ", "."])
+def test_no_text_within_the_longest_answer_takes_long(piece):
+    started = time.process_time()
+    for text in (piece * (4_096 // len(piece)), "1" + piece * (4_000 // len(piece)) + "x"):
+        tidy(text)
+        words(text)
+        in_base(text)
+    assert time.process_time() - started < 2.0

@@ -1,0 +1,150 @@
+"""math-verify's published cases, limits that hold, and verdicts that depend on nothing but the pair."""
+
+import json
+import random
+import time
+
+import pytest
+
+from lark_jax.evaluation.grading import CORRECT, FAILED, GAVE_UP, NO_BOX, TIMED_OUT, WRONG, Grader
+from lark_jax.evaluation.verifier import MathVerifier, VerifierFailure
+
+# Cases whose published verdict math-verify 0.9.0 itself does not give. Both put line breaks into inline mathematics and
+# expect that the mathematics is then not found; version 0.9.0 finds the bare 9 all the same, and 9 is the gold.
+DISAGREEMENTS = {("$9$", "Answer $ \n 9 \n $"), ("$9$", "Answer \\( \n 9 \n \\)")}
+
+PAIRS = [
+    ("\\frac{1}{2}", "0.5"), ("x^2+2x+1", "(x+1)^2"), ("\\{1,2\\}", "\\{2,1\\}"), ("[1,2)", "[1,2)"),
+    ("(1,2)", "[1,2]"), ("\\sin^2 x", "1-\\cos^2 x"), ("1\\pm\\sqrt2", "1-\\sqrt{2}, 1+\\sqrt{2}"), ("x < 3", "3 > x"),
+    ("y = 2x", "2x = y"), ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
+    ("\\sqrt{8}", "2\\sqrt2"), ("\\log_2 8", "3"), ("a+b", "b+a"), ("ab", "ba"), ("\\pi", "3.14"), ("e^{i\\pi}", "-1"),
+    ("7", "8"), ("10\\%", "0.1"), ("\\sqrt{5+2\\sqrt6}", "\\sqrt2+\\sqrt3"),
+    ("(-\\infty,1)\\cup(2,\\infty)", "(2,\\infty)\\cup(-\\infty,1)"),
+]  # fmt: skip
+
+
+def verdicts(pairs: list[tuple[str, str]], verifier: MathVerifier) -> dict[tuple[str, str], bool]:
+    return {pair: verifier.equal(*(f"\\boxed{{{text}}}" for text in pair)) for pair in pairs}
+
+
+def test_published_cases_agree_but_for_the_listed(shared_data):
+    cases = json.loads((shared_data / "grader" / "math_verify_cases.json").read_text())
+    assert len(cases) == 254
+    differing = set()
+    with MathVerifier() as verifier:
+        for case in cases:
+            options = {name: case[name] for name in ("strict", "allow_set_relation_comp") if name in case}
+            if "precision" in case:
+                options["float_rounding"] = case["precision"]
+            if verifier.equal(case["gold"], case["pred"], **options) != bool(case["expected"]):
+                differing.add((case["gold"], case["pred"]))
+    assert differing == DISAGREEMENTS
+
+
+def test_verdicts_depend_neither_on_order_nor_on_what_the_process_did_before(monkeypatch):
+    with MathVerifier() as verifier:
+        expected = verdicts(PAIRS, verifier)
+        assert len(set(expected.values())) == 2
+        for _ in range(2):
+            shuffled = random.sample(PAIRS, len(PAIRS))
+            assert verdicts(shuffled, verifier) == expected, shuffled
+    for hash_seed in ("1", "random"):  # another process, in an environment that sets another
+        monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
+        with MathVerifier() as cold:
+            shuffled = random.sample(PAIRS, len(PAIRS))
+            assert verdicts(shuffled, cold) == expected, shuffled
+
+
+def test_a_comparison_that_hangs_in_c_code_is_interrupted_and_the_next_one_works():
+    with Grader(limit_s=1.0) as impatient:
+        started = time.monotonic()
+        hung = impatient.grade(r"\boxed{9^{9^{9^9}}}", "5", "expression")
+        assert time.monotonic() - started < 60.0
+        assert (hung.correct, hung.reason) == (False, TIMED_OUT)
+        assert impatient.grade(r"\boxed{2+3}", "5", "expression").reason == CORRECT
+
+
+def test_time_that_passes_without_computing_is_not_counted(monkeypatch):
+    """A process that waits, on a busy machine or suspended, has not used its limit."""
+    with MathVerifier(limit_s=1.0) as verifier:
+        assert verifier.equal("$2$", "$2$")
+        read_line = verifier._read_line
+
+        def late(deadline_s):
+            time.sleep(2.5)
+            return read_line(deadline_s)
+
+        monkeypatch.setattr(verifier, "_read_line", late)
+        assert verifier.equal("$\\frac{1}{2}$", "$0.5$")
+
+
+def test_a_child_that_was_killed_is_replaced_and_asked_again():
+    with MathVerifier() as verifier:
+        assert verifier.equal("$2$", "$2$")
+        verifier._child.kill()
+        assert not verifier.equal("$2$", "$3$")
+
+
+def test_a_pair_that_kills_two_processes_has_no_verdict(monkeypatch):
+    with MathVerifier() as verifier:
+        start = verifier._start
+
+        def start_and_kill():
+            child = start()
+            child.kill()
+            child.wait()
+            return child
+
+        monkeypatch.setattr(verifier, "_start", start_and_kill)
+        with pytest.raises(VerifierFailure, match="two processes died"):
+            verifier.equal("$2$", "$3$")
+
+
+def test_a_comparison_out_of_memory_has_no_verdict_and_is_listed(monkeypatch):
+    with Grader() as grader:
+        reply = b'{"equal": false, "error": "MemoryError"}'
+        monkeypatch.setattr(grader._verifier, "_read_line", lambda _: reply)
+        assert grader.grade(r"\boxed{2+3}", "5", "expression").reason == FAILED
+        monkeypatch.undo()
+        assert grader.grade(r"\boxed{2+4}", "6", "expression").reason == CORRECT
+
+
+PIECES = [
+    "\\boxed{", "}", "{", "\\frac", "\\frac{1}{2}", "\\sqrt", "^", "_", "$", "\\{", "\\}", "1", "42", "10^{10^{10}}",
+    "^{999999}", "99999999", ".", ",", "x", "\\pi", "-", "+", "=", "<", "\\le", "<think>", "</think>", "\\left(",
+    "\\right)", "\\text{", "\\text{ cm}", " ", "\n", "\\\\", "\\", "!", "é", "答", "\U0001f600", "\x00", "\ud800", "∞",
+    "½", "²", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "%", "\\%", "\\cup", "[", "]", "(", ")", "\\infty", "\\int",
+    "\\sum_{n=1}^{100}", "\\log", "\\sin", "print(1)", "def f(x):\n  return x", "import os", "```python",
+    "__import__('os')", "#", "\"", "'", ";", "\\boxed{\\boxed{3}}", "\\mathbb{Z}", "\\in", "\\cdot", "\\times", "/",
+    "*",
+]  # fmt: skip
+KINDS = ("number", "letter", "expression")
+GOLDS = ("1", "42", "\\frac{1}{2}", "(1,2)", "\\text{even}", "B", "x^2", "\\begin{pmatrix}1\\\\2\\end{pmatrix}")
+
+
+def grade_random_texts(count: int) -> dict[str, int]:
+    """How often each reason came."""
+    rng = random.Random()
+    reasons: dict[str, int] = {}
+    with Grader(limit_s=1.0) as grader:
+        for _ in range(count):
+            body = "".join(rng.choices(PIECES, k=rng.randrange(10)))
+            text = rng.choice([body, f"\\boxed{{{body}}}"])
+            grade = grader.grade(text, rng.choice(GOLDS), rng.choice(KINDS))
+            assert grade.reason in (CORRECT, WRONG, NO_BOX, *GAVE_UP), text
+            assert grade.correct == (grade.reason == CORRECT), text
+            reasons[grade.reason] = reasons.get(grade.reason, 0) + 1
+    return reasons
+
+
+def test_random_texts_neither_crash_nor_hang_the_grader():
+    reasons = grade_random_texts(500)
+    assert reasons[WRONG] > 50
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_texts_neither_crash_nor_hang_the_grader():
+    reasons = grade_random_texts(10_000)
+    assert sum(reasons.values()) == 10_000
+    assert reasons[WRONG] > 1_000
+    assert reasons.get(TIMED_OUT, 0) < 100
