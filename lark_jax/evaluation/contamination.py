@@ -136,8 +136,7 @@ def _grouped(benchmark: Benchmark) -> Iterator[tuple[str, str, str]]:
         yield from ((benchmark.name, problem.problem_id, problem.problem) for problem in benchmark.problems)
         return
     for problem in sorted(benchmark.problems, key=lambda problem: str(problem.level)):
-        level = str(problem.level).removeprefix("Level ")
-        yield f"{benchmark.name}-L{level}", problem.problem_id, problem.problem
+        yield f"{benchmark.name}-L{problem.level}", problem.problem_id, problem.problem
 
 
 def _audit_row(group: str, jaccard: np.ndarray) -> AuditRow:

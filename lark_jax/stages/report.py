@@ -1,7 +1,7 @@
 """Stage "report": reads what the other stages left and writes `report/index.html` and `report/table.txt`."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
 
 
 def _environment(layout: Layout) -> Iterator[tuple[str, str]]:
-    """Versions of this process, the hardware of those that did the work, and the engine that generated."""
+    """Versions of this process, the hardware of those that did the work, engine and benchmarks of the evaluation."""
     yield from runtime.package_versions().items()
     for directory in (layout.statistics, *(layout.finetune(run) for run in layout.runs)):
         if (manifest := read_manifest(directory)) is not None:
@@ -91,6 +91,15 @@ def _environment(layout: Layout) -> Iterator[tuple[str, str]]:
     if read_manifest(layout.evaluation("engine")) is not None:
         engine = engine_of(layout)
         yield "evaluation engine", f"{engine.engine} ({engine.reason})"
+    if (manifest := read_manifest(layout.evaluation("benchmarks"))) is not None:
+        for name, described in manifest.outcome.notes.items():
+            yield f"benchmark {name}", _benchmark_line(described)
+
+
+def _benchmark_line(described: Mapping[str, Any]) -> str:
+    editions = {"known": ", the texts that lark_jax knows", "unknown": ", other texts than lark_jax knows"}
+    line = f"{described['problems']:,} problems, fingerprint {described['content_fingerprint'][:12]}"
+    return line + editions.get(described["edition"], "")
 
 
 def _results(experiment: Experiment, layout: Layout) -> Iterator[AccuracyResult]:

@@ -99,7 +99,7 @@ def test_the_nearest_problem_is_named_and_near_ones_are_counted():
 
 
 def test_a_benchmark_is_split_by_level_only_where_every_problem_has_one():
-    split = benchmark("m", "first text", "second text", "third text", levels=["Level 5", "2", "Level 5"])
+    split = benchmark("m", "first text", "second text", "third text", levels=["5", "2", "5"])
     whole = benchmark("n", "fourth text", "fifth text", levels=["1", None])
     audit = audit_benchmarks([split, whole], {"p": "some text"})
     assert [(row.group, row.num_problems) for row in audit.rows] == [("m-L2", 1), ("m-L5", 2), ("n", 2)]
