@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lark_jax.pool.records import SkippedRecord
+from lark_jax.report.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class ReportContent:
     selections: SelectionComparison | None = None
     landscape: Landscape | None = None
     samples: tuple[Sample, ...] = ()
+    comparison: Comparison | None = None
     stages: tuple[StageSummary, ...] = ()
 
 

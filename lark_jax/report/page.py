@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lark_jax.files import atomic_path, write_text
+from lark_jax.report.comparison_pages import FOLDER, write_comparison_pages
 from lark_jax.report.content import Landscape, ReportContent, StageSummary
 from lark_jax.report.figures import accuracy_figure, landscape_figure, loss_figure
 from lark_jax.report.selection_figure import selection_figure
@@ -33,7 +34,7 @@ class _Plate:
 
 def write_report(content: ReportContent, directory: str | Path) -> Path:
     """Writes `index.html` and, for each figure that has data, `accuracy.png`, `loss.png`, `selections.png`,
-    `landscape.png`.
+    `landscape.png`, and a page for pairs of students below `comparisons/`.
 
     Each file is replaced as a whole, the page last; equal content gives equal bytes. Returns the page's path.
     """
@@ -45,6 +46,7 @@ def write_report(content: ReportContent, directory: str | Path) -> Path:
                 temporary.write_bytes(png_bytes(plates[name].figure))
         else:
             (directory / f"{name}.png").unlink(missing_ok=True)
+    write_comparison_pages(content.comparison, directory)
     page = directory / "index.html"
     write_text(page, _render(content, plates))
     return page
@@ -60,6 +62,7 @@ def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
     return render(
         "page.html.j2",
         content=content,
+        comparisons=FOLDER,
         num_benchmarks=len({result.benchmark for result in content.results}),
         accuracy=accuracy_table(content.results),
         accuracy_detail=accuracy_detail_table(content.results),

@@ -17,6 +17,7 @@ from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
 from lark_jax.pool import read_pool
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.report import ReportContent, terminal_report, write_report
+from lark_jax.report.comparison import Comparison
 from lark_jax.report.content import (
     AccuracyResult,
     Count,
@@ -33,6 +34,7 @@ from lark_jax.report.content import (
 )
 from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
+from lark_jax.stages.comparison import comparison_of_students
 from lark_jax.stages.evaluate import benchmarks_of, engine_of
 from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.score_table import SCORES
@@ -78,6 +80,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         selections=_selections(layout),
         landscape=_landscape(experiment, layout),
         samples=tuple(_samples(experiment, layout)),
+        comparison=_comparison(experiment, layout),
         stages=tuple(_summaries(layout)),
     )
 
@@ -144,6 +147,14 @@ def _samples(experiment: Experiment, layout: Layout) -> Iterator[Sample]:
             for (method, budget), rows in answers.items():
                 student, row = student_label(method, budget), rows[index]
                 yield Sample(student, benchmark.name, problem.problem, row.text, problem.answer, row.correct)
+
+
+def _comparison(experiment: Experiment, layout: Layout) -> Comparison | None:
+    students = [
+        (student_label(method, budget), budget, directory)
+        for method, budget, directory in _evaluated(experiment, layout)
+    ]
+    return comparison_of_students(benchmarks_of(experiment), students) if len(students) > 1 else None
 
 
 def _first_samples(directory: Path, benchmark: str, num_problems: int) -> list[SampleRow]:
