@@ -86,7 +86,12 @@ def _read_table(path: Path) -> list[tuple[str, Any]]:
                 records = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
         raise EvaluationError(f"{path}: cannot be read as {path.suffix[1:]} ({one_line(error)})") from error
-    return [(f"{path}, record {index}", record) for index, record in enumerate(records, 1)]
+    return [(f"{path}, record {index}", _given(record)) for index, record in enumerate(records, 1)]
+
+
+def _given(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Without empty cells: every row of a table has every column."""
+    return {name: value for name, value in record.items() if value is not None and value != ""}
 
 
 def _read_json(path: Path) -> list[tuple[str, Any]]:

@@ -79,6 +79,19 @@ def test_formats_hold_the_same_benchmark(tmp_path, suffix):
     assert read_benchmark(f"own={path}") == expected
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_empty_cells_of_a_table_are_fields_that_are_not_given(tmp_path, suffix):
+    path = tmp_path / f"own{suffix}"
+    if suffix == ".csv":
+        path.write_text("problem,answer,kind,level,id\na?,2,,,\nb?,C,letter,Level 4,x\n", encoding="utf-8")
+    else:
+        given = {"kind": "letter", "level": "Level 4", "id": "x"}
+        rows = [{"problem": "a?", "answer": "2", **dict.fromkeys(given)}, {"problem": "b?", "answer": "C", **given}]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    found = [(p.problem_id, p.answer, p.kind, p.level) for p in read_benchmark(path).problems]
+    assert found == [("0", "2", "expression", None), ("x", "C", "letter", "4")]
+
+
 def test_a_folder_stands_for_its_only_data_file(tmp_path):
     write_json(tmp_path / "f" / "data" / "x.json")
     for name in ("dataset_info.json", ".hidden.json", "notes.txt"):
