@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lark_jax.evaluation.contamination import Audit
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.report.comparison import Comparison
 
@@ -163,6 +164,7 @@ class ReportContent:
     landscape: Landscape | None = None
     samples: tuple[Sample, ...] = ()
     comparison: Comparison | None = None
+    contamination: Audit | None = None
     stages: tuple[StageSummary, ...] = ()
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from lark_jax.files import atomic_path, write_text
 from lark_jax.report.comparison_pages import FOLDER, write_comparison_pages
+from lark_jax.report.contamination import contamination_section
 from lark_jax.report.content import Landscape, ReportContent, StageSummary
 from lark_jax.report.figures import accuracy_figure, landscape_figure, loss_figure
 from lark_jax.report.selection_figure import selection_figure
@@ -63,6 +64,7 @@ def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
         "page.html.j2",
         content=content,
         comparisons=FOLDER,
+        contamination=contamination_section(content.contamination) if content.contamination else None,
         num_benchmarks=len({result.benchmark for result in content.results}),
         accuracy=accuracy_table(content.results),
         accuracy_detail=accuracy_detail_table(content.results),

@@ -10,6 +10,7 @@ import numpy as np
 from lark_jax import files, runtime
 from lark_jax.config import Experiment
 from lark_jax.evaluation.accuracy import CONFIDENCE, RESAMPLES
+from lark_jax.evaluation.contamination import Audit, audit_benchmarks, pool_problems
 from lark_jax.evaluation.runner import SampleRow, StudentResult, read_samples, read_student_result
 from lark_jax.finetuning import HeldOutMetrics, StepMetrics, read_held_out, read_metrics
 from lark_jax.finetuning.metrics import HELD_OUT, METRICS
@@ -81,6 +82,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         landscape=_landscape(experiment, layout),
         samples=tuple(_samples(experiment, layout)),
         comparison=_comparison(experiment, layout),
+        contamination=_contamination(experiment, layout),
         stages=tuple(_summaries(layout)),
     )
 
@@ -155,6 +157,14 @@ def _comparison(experiment: Experiment, layout: Layout) -> Comparison | None:
         for method, budget, directory in _evaluated(experiment, layout)
     ]
     return comparison_of_students(benchmarks_of(experiment), students) if len(students) > 1 else None
+
+
+def _contamination(experiment: Experiment, layout: Layout) -> Audit | None:
+    """Of the benchmarks that students were evaluated on, with the pool that they were selected from."""
+    if read_manifest(layout.score) is None or not any(_evaluated(experiment, layout)):
+        return None
+    pool = read_pool(experiment.pool.path, experiment.pool.on_bad_record)
+    return audit_benchmarks(benchmarks_of(experiment), pool_problems(pool.by_problem()))
 
 
 def _first_samples(directory: Path, benchmark: str, num_problems: int) -> list[SampleRow]:

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from lark_jax.evaluation.contamination import Audit, Frame, Overlap
+from lark_jax.report import ReportContent
 from lark_jax.report.contamination import (
     CHARACTERS_SHOWN,
     NEAREST_SHOWN,
@@ -14,6 +15,7 @@ from lark_jax.report.contamination import (
     contamination_table,
     nearest_pairs,
 )
+from lark_jax.report.page import render_page
 from lark_jax.report.table import Table
 from lark_jax.report.table_files import csv_table, latex_table
 from lark_jax.report.templates import render
@@ -101,3 +103,10 @@ def test_the_page_says_the_index_and_what_was_left_out(page):
     assert "J = 0.877 with pool problem pool1" in page
     assert "Reason &amp; &lt;think&gt;." in page
     assert "The pool has 1,234 problems." in page
+
+
+def test_the_report_of_an_experiment_has_the_audit_where_there_is_one():
+    page = render_page(ReportContent("t", contamination=audit(overlap("a_1", 1, 0.87654, "3 < 4"))))
+    assert 'href="#contamination"' in page
+    assert "J = 0.877 with pool problem pool1" in page
+    assert "Contamination" not in render_page(ReportContent("t"))
