@@ -205,7 +205,7 @@ class FinetuneConfig:
 class EvaluateConfig:
     engine: str = "auto"  # "vllm", "transformers", "openai" (a server), or "auto": vLLM where it really generates
     python: str | None = None  # interpreter of the worker, when the engine lives in another virtualenv
-    benchmarks: tuple[str, ...] = ()  # files of {"problem", "answer"} records (JSON list or JSON lines)
+    benchmarks: tuple[str, ...] = ()  # FILE, NAME=FILE, NAME=hub id, or a name: evaluation.benchmark_sources
     system_prompts: str = "by_kind"  # "by_kind" (built in), "none", or a JSON file {kind: text}
     include_base: bool = True  # measure the student before fine-tuning too
     samples: int = 5  # per problem and seed: the k of Acc@k

@@ -98,11 +98,8 @@ def paper_recipe() -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.engine = "vllm"  # C.3 "Software stack"
     config.evaluate.python = config_dict.placeholder(str)  # interpreter of vLLM's own virtualenv; None: this one
-    config.evaluate.benchmarks = (  # C.4; GPQA-Diamond needs its shuffled options, not available yet
-        "data/aime24.json",
-        "data/amc83.json",
-        "data/math500.jsonl",
-    )
+    # C.4; by name from the Hugging Face hub (GPQA's terms are accepted there), or from files: "aime24=data/aime24.json"
+    config.evaluate.benchmarks = ("aime24", "amc83", "gpqa_diamond", "math500")
     config.evaluate.system_prompts = "by_kind"  # C.4 "System prompts", in our wording
     config.evaluate.include_base = True  # Table 1, BaseModel
     config.evaluate.samples = 5  # C.4, Acc@5

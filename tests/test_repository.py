@@ -31,7 +31,7 @@ LAYERS = (
     ("report",),
     ("pipeline",),
     ("stages",),
-    ("run", "preflight", "table_one"),
+    ("run", "preflight", "audit", "table_one"),
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 WORKER = PACKAGE / "evaluation" / "worker"  # programs for another virtualenv: siblings import each other by bare name

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lark_jax.evaluation.accuracy import Difference
+from lark_jax.evaluation.contamination import Audit
 from lark_jax.pool.records import SkippedRecord
+from lark_jax.report.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ class ReportContent:
     selections: SelectionComparison | None = None
     landscape: Landscape | None = None
     samples: tuple[Sample, ...] = ()
+    comparison: Comparison | None = None
+    contamination: Audit | None = None
     stages: tuple[StageSummary, ...] = ()
 
 

@@ -2,19 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from lark_jax.files import atomic_path, write_text
+from lark_jax.report.comparison_pages import FOLDER, write_comparison_pages
+from lark_jax.report.contamination import contamination_section
 from lark_jax.report.content import Landscape, ReportContent, StageSummary
 from lark_jax.report.figures import accuracy_figure, landscape_figure, loss_figure
 from lark_jax.report.selection_figure import selection_figure
-from lark_jax.report.style import clean, method_styles, png_bytes, svg_text
+from lark_jax.report.style import method_styles, png_bytes, svg_text
 from lark_jax.report.table import MISSING, Table, accuracy_detail_table, accuracy_table, loss_table, selection_table
 from lark_jax.report.table_one import difference_table
+from lark_jax.report.templates import render
 
 FIGURE_NAMES = ("accuracy", "loss", "selections", "landscape")
 
@@ -35,7 +36,7 @@ class _Plate:
 
 def write_report(content: ReportContent, directory: str | Path) -> Path:
     """Writes `index.html` and, for each figure that has data, `accuracy.png`, `loss.png`, `selections.png`,
-    `landscape.png`.
+    `landscape.png`, and a page for pairs of students below `comparisons/`.
 
     Each file is replaced as a whole, the page last; equal content gives equal bytes. Returns the page's path.
     """
@@ -47,6 +48,7 @@ def write_report(content: ReportContent, directory: str | Path) -> Path:
                 temporary.write_bytes(png_bytes(plates[name].figure))
         else:
             (directory / f"{name}.png").unlink(missing_ok=True)
+    write_comparison_pages(content.comparison, directory)
     page = directory / "index.html"
     write_text(page, _render(content, plates))
     return page
@@ -58,15 +60,12 @@ def render_page(content: ReportContent) -> str:
 
 
 def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
-    folder = resources.files("lark_jax.report")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
-    )
-    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
     svgs = {name: svg_text(plate.figure, name, plate.title, plate.caption) for name, plate in plates.items()}
-    page = template.render(
+    return render(
+        "page.html.j2",
         content=content,
-        css=(folder / "page.css").read_text(encoding="utf-8"),
+        comparisons=FOLDER,
+        contamination=contamination_section(content.contamination) if content.contamination else None,
         num_benchmarks=len({result.benchmark for result in content.results}),
         accuracy=accuracy_table(content.results),
         accuracy_detail=accuracy_detail_table(content.results),
@@ -80,7 +79,6 @@ def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
         figures=svgs,
         figure_captions={name: plate.caption for name, plate in plates.items()},
     )
-    return page.lstrip()
 
 
 def _plates(content: ReportContent) -> dict[str, _Plate]:
@@ -170,10 +168,3 @@ def _skipped_table(stage: StageSummary) -> Table:
     header = ("problem", "candidate", "where", "reason")
     rows = tuple((record.problem_id, record.candidate_id, record.location, record.reason) for record in stage.skipped)
     return Table(header, rows, (False,) * 4)
-
-
-def _printable(value: object) -> object:
-    """Control characters, which HTML forbids, become U+FFFD; line breaks and tabs stay."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):  # what the template marked as HTML itself
-        return value
-    return "".join(mark if mark in "\n\t" else clean(mark) for mark in value.replace("\r\n", "\n"))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lark_jax.config import STAGES, Experiment
 from lark_jax.errors import ConfigError
+from lark_jax.evaluation.benchmark_sources import find_source
 from lark_jax.finetuning.loggers import require_installed
 from lark_jax.pipeline import Task
 from lark_jax.pool.hub import is_hub_id
@@ -52,6 +53,7 @@ def check_paths(experiment: Experiment) -> None:
 
     Raises:
       ConfigError: names the field; paths below the working directory are left to the stages that write them.
+      EvaluationError: a benchmark cannot be had from the hub.
     """
     if "finetune" in experiment.stages:
         require_installed(experiment.finetune.loggers)
@@ -63,7 +65,11 @@ def check_paths(experiment: Experiment) -> None:
         paths += [("score.judge.prompt_file", judge.prompt_file)]
         paths += [("score.judge.model", judge.model if judge.engine == "vllm" else None)]
     if evaluating:
-        paths += [("evaluate.benchmarks", path) for path in experiment.evaluate.benchmarks]
+        sources = [find_source(entry) for entry in experiment.evaluate.benchmarks]
+        paths += [("evaluate.benchmarks", source.location) for source in sources if not source.on_hub]
+        for source in sources:
+            if source.on_hub:
+                source.local_file()
         paths += [("evaluate.python", experiment.evaluate.python)]
     root = Path(experiment.workdir).resolve()
     for field, path in paths:

@@ -10,12 +10,15 @@ from typing import Any
 from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.benchmark_sources import find_source
 from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
 from lark_jax.evaluation.engines import EngineChoice, server_for
 from lark_jax.evaluation.grading import grader_identity
 from lark_jax.evaluation.runner import engine_for, evaluate_student
+from lark_jax.evaluation.standard_benchmarks import content_fingerprint, edition_of
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import load_chat_format
+from lark_jax.runtime import say
 from lark_jax.stages.layout import BASE, Layout, Run
 from lark_jax.students import local_folder
 
@@ -25,8 +28,8 @@ DECODING_FIELDS = ("samples", "seeds", "temperature", "top_p", "repetition_penal
 
 
 def evaluate_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
-    """First which engine works here, once for all students; then one task per student."""
-    tasks = [_engine_task(experiment, layout)]
+    """First, once for all students, what is asked and which engine works here; then one task per student."""
+    tasks = [_benchmarks_task(experiment, layout), _engine_task(experiment, layout)]
     if experiment.evaluate.include_base:
         tasks.append(_student_task(experiment, layout, BASE, lambda: local_folder(experiment.student.path)))
     return tasks + [
@@ -37,6 +40,40 @@ def evaluate_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
 def _exported(layout: Layout, run: Run) -> Path:
     require_manifest(layout.export(run), "export")
     return layout.exported_student(run)
+
+
+def _benchmarks_task(experiment: Experiment, layout: Layout) -> Task:
+    """Leaves every problem as it is asked, and in the manifest what the benchmarks are."""
+
+    def inputs() -> dict[str, Any]:
+        return {"benchmarks": _hashed_benchmarks(experiment, layout)}
+
+    def record(directory: Path) -> Outcome:
+        benchmarks = benchmarks_of(experiment)
+        for benchmark in benchmarks:
+            problems = [dataclasses.asdict(problem) for problem in benchmark.problems]
+            files.write_jsonl(directory / f"{benchmark.name}.jsonl", problems)
+        notes = {benchmark.name: _described(benchmark) for benchmark in benchmarks}
+        return Outcome(counts={"problems": sum(len(b.problems) for b in benchmarks)}, notes=notes)
+
+    return Task("evaluate/benchmarks", layout.evaluation("benchmarks"), inputs, record)
+
+
+def _described(benchmark: Benchmark) -> dict[str, Any]:
+    edition = edition_of(benchmark)
+    if edition == "unknown":
+        say(f"{benchmark.name}: as many problems as it should have, but not the texts that lark_jax knows of it")
+    return {
+        "problems": len(benchmark.problems),
+        "fingerprint": benchmark.fingerprint,
+        "content_fingerprint": content_fingerprint(benchmark),
+        "edition": edition,
+    }
+
+
+def _hashed_benchmarks(experiment: Experiment, layout: Layout) -> list[list[str]]:
+    entries = experiment.evaluate.benchmarks
+    return [[entry, layout.hashes.of(find_source(entry).local_file(), EvaluationError)] for entry in entries]
 
 
 def _engine_task(experiment: Experiment, layout: Layout) -> Task:
@@ -71,7 +108,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
         return {
             "student": layout.hashes.of(folder()),
             "chat_template": None if template is None else layout.hashes.of(template),
-            "benchmarks": [[path, layout.hashes.of(path, EvaluationError)] for path in config.benchmarks],
+            "benchmarks": _hashed_benchmarks(experiment, layout),
             "system_prompts": layout.hashes.of(prompts) if Path(prompts).is_file() else prompts,
             "engine": engine,
             **({"served_as": server_for(config, name).model} if engine == "openai" else {}),
@@ -119,4 +156,4 @@ def _installed_version(package: str) -> str | None:
 
 
 def benchmarks_of(experiment: Experiment) -> tuple[Benchmark, ...]:
-    return tuple(read_benchmark(path) for path in experiment.evaluate.benchmarks)
+    return tuple(read_benchmark(entry) for entry in experiment.evaluate.benchmarks)

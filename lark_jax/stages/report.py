@@ -1,7 +1,7 @@
 """Stage "report": reads what the other stages left and writes `report/index.html`, `report/table.txt` and tables."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from lark_jax import files, runtime
 from lark_jax.config import Experiment
 from lark_jax.evaluation.accuracy import CONFIDENCE, RESAMPLES
+from lark_jax.evaluation.contamination import Audit, audit_benchmarks, pool_problems
 from lark_jax.evaluation.runner import StudentResult, read_student_result
 from lark_jax.evaluation.samples import SampleRow, read_samples
 from lark_jax.finetuning import HeldOutMetrics, StepMetrics, read_held_out, read_metrics
@@ -17,6 +18,7 @@ from lark_jax.finetuning.metrics import HELD_OUT, METRICS
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.report import ReportContent, terminal_report, write_report
+from lark_jax.report.comparison import Comparison
 from lark_jax.report.content import (
     AccuracyResult,
     Count,
@@ -32,6 +34,7 @@ from lark_jax.report.content import (
 )
 from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
+from lark_jax.stages.comparison import comparison_of_students
 from lark_jax.stages.evaluate import benchmarks_of, engine_of
 from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.pool import open_pool
@@ -82,12 +85,14 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         selections=_selections(layout),
         landscape=_landscape(experiment, layout),
         samples=tuple(_samples(experiment, layout)),
+        comparison=_comparison(experiment, layout),
+        contamination=_contamination(experiment, layout),
         stages=tuple(_summaries(layout)),
     )
 
 
 def _environment(layout: Layout) -> Iterator[tuple[str, str]]:
-    """Versions of this process, the hardware of those that did the work, and the engine that generated."""
+    """Versions of this process, the hardware of those that did the work, engine and benchmarks of the evaluation."""
     yield from runtime.package_versions().items()
     for directory in (layout.statistics, *(layout.finetune(run) for run in layout.runs)):
         if (manifest := read_manifest(directory)) is not None:
@@ -95,6 +100,15 @@ def _environment(layout: Layout) -> Iterator[tuple[str, str]]:
     if read_manifest(layout.evaluation("engine")) is not None:
         engine = engine_of(layout)
         yield "evaluation engine", f"{engine.engine} ({engine.reason})"
+    if (manifest := read_manifest(layout.evaluation("benchmarks"))) is not None:
+        for name, described in manifest.outcome.notes.items():
+            yield f"benchmark {name}", _benchmark_line(described)
+
+
+def _benchmark_line(described: Mapping[str, Any]) -> str:
+    editions = {"known": ", the texts that lark_jax knows", "unknown": ", other texts than lark_jax knows"}
+    line = f"{described['problems']:,} problems, fingerprint {described['content_fingerprint'][:12]}"
+    return line + editions.get(described["edition"], "")
 
 
 def _results(experiment: Experiment, layout: Layout) -> Iterator[AccuracyResult]:
@@ -138,6 +152,19 @@ def _samples(experiment: Experiment, layout: Layout) -> Iterator[Sample]:
             for student, rows in answers.items():
                 row = rows[index]
                 yield Sample(student, benchmark.name, problem.problem, row.text, problem.answer, row.correct)
+
+
+def _comparison(experiment: Experiment, layout: Layout) -> Comparison | None:
+    students = [(found.label, found.budget, found.directory) for found in _evaluated(experiment, layout)]
+    return comparison_of_students(benchmarks_of(experiment), students) if len(students) > 1 else None
+
+
+def _contamination(experiment: Experiment, layout: Layout) -> Audit | None:
+    """Of the benchmarks that students were evaluated on, with the pool that they were selected from."""
+    if read_manifest(layout.score) is None or not any(_evaluated(experiment, layout)):
+        return None
+    pool = open_pool(experiment)
+    return audit_benchmarks(benchmarks_of(experiment), pool_problems(pool.by_problem()))
 
 
 def _first_samples(directory: Path, benchmark: str, num_problems: int) -> list[SampleRow]:

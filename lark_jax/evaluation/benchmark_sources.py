@@ -1,0 +1,105 @@
+"""What an entry of `evaluate.benchmarks` stands for: a name and a local file. Downloads, and says so first.
+
+/data/own.jsonl               a file; the benchmark is called "own"
+NAME=/data/some.parquet       a file, or a folder with one data file, under another name
+math500                       one of the paper's (`standard_benchmarks.STANDARD`), from the Hugging Face hub
+NAME=owner/dataset[:FILE]     a dataset of the hub; FILE where it has several data files
+"""
+
+import fnmatch
+import functools
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.benchmark_records import FILE_KINDS
+from lark_jax.evaluation.standard_benchmarks import STANDARD
+
+_NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:]+))?")
+_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the datasets library
+
+
+@dataclass(frozen=True)
+class BenchmarkSource:
+    name: str
+    location: str  # local path, or hub id
+    file: str | None  # pattern of the data file's name, where the location is a folder
+    on_hub: bool
+
+    def local_file(self) -> Path:
+        """The data file; fetched from the hub when it is there and not yet cached. It may not exist.
+
+        Raises:
+          EvaluationError: the dataset cannot be had, or holds no such file or several.
+        """
+        path = _snapshot(self.location) if self.on_hub else Path(self.location)
+        return _only_file(path, self.file, self.location) if path.is_dir() else path
+
+
+def find_source(entry: str | Path) -> BenchmarkSource:
+    """Reads nothing. A `Path` is always a local one; so is a text where something of that name lies here."""
+    named = _NAMED.fullmatch(entry) if isinstance(entry, str) and not Path(entry).exists() else None
+    name, location = (named[1], named[2]) if named else (None, str(entry))
+    standard = STANDARD.get(name or location)
+    pattern = standard.file if standard else None
+    if isinstance(entry, str) and location in STANDARD and not Path(location).exists():
+        promised = STANDARD[location]
+        return BenchmarkSource(name or location, promised.hub_id, promised.file, on_hub=True)
+    hub = _HUB_ID.fullmatch(location) if isinstance(entry, str) and not Path(location).exists() else None
+    if hub and not _looks_local(hub[1]):
+        return BenchmarkSource(name or hub[1].rpartition("/")[2], hub[1], hub[2] or pattern, on_hub=True)
+    return BenchmarkSource(name or Path(location).stem, location, pattern, on_hub=False)
+
+
+def _looks_local(hub_id: str) -> bool:
+    path = Path(hub_id)
+    return path.exists() or path.parent.exists() or path.suffix in FILE_KINDS
+
+
+def _only_file(folder: Path, pattern: str | None, location: str) -> Path:
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in FILE_KINDS and path.name not in _NOTES and not path.name.startswith(".") and path.is_file()
+    ]
+    names = [path.relative_to(folder).as_posix() for path in found]
+    fitting = [
+        path
+        for path, name in zip(found, names, strict=True)
+        if pattern is None or fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(path.name, pattern)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    wanted = "one data file" if pattern is None else f"one file {pattern}"
+    found_names = ", ".join(names[:10]) or "none"
+    raise EvaluationError(
+        f"{location}: expected {wanted}, found: {found_names}; name a file: evaluate.benchmarks=NAME=FILE, "
+        "or NAME=owner/dataset:FILE on the hub"
+    )
+
+
+@functools.cache  # hashing and reading see one and the same snapshot, also when the hub gets another one meanwhile
+def _snapshot(hub_id: str) -> Path:
+    import huggingface_hub
+
+    from lark_jax.runtime import say  # not at the top: it imports JAX
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    patterns = [f"*{kind}" for kind in FILE_KINDS]
+    if not offline:
+        say(f"{hub_id}: not here; fetching {', '.join(patterns)} of this dataset from the Hugging Face hub")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, repo_type="dataset", allow_patterns=patterns, local_files_only=offline
+            )
+        )
+    except Exception as error:  # the hub client raises many unrelated types: HTTP, offline, validation, disk
+        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else " ".join(str(error).split())[:300]
+        raise EvaluationError(
+            f"{hub_id}: not to be had from the Hugging Face hub as a dataset: {why}; give a local file in "
+            "evaluate.benchmarks, NAME=FILE"
+        ) from error
