@@ -20,7 +20,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 # From the bottom to the top: a module imports from its own layer and from those before it.
 LAYERS = (
     ("errors", "files", "config_checks", "config_values", "judge_config", "config", "recipe"),
-    ("runtime", "clusters", "processes", "sharding"),
+    ("runtime", "hub_files", "clusters", "processes", "sharding"),
     ("pool",),
     ("students",),
     ("scoring",),

@@ -8,7 +8,6 @@ NAME=owner/dataset[:FILE]     a dataset of the hub; FILE where it has several da
 
 import fnmatch
 import functools
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ from pathlib import Path
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.benchmark_records import FILE_KINDS
 from lark_jax.evaluation.standard_benchmarks import STANDARD
+from lark_jax.hub_files import Unavailable, snapshot
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:]+))?")
+_PATTERNS = tuple(f"*{kind}" for kind in FILE_KINDS)
 _NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the datasets library
 
 
@@ -83,23 +84,7 @@ def _only_file(folder: Path, pattern: str | None, location: str) -> Path:
 
 @functools.cache  # hashing and reading see one and the same snapshot, also when the hub gets another one meanwhile
 def _snapshot(hub_id: str) -> Path:
-    import huggingface_hub
-
-    from lark_jax.runtime import say  # not at the top: it imports JAX
-
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    patterns = [f"*{kind}" for kind in FILE_KINDS]
-    if not offline:
-        say(f"{hub_id}: not here; fetching {', '.join(patterns)} of this dataset from the Hugging Face hub")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, repo_type="dataset", allow_patterns=patterns, local_files_only=offline
-            )
-        )
-    except Exception as error:  # the hub client raises many unrelated types: HTTP, offline, validation, disk
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else " ".join(str(error).split())[:300]
-        raise EvaluationError(
-            f"{hub_id}: not to be had from the Hugging Face hub as a dataset: {why}; give a local file in "
-            "evaluate.benchmarks, NAME=FILE"
-        ) from error
+        return snapshot(hub_id, _PATTERNS, "dataset")
+    except Unavailable as error:
+        raise EvaluationError(f"{hub_id}: {error}; give a local file in evaluate.benchmarks, NAME=FILE") from error

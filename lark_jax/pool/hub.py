@@ -1,11 +1,11 @@
-"""A pool's path -> a local file or folder. The only part of `pool` that can reach the network; it says so first."""
+"""A pool's path -> a local file or folder, fetched from the hub where it is named by its id."""
 
 import functools
-import os
 import re
 from pathlib import Path
 
 from lark_jax.errors import PoolError
+from lark_jax.hub_files import Unavailable, snapshot
 from lark_jax.pool.sources import KINDS, SUPPORTED
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -37,23 +37,9 @@ def local_source(source: str | Path) -> Path:
 
 @functools.cache  # stages hash and read one and the same snapshot, also when the hub gets another one meanwhile
 def _snapshot(name: str) -> Path:
-    import huggingface_hub
-
-    from lark_jax.runtime import say  # not at the top: it imports JAX, which those who only read have no use for
-
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    patterns = list(_PATTERNS)
-    if not offline:
-        say(f"{name}: not here; fetching {', '.join(patterns)} of this dataset from the Hugging Face hub")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, repo_type="dataset", allow_patterns=patterns, local_files_only=offline
-            )
-        )
-    except Exception as error:  # the hub client raises many unrelated types: HTTP, offline, validation, disk
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else " ".join(str(error).split())[:300]
+        return snapshot(name, _PATTERNS, "dataset")
+    except Unavailable as error:
         raise PoolError(
-            f"{name}: no such file or folder, and not to be had from the Hugging Face hub as a dataset: {why}; "
-            f"pool.path must be {SUPPORTED}, or a hub id"
+            f"{name}: no such file or folder, and {error}; pool.path must be {SUPPORTED}, or a hub id"
         ) from error

@@ -1,11 +1,10 @@
-"""Student path -> local folder. The only place that can reach the network, and it says so first."""
+"""Student path -> local folder, fetched from the hub where it is named by its id."""
 
-import os
 import re
 from pathlib import Path
 
 from lark_jax.errors import CheckpointError
-from lark_jax.runtime import say
+from lark_jax.hub_files import Unavailable, snapshot
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -28,19 +27,7 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
         raise CheckpointError(f"{path}: is a file; a student is a folder with config.json and safetensors files")
     if not _HUB_ID.fullmatch(hub_id) or (path.parts[0] != hub_id and Path(path.parts[0]).is_dir()):
         raise CheckpointError(f"{path}: no such folder, and not a Hugging Face hub id")
-    return _snapshot(hub_id)
-
-
-def _snapshot(hub_id: str) -> Path:
-    import huggingface_hub
-
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    if not offline:
-        say(f"{hub_id}: not a local folder; fetching {', '.join(_PATTERNS)} from the Hugging Face hub")
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_PATTERNS), local_files_only=offline))
-    except Exception as error:  # the hub client raises many unrelated types: HTTP, offline, validation, disk
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{hub_id}: no such folder, and not to be had from the Hugging Face hub: {why}"
-        ) from error
+        return snapshot(hub_id, _PATTERNS)
+    except Unavailable as error:
+        raise CheckpointError(f"{hub_id}: no such folder, and {error}") from error

@@ -31,9 +31,9 @@ def test_a_file_is_refused(tmp_path):
 def test_a_download_is_announced_first_and_leaves_pickles_out(tmp_path, monkeypatch, capsys):
     announced = []
 
-    def download(hub_id, *, allow_patterns, local_files_only):
+    def download(hub_id, *, repo_type, allow_patterns, local_files_only):
         announced.append(capsys.readouterr().err)
-        assert hub_id == "some-org/some-student"
+        assert (hub_id, repo_type) == ("some-org/some-student", "model")
         assert not local_files_only
         assert "*.safetensors" in allow_patterns
         assert not any("bin" in pattern or pattern == "*" or pattern.endswith(".py") for pattern in allow_patterns)
