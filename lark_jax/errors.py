@@ -7,6 +7,11 @@ bug in lark_jax and keeps its traceback. `StoppedBySignal` is no error: the run 
 import signal
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of somebody else's says, for a message of ours."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class LarkError(Exception):
     """Base of every error that input, configuration or hardware can cause."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lark_jax.errors import EvaluationError
+from lark_jax.errors import EvaluationError, one_line
 from lark_jax.evaluation.multiple_choice import is_multiple_choice, with_lettered_options
 from lark_jax.files import sha256_of_json
 
@@ -170,7 +170,3 @@ def _common_kind(located: list[tuple[str, Any]]) -> str:
     if all(re.fullmatch(r"[A-Z]", answer) for answer in answers):
         return "letter"
     return "expression"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lark_jax import files
-from lark_jax.errors import ConfigError
+from lark_jax.errors import ConfigError, one_line
 
 LOGS = "logs"  # folder beside metrics.jsonl
 
@@ -111,9 +111,8 @@ def _opened(name: str, run: RunDescription) -> Logger:
     try:
         return LOGGERS[name].open(run)
     except Exception as error:  # a service raises what it likes: no login, no network
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"config.finetune.loggers: {name!r} cannot start: {reason}; log in or set it to work offline "
+            f"config.finetune.loggers: {name!r} cannot start: {one_line(error)}; log in or set it to work offline "
             "(WANDB_MODE=offline), or leave it out"
         ) from error
 

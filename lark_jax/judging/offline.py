@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lark_jax.errors import JudgeError
+from lark_jax.errors import JudgeError, one_line
 from lark_jax.evaluation.engines import read_model_json, run_generation, stop_ids_of
 from lark_jax.evaluation.worker.worker_request import Prompt, Request
 from lark_jax.files import sha256_of_json
@@ -92,8 +92,9 @@ class OfflineJudge:
                 turns, add_generation_prompt=True, tokenize=False, **self._decoding.template_arguments
             )
         except Exception as error:  # whatever a template raises; it would for every question
-            line = " ".join(str(error).split())
-            raise JudgeError(f"{self._folder}: its chat template refuses the rubric's turns ({line})") from error
+            raise JudgeError(
+                f"{self._folder}: its chat template refuses the rubric's turns ({one_line(error)})"
+            ) from error
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _request(self, prompts: tuple[Prompt, ...]) -> Request:
@@ -152,8 +153,9 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # `tokenizers` raises bare Exception
-        line = " ".join(str(error).split())
-        raise JudgeError(f"config.score.judge.model: {folder}: cannot read the tokenizer ({line})") from error
+        raise JudgeError(
+            f"config.score.judge.model: {folder}: cannot read the tokenizer ({one_line(error)})"
+        ) from error
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise JudgeError(f"config.score.judge.model: {folder}: the tokenizer has no chat template or no end token")
     return tokenizer

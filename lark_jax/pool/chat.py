@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lark_jax.errors import TemplateError
+from lark_jax.errors import TemplateError, one_line
 from lark_jax.files import sha256_of_bytes, sha256_of_json, sha256_of_path
 from lark_jax.pool.records import Message, SkippedRecord, Trajectory
 from lark_jax.pool.template import (
@@ -24,7 +24,6 @@ from lark_jax.pool.template import (
     PROBE,
     Reason,
     RenderRefusal,
-    one_line,
     probe_template,
     render_completion,
     render_text,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lark_jax.errors import PoolError
+from lark_jax.errors import PoolError, one_line
 from lark_jax.pool.schema import RecordError
 
 MOST_RECORD_BYTES = 256 << 20
@@ -81,10 +81,6 @@ def parse_json(data: bytes, location: str) -> Any:
         return RecordError(reason, location)
     except (ValueError, RecursionError) as error:
         return RecordError(f"is not valid JSON: {one_line(error)}; correct the line", location)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _Damage(Exception):

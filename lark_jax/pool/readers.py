@@ -4,10 +4,10 @@ import hashlib
 from pathlib import Path
 
 from lark_jax.config import PoolConfig
-from lark_jax.errors import ConfigError, PoolError
+from lark_jax.errors import ConfigError, PoolError, one_line
 from lark_jax.pool.columns import normaliser
 from lark_jax.pool.hub import local_source
-from lark_jax.pool.json_records import Advance, Located, one_line
+from lark_jax.pool.json_records import Advance, Located
 from lark_jax.pool.records import DuplicateAnswer, Pool, SkippedRecord, Trajectory
 from lark_jax.pool.schema import RecordError, parse_record
 from lark_jax.pool.sources import ItemCount, Source, SourceFile, find_source, missing_files, missing_items

@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lark_jax.errors import PoolError
+from lark_jax.errors import PoolError, one_line
 from lark_jax.pool.columns import missing_column
-from lark_jax.pool.json_records import Advance, Located, one_line
+from lark_jax.pool.json_records import Advance, Located
 from lark_jax.pool.schema import RecordError
 
 _ROWS_AT_ONCE = 256

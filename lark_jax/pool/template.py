@@ -7,7 +7,7 @@ import enum
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lark_jax.errors import TemplateError
+from lark_jax.errors import TemplateError, one_line
 from lark_jax.pool.records import Message
 
 if TYPE_CHECKING:
@@ -145,7 +145,3 @@ def _with_frozen_date(template: str) -> str:
     replacements = [("%%", "\0"), *((code, FROZEN_DATE.strftime(code)) for code in _DATE_CODES), ("\0", "%")]
     filters = "".join(f" | replace({code!r}, {text!r})" for code, text in replacements)
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hf_sizes import LLAMA3_SCALING, SIZES
 from safetensors.numpy import load_file
 from tiny_run import CONFIG, PAD_ID, VOCAB_SIZE, random_examples, run, weights_of
 from twenty_training_steps import mesh_of
@@ -31,23 +32,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 SEED, STEPS, WARMUP = 11, 10, 2
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "attn_implementation": "eager",
-}
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
     "llama": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_SCALING}),

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import CONFIG, VOCAB_SIZE, random_examples, run, weights_of
+from hf_sizes import LLAMA3_SCALING, SIZES
+from tiny_run import CONFIG, random_examples, run, weights_of
 
 from lark_jax.finetuning import Example, read_metrics
 from lark_jax.finetuning.data import TrainingSet
@@ -26,23 +27,6 @@ transformers = pytest.importorskip("transformers")
 
 SEED, STEPS, WARMUP = 11, 20, 4
 RECIPE = dataclasses.replace(CONFIG, epochs=4, learning_rate=1e-3, warmup_fraction=0.2, max_grad_norm=1.0)
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "attn_implementation": "eager",
-}
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,  # rows have up to 58 tokens
-}
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
     "llama": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_SCALING}),

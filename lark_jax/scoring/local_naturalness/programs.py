@@ -4,6 +4,7 @@ As in `scoring.step`, everything happens inside one `shard_map`: prompts and row
 written down.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,8 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from lark_jax.scoring.local_naturalness.windows import WindowBatch
 from lark_jax.scoring.parameter_axes import check_tensor_axis
 from lark_jax.scoring.token_statistics import token_statistics
-from lark_jax.sharding import DATA, TENSOR, parameter_sharding, parameter_spec
-from lark_jax.sharding import rows as rows_sharding
+from lark_jax.sharding import DATA, TENSOR, parameter_sharding, parameter_spec, split_rows
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parallel import ParameterSplit
 from lark_jax.students.parameters import flatten_parameters, parameter_shapes, replace_parameters
@@ -48,20 +48,14 @@ class WindowPrograms:
 
     def encode(self, prompts_ns: np.ndarray) -> Prefixes:
         """Of int32 prompts [prompts, tokens], prompts a multiple of the `data` axis; whole on each device along it."""
-        return self._encode(self._parameters, self._on_devices(prompts_ns))
+        return self._encode(self._parameters, split_rows(prompts_ns, self._mesh))
 
     def log_likelihoods(self, prefixes: Prefixes, batch: WindowBatch) -> jax.Array:
         """log pi(token | prompt, window before it) of each scored token, nats, fp32 [scored], not waited for."""
-        rows = Continuations(
-            self._on_devices(batch.tokens_bt),
-            self._on_devices(batch.positions_bt),
-            RowLayout(*map(self._on_devices, (batch.prefix_b, batch.prefix_lengths_b, batch.segment_ids_bt))),
-        )
-        wanted_s, targets_s = self._on_devices(batch.wanted_s), self._on_devices(batch.targets_s)
-        return self._score(self._parameters, prefixes, rows, wanted_s, targets_s)
-
-    def _on_devices(self, array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, rows_sharding(self._mesh), array.__getitem__)
+        put = functools.partial(split_rows, mesh=self._mesh)
+        layout = RowLayout(*map(put, (batch.prefix_b, batch.prefix_lengths_b, batch.segment_ids_bt)))
+        rows = Continuations(put(batch.tokens_bt), put(batch.positions_bt), layout)
+        return self._score(self._parameters, prefixes, rows, put(batch.wanted_s), put(batch.targets_s))
 
 
 def _programs(
