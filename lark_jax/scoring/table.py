@@ -112,9 +112,13 @@ class ScoreTable:
 
     def codes(self, name: str) -> np.ndarray:
         """A column of texts, int64 [rows]: equal texts have equal numbers, from 0 in order of first appearance."""
+        return self.encoded(name)[0]
+
+    def encoded(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """`codes`, and the text that each of the numbers stands for."""
         encoded = self.table.column(name).dictionary_encode().unify_dictionaries()
-        indices = [chunk.indices.to_numpy() for chunk in encoded.chunks]
-        return np.concatenate([np.zeros(0, np.int64), *indices])
+        codes = np.concatenate([np.zeros(0, np.int64), *(chunk.indices.to_numpy() for chunk in encoded.chunks)])
+        return codes, encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
 
     def texts(self, name: str, rows: Sequence[int] | np.ndarray) -> list[str]:
         """A column of texts at some of the rows."""

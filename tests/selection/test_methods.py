@@ -3,12 +3,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lark_jax.config import SelectConfig
 from lark_jax.errors import ConfigError, SelectionError
 from lark_jax.scoring.table import CandidateScore, skipped_score
 from lark_jax.scoring.text_rules import COLUMNS
 from lark_jax.selection import METHODS, SCORES, WEIGHTINGS, require_metrics, resolve_methods, select_trajectories
+from lark_jax.selection.scores.random_order import mixed
 
 METRIC_COLUMNS = ("judge", "local_naturalness", *COLUMNS)
 
@@ -142,3 +145,14 @@ def test_parameters_of_a_weighting_are_those_that_change_its_weights():
     assert of["softmax"] == {"temperature": 0.25}
     assert of["kl"] == {"strength": 0.25}
     assert of["lark"] == of["chi2"] == of["uniform"] == of["proportional"] == {}
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_random_mixes_hashes_as_splitmix64_does(first, second):
+    def finalized(bits):  # Steele, Lea and Flood (2014), Figure 17, on Python's integers
+        bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+        return bits ^ bits >> 31
+
+    expected = finalized((finalized(first) + second) % 2**64)
+    assert mixed(np.array([first], np.uint64), np.array([second], np.uint64)).tolist() == [expected]
