@@ -216,6 +216,7 @@ class EvaluateConfig:
     max_tokens: int = 32_768  # generated tokens per sample
     grader: str = "math_verify"  # or "paper": the plain rules of Appendix C.4
     tensor_parallel: int = 1  # GPUs per engine
+    engines: int | None = None  # side by side, the problems dealt out to them; None: as many as there are GPUs for
     server: str | None = None  # base URL with "/v1", of a server that takes prompts as token ids; engine "openai"
     server_model: str | None = None  # the student's name there; "{student}" in it becomes base, lark_B3 and so on
     server_key_variable: str | None = None  # environment variable that holds the key, where the server wants one
@@ -228,6 +229,7 @@ class EvaluateConfig:
         _require_one_of("evaluate.grader", self.grader, ("math_verify", "paper"))
         for name in ("samples", "max_tokens", "tensor_parallel"):
             _require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "an integer >= 1")
+        _require(self.engines is None or self.engines >= 1, "evaluate.engines", self.engines, "an integer >= 1")
         distinct_seeds = len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds)
         _require(distinct_seeds, "evaluate.seeds", self.seeds, "one or more distinct integers")
         _require(min(self.seeds) >= 0, "evaluate.seeds", self.seeds, "integers >= 0")

@@ -110,6 +110,7 @@ def paper_recipe() -> ConfigDict:
     config.evaluate.max_tokens = 32_768  # C.4, generated tokens
     config.evaluate.grader = "math_verify"  # "paper": the plain rules of C.4
     config.evaluate.tensor_parallel = 1  # C.3: one GPU per shard
+    config.evaluate.engines = config_dict.placeholder(int)  # side by side; None: as many as there are GPUs for
     config.evaluate.server = config_dict.placeholder(str)  # engine "openai": base URL, http://HOST:PORT/v1
     config.evaluate.server_model = config_dict.placeholder(str)  # name there; "{student}" becomes base, lark_B3, ...
     config.evaluate.server_key_variable = config_dict.placeholder(str)  # environment variable with the server's key

@@ -94,6 +94,7 @@ def build_request(
         repetition_penalty=config.repetition_penalty,
         prompts=tuple(prompts),
         server=server_for(config, student) if engine == "openai" else None,
+        engines=config.engines,
     )
     _require_separate_seeds(request)
     return dataclasses.replace(request, fingerprint=_fingerprint(request, model_fingerprint))
@@ -223,6 +224,7 @@ def _failure(request: Request, status: int, last_lines: list[str], log_path: Pat
 
 def _fingerprint(request: Request, model_fingerprint: str) -> str:
     fields = dataclasses.asdict(dataclasses.replace(request, fingerprint="", model="", output="", server=None))
+    del fields["engines"]  # a run may go on with more GPUs or fewer
     served_as = request.server.model if request.server is not None else None
     return sha256_of_json([model_fingerprint, {**fields, "server": served_as}])
 

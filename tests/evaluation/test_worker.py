@@ -54,7 +54,7 @@ def run_fake(main, monkeypatch):
     def run(request, die_after=None):
         engine = FakeEngine(main.Sample, die_after)
         monkeypatch.setattr(main, "engine_named", lambda name: engine)  # noqa: ARG005
-        main.run(request)
+        main.run(request, Path(request.output).with_name("unread.json"))
         return engine.asked
 
     return run

@@ -1,4 +1,4 @@
-"""Generates samples for a list of prompts: python main.py REQUEST.json [--health-check] [--parent=PID]
+"""Generates samples for a list of prompts: python main.py REQUEST.json [--health-check | --share] [--parent=PID]
 
 Ends with status 0 when the output is complete. On an error the last line on stderr that starts with "[worker] error:"
 says what went wrong. What a sample becomes depends on the request only, so a run that was interrupted and started
@@ -7,6 +7,7 @@ again ends like one that was not.
 
 import argparse
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import side_by_side
 from worker_output import OutputFile
 from worker_request import Job, Request, Sample, read_request
 
@@ -29,6 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("request")
     parser.add_argument("--health-check", action="store_true", help="generate two tokens, write nothing")
+    parser.add_argument("--share", action="store_true", help="generate the jobs named on standard input, write nothing")
     parser.add_argument("--parent", type=int, help="process id of the parent: end when it is gone")
     arguments = parser.parse_args()
     if arguments.parent is not None:
@@ -37,26 +40,40 @@ def main() -> int:
     try:
         request = read_request(arguments.request)
         _limit_threads(request)
-        check_health(request) if arguments.health_check else run(request)
+        if arguments.health_check:
+            check_health(request)
+        elif arguments.share:
+            run_share(request)
+        else:
+            run(request, Path(arguments.request))
     except Exception as error:
         traceback.print_exc()
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        _say(f"error: {type(error).__name__}: {first_line}")
+        _say(f"error: {_described(error)}")
         return 1
     return 0
 
 
-def run(request: Request) -> None:
-    """Generates what is missing in the output and finishes it."""
+def run(request: Request, request_file: Path) -> None:
+    """Generates what is missing in the output and finishes it; `request_file` is where the request is."""
     with OutputFile(request) as output:
         pending = output.pending()
         if pending:
             progress = Progress(done=len(request.jobs()) - len(pending), total=len(request.jobs()))
-            for job, samples in engine_named(request.engine)(request, pending):
+            for job, samples in engines_of(request, request_file)(request, pending):
                 output.append(job, samples)
                 progress.add(sum(sample.num_tokens for sample in samples))
             progress.report()
         output.finish()
+
+
+def run_share(request: Request) -> None:
+    """One of several engines, started by `side_by_side`."""
+    share = side_by_side.Share(request)
+    try:
+        share.tell(engine_named(request.engine)(request, share.jobs))
+    except Exception as error:
+        share.tell_error(_described(error))
+        raise
 
 
 def check_health(request: Request) -> None:
@@ -68,6 +85,28 @@ def check_health(request: Request) -> None:
     if samples[0].num_tokens < 1:
         raise RuntimeError("the engine started but generated nothing")
     _say("healthy")
+
+
+def engines_of(request: Request, request_file: Path) -> Generate:
+    """The engine, or several of them where there are GPUs for more than one."""
+    if request.engine == "openai":
+        return engine_named(request.engine)
+    devices = side_by_side.engine_devices(request, side_by_side.visible_gpus())
+    if len(devices) == 1:
+        return engine_named(request.engine)
+    _say(f"{len(devices)} engines side by side")
+    return functools.partial(_generate_side_by_side, request_file, devices)
+
+
+def _generate_side_by_side(
+    request_file: Path, devices: Sequence[tuple[str, ...]], request: Request, pending: Sequence[Job]
+) -> Iterator[tuple[Job, list[Sample]]]:
+    groups: Sequence[Sequence[Job]] = [[job] for job in pending]
+    if request.engine == "transformers":
+        import torch_engine
+
+        groups = torch_engine.pending_batches(request, pending)
+    return side_by_side.generate(request, request_file, groups, devices)
 
 
 def engine_named(name: str) -> Generate:
@@ -111,6 +150,11 @@ class Progress:
         minutes, seconds = divmod(round(elapsed / finished * (self._total - self._done)), 60)
         rate = self._tokens / max(elapsed, 1e-9)
         _say(f"{self._done}/{self._total} problems, {rate:,.0f} tokens/s, {minutes}:{seconds:02d} min left")
+
+
+def _described(error: Exception) -> str:
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}"
 
 
 def _say(text: str) -> None:

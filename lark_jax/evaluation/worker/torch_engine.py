@@ -48,6 +48,13 @@ def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, li
                 yield job, [_sample(tokens, decoding.stop_ids, tokenizer) for tokens in job_rows]
 
 
+def pending_batches(request: Request, pending: Sequence[Job]) -> list[list[Job]]:
+    """The pending jobs of each batch that has any."""
+    keys = {job.key for job in pending}
+    found = ([job for job in batch if job.key in keys] for batch in batches(request))
+    return [batch for batch in found if batch]
+
+
 def batches(request: Request) -> list[tuple[Job, ...]]:
     """All jobs of the request in order, as many together as the limits above allow (at least one)."""
     jobs = request.jobs()

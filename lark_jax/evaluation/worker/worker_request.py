@@ -48,6 +48,7 @@ class Request:
     prompts: tuple[Prompt, ...]
     server: Server | None = None  # for engine "openai"
     answer_schema: str | None = None  # JSON schema, as text, that samples have to follow; engine "vllm" alone
+    engines: int | None = None  # side by side, of `tensor_parallel` GPUs each; None: as many as there are GPUs for
 
     def budget(self, prompt: Prompt) -> int:
         """Tokens that may be generated after this prompt."""

@@ -1,0 +1,202 @@
+"""Several engines at once: the samples of one, each with GPUs of its own, and none left behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.engines import WORKER, read_generations, run_generation
+from lark_jax.evaluation.worker.worker_request import write_request
+
+MANY = 80  # prompts, of three samples each: more than one batch of the transformers engine
+
+# In place of vLLM and of torch's count of GPUs: answers every prompt with the GPUs that its process sees.
+FOUR_GPUS = """
+import sys, types
+def module(name, **members):
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(members)
+module("torch", cuda=types.SimpleNamespace(device_count=lambda: 4))
+"""
+VLLM = """
+import os, sys, types
+from sitecustomize import module
+print("vLLM writes to standard output")
+class Engine:
+    def __init__(self, **arguments):
+        self.llm_engine, self.waiting, self.arguments = self, [], arguments
+    def add_request(self, number, prompt, sampling):
+        self.waiting.append((number, sampling.n))
+    def has_unfinished_requests(self):
+        return bool(self.waiting)
+    def step(self):
+        number, n = self.waiting.pop()
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        if seen == os.environ.get("BROKEN_GPU") and len(self.waiting) == 1:
+            raise MemoryError("out of memory")
+        text = f"{seen} x {self.arguments['tensor_parallel_size']}"
+        samples = [types.SimpleNamespace(index=i, text=text, finish_reason="stop", token_ids=[1]) for i in range(n)]
+        return [types.SimpleNamespace(request_id=number, finished=True, outputs=samples)]
+LLM, SamplingParams = Engine, lambda **fields: types.SimpleNamespace(**fields)
+module("vllm.platforms", current_platform=types.SimpleNamespace(is_cpu=lambda: False))
+kind = types.SimpleNamespace(FINAL_ONLY=0)
+module("vllm.sampling_params", RequestOutputKind=kind, StructuredOutputsParams=None)
+"""
+
+
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """The module, imported as the worker imports it."""
+    monkeypatch.syspath_prepend(str(WORKER.parent))
+    import side_by_side
+
+    return side_by_side
+
+
+@pytest.fixture
+def four_gpus(tmp_path):
+    """An interpreter that believes in four GPUs and in a vLLM that says which of them it sees."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(FOUR_GPUS)
+    (folder / "vllm.py").write_text(VLLM)
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize(
+    ("engines", "tensor_parallel", "gpus", "expected"),
+    [
+        (None, 1, (), [()]),
+        (None, 1, ("0", "1", "2"), [("0",), ("1",), ("2",)]),
+        (None, 2, ("4", "5", "6"), [("4", "5")]),  # no GPUs for a second engine
+        (None, 4, ("0", "1"), [("0", "1")]),  # vLLM says what is missing
+        (1, 1, ("0", "1"), [("0",)]),
+        (2, 1, ("GPU-a", "GPU-b", "GPU-c"), [("GPU-a",), ("GPU-b",)]),
+        (2, 1, (), [(), ()]),
+    ],
+)
+def test_every_engine_has_gpus_of_its_own(
+    side_by_side, make_request, random_student, tmp_path, engines, tensor_parallel, gpus, expected
+):
+    request = make_request(
+        random_student, tmp_path / "out.jsonl", "vllm", engines=engines, tensor_parallel=tensor_parallel
+    )
+    assert side_by_side.engine_devices(request, gpus) == expected
+
+
+def test_more_engines_than_gpus_are_refused(side_by_side, make_request, random_student, tmp_path):
+    request = make_request(random_student, tmp_path / "out.jsonl", "vllm", engines=3, tensor_parallel=2)
+    with pytest.raises(
+        ValueError, match=r"evaluate\.engines: 3 engines of tensor_parallel=2 need 6 GPUs, 4 are visible"
+    ):
+        side_by_side.engine_devices(request, ("0", "1", "2", "3"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "count", "expected"),
+    [(None, 2, ("0", "1")), ("", 0, ()), ("3,1", 2, ("3", "1")), ("MIG-a,GPU-b", 2, ("MIG-a", "GPU-b")), ("-1", 0, ())],
+)
+def test_gpus_are_those_that_the_user_lets_be_seen(side_by_side, monkeypatch, listed, count, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert side_by_side.visible_gpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "engines", "expected"),
+    [
+        (1, None, {"0 x 1", "1 x 1", "2 x 1", "3 x 1"}),
+        (2, None, {"0,1 x 2", "2,3 x 2"}),
+        (1, 3, {"0 x 1", "1 x 1", "2 x 1"}),
+    ],
+)
+def test_problems_are_dealt_out_to_all_gpus(
+    tmp_path, random_student, make_request, four_gpus, monkeypatch, tensor_parallel, engines, expected
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    options = {"tensor_parallel": tensor_parallel, "engines": engines, "num_prompts": 11}
+    request = make_request(random_student, tmp_path / "out.jsonl", "vllm", **options)
+    run_generation(request, four_gpus, tmp_path)
+    lines = list(read_generations(request.output))
+    assert [(line.benchmark, line.problem_id, line.seed) for line in lines] == [job.key for job in request.jobs()]
+    counts = {text: sum(line.samples[0].text == text for line in lines) for text in expected}
+    assert sum(counts.values()) == len(lines)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert f"{len(expected)} engines side by side" in (tmp_path / "worker.log").read_text()
+
+
+def test_an_engine_that_fails_is_named_and_finished_problems_stay(
+    tmp_path, random_student, make_request, four_gpus, monkeypatch
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    request = make_request(random_student, tmp_path / "out.jsonl", "vllm", num_prompts=12)
+    with monkeypatch.context() as broken:
+        broken.setenv("BROKEN_GPU", "2")
+        with pytest.raises(EvaluationError, match=r"engine 3 of 4 \(GPU 2\): MemoryError: out of memory"):
+            run_generation(request, four_gpus, tmp_path)
+    kept = Path(request.output + ".partial").read_text().splitlines()[1:]
+    assert sum('"2 x 1"' in line for line in kept) == 24 // 4 - 2  # all that it had finished
+    run_generation(replace(request, engines=1), four_gpus, tmp_path)
+    assert set(kept) <= set(Path(request.output).read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_several_engines_give_the_samples_of_one(tmp_path, random_student, make_request, engine):
+    outputs = {}
+    for engines in (1, 2):
+        output = tmp_path / str(engines) / "out.jsonl"
+        request = make_request(random_student, output, engine, num_prompts=MANY, engines=engines)
+        run_generation(request, None, tmp_path / str(engines))
+        outputs[engines] = output.read_bytes()
+    assert outputs[1] == outputs[2]
+    assert len({sample.text for line in read_generations(request.output) for sample in line.samples}) > MANY
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes through /proc")
+@pytest.mark.usefixtures("single_thread_worker")
+def test_engines_end_when_the_first_worker_is_killed(tmp_path, random_student, make_request):
+    request = make_request(
+        random_student, tmp_path / "out.jsonl", "transformers", num_prompts=2_000, max_tokens=400, engines=2
+    )
+    write_request(tmp_path / "request.json", request)
+    with (tmp_path / "log").open("w") as log:
+        worker = subprocess.Popen([sys.executable, str(WORKER), str(tmp_path / "request.json")], stdout=log, stderr=log)
+    found: list[str] = []
+    while len(found) < 2:
+        assert worker.poll() is None, (tmp_path / "log").read_text()
+        # Of all its threads: any may have started them.
+        tasks = Path(f"/proc/{worker.pid}/task").glob("*/children")
+        found = [child for task in tasks for child in task.read_text().split()]
+        time.sleep(0.1)
+    time.sleep(1.5)  # their watchers are running
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in found) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(_runs(pid) for pid in found)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_request_of_other_engines_is_the_same_request(tmp_path, random_student, make_request):
+    requests = [make_request(random_student, tmp_path / "out.jsonl", "vllm", engines=count) for count in (None, 1, 8)]
+    assert len({request.fingerprint for request in requests}) == 1
+    assert len({json.dumps(request.engines) for request in requests}) == 3
