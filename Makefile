@@ -33,4 +33,4 @@ $(VENV)/ready: pyproject.toml scripts/setup.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) build runs/tiny

@@ -82,7 +82,7 @@ def require_free_port(coordinator: str) -> None:
 
 def _tasks_of_launcher(environment: Mapping[str, str]) -> int | None:
     """Processes that srun or mpirun started together with this one; None where it was started by neither."""
-    for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    for variable in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # mpirun inside of a step of SLURM has both
         if variable in environment:
             return int(environment[variable])
     return None
@@ -124,8 +124,10 @@ def _local_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
 
 def _tasks_on_this_host(environment: Mapping[str, str]) -> tuple[int, int]:
     """(processes of this run on this host, which of them this is)."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        return int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]), int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
     if "SLURM_STEP_TASKS_PER_NODE" in environment:
         runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"])  # "8(x2),4"
         by_node = [int(tasks) for tasks, nodes in runs for _ in range(int(nodes or 1))]
         return by_node[int(environment["SLURM_NODEID"])], int(environment["SLURM_LOCALID"])
-    return int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)), int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", 0))
+    return 1, 0

@@ -1,6 +1,7 @@
 """Reading and writing files so that a killed process never leaves a half-written one under its final name."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ def exclusive(lock: str | Path, what: str) -> Iterator[None]:
     """Holds an advisory lock on the file `lock`; the operating system frees it when the process ends, however it ends.
 
     Raises:
-      PipelineError: another process holds it.
+      PipelineError: another process holds it, or the file system has no locks.
     """
     lock = Path(lock)
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -43,13 +44,20 @@ def exclusive(lock: str | Path, what: str) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PipelineError(f"{what}: another run is working there; wait for it, or choose another") from None
+        except OSError as error:  # Lustre without "flock", NFS without a lock daemon
+            raise PipelineError(
+                f"{lock}: cannot be locked ({error.strerror}), so that nothing would keep a second run out of {what}; "
+                "mount this file system with locks (Lustre: -o flock), or choose another folder"
+            ) from error
         yield
 
 
 def remove_directory(path: str | Path) -> None:
-    """Deletes a folder; one that was killed half-way leaves nothing under the old name."""
-    doomed = Path(path).with_name(f".{Path(path).name}.partial-{os.getpid()}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Deletes a folder, and what earlier calls for it left; one killed half-way leaves nothing under the old name."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    doomed = path.with_name(f".{path.name}.partial-{os.getpid()}")
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 

@@ -28,7 +28,7 @@ def snapshot(hub_id: str, patterns: Sequence[str], repo_type: str = "model") -> 
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     if not offline:
-        say(f"{hub_id}: not here; fetching {', '.join(patterns)} of this {repo_type} from the Hugging Face hub")
+        say(f"{hub_id}: {', '.join(patterns)} of this {repo_type}, from the Hugging Face hub or its cache")
     try:
         return Path(
             huggingface_hub.snapshot_download(

@@ -42,7 +42,7 @@ class Task:
     directory: Path
     inputs: Callable[[], Mapping[str, Any]]
     run: Callable[[Path], Outcome]
-    scratch: tuple[str, ...] = ()  # folders inside that may be deleted once the task is finished
+    scratch: tuple[str, ...] = ()  # folders inside that may be deleted once finished; while there, they save work
     everywhere: bool = False  # all processes of the run take part in it; else the first alone
 
     @property
@@ -165,7 +165,11 @@ def _outputs_present(manifest: Manifest, directory: Path) -> bool:
 
 
 def _prepare_directory(task: Task, inputs: Mapping[str, Any], existing: Manifest | None) -> None:
-    """Leaves the task's folder either empty or with what an interrupted call with the same inputs wrote."""
+    """Leaves the task's folder either empty or with what an earlier call with the same inputs wrote.
+
+    Where outputs of a finished task were lost, only a task with scratch keeps the rest: hours of work may lie there. It
+    continues as after an interruption; others begin with an empty folder.
+    """
     started = _started_inputs(task.directory)
     before = existing.inputs if existing is not None else started
     if before is None and task.directory.exists() and any(task.directory.iterdir()):
@@ -177,7 +181,8 @@ def _prepare_directory(task: Task, inputs: Mapping[str, Any], existing: Manifest
         runtime.say(f"{task.name}: outputs are missing or have another size; computing them again")
     elif before is not None and before != inputs:
         runtime.say(f"{task.name}: {', '.join(_changed_keys(before, inputs))} changed; starting it anew")
-    if started != inputs and task.directory.exists():
+    kept = started == inputs or (before == inputs and bool(task.scratch))
+    if not kept and task.directory.exists():
         files.remove_directory(task.directory)
     files.remove_partial_files(task.directory)
     files.write_json(task.directory / STARTED, {"inputs": inputs})

@@ -3,7 +3,7 @@
 # own machine, from the repository's root, with gcloud.
 #
 #     export LARK_TPU=my-slice LARK_ZONE=us-east5-a LARK_SHARED=10.0.0.2:/share
-#     scripts/tpu_pod.sh setup                                   # once per slice: source, environment, shared folder
+#     scripts/tpu_pod.sh setup      # once per slice and change of source or config: copies them, environment, shared folder
 #     scripts/tpu_pod.sh run --config=configs/qwen7b.py --config.student.path=/mnt/lark/Qwen2.5-7B \
 #         --config.pool.path=/mnt/lark/pool.jsonl --config.workdir=/mnt/lark/runs/qwen7b
 #     scripts/tpu_pod.sh log                                     # follows the first host; all logs are in /mnt/lark/logs
@@ -46,7 +46,10 @@ setup() {
   : "${LARK_SHARED:?set it to HOST:/PATH of an NFS export, or gs://BUCKET}"
   local archive
   archive=$(mktemp --suffix=.tar.gz)
-  git archive --format=tar.gz --output="$archive" HEAD
+  # The working tree as it is, with what is not committed.
+  git ls-files --cached --others --exclude-standard -z | while IFS= read -r -d '' file; do
+    if [ -e "$file" ]; then printf '%s\0' "$file"; fi
+  done | tar --null --files-from=- -czf "$archive"
   gcloud alpha compute tpus tpu-vm scp "$archive" "$LARK_TPU":lark_jax.tar.gz --zone="$LARK_ZONE" --worker=all \
     --batch-size=all
   rm -f "$archive"

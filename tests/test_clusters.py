@@ -140,6 +140,22 @@ def test_open_mpi_says_who_and_where(environment: Environment) -> None:
     assert place.coordinator.startswith("10.96.0.1:")
 
 
+@pytest.mark.parametrize("step", [srun(0, 0, 0, "1", 1), srun(1, 0, 1, "1(x3)", 3)])
+def test_open_mpi_within_a_step_of_slurm_is_open_mpi(environment: Environment, step: Mapping[str, str]) -> None:
+    """What mpirun starts from within `srun --pty`, or through SLURM's own step on other hosts."""
+    ranks = {"SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    environment(
+        {
+            **step,
+            **{f"OMPI_COMM_WORLD_{name}": value for name, value in ranks.items()},
+            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+            "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+        }
+    )
+    place = find()
+    assert (place.index, place.count, place.local_devices) == (3, 4, (2, 3))
+
+
 def test_a_launcher_that_does_not_say_where_to_meet_is_refused(environment: Environment) -> None:
     environment({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"})
     with pytest.raises(ConfigError, match=r"processes.*config\.distributed\.coordinator") as caught:

@@ -1,5 +1,6 @@
 """A final name never holds half a file; equal values have equal hashes."""
 
+import errno
 import json
 import os
 import random
@@ -11,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lark_jax.errors import PoolError
+from lark_jax.errors import PipelineError, PoolError
 from lark_jax.files import (
     ContentHashes,
     atomic_directory,
     atomic_path,
+    exclusive,
     read_json,
+    remove_directory,
     remove_partial_files,
     sha256_of_bytes,
     sha256_of_json,
@@ -185,3 +188,23 @@ def test_content_hashes_read_an_unchanged_file_once(tmp_path: Path, monkeypatch:
 def test_hash_of_nothing_is_an_error_of_the_callers_kind(tmp_path: Path) -> None:
     with pytest.raises(PoolError, match=r"pool\.jsonl: no such file or folder"):
         ContentHashes(tmp_path / "cache.json").of(tmp_path / "pool.jsonl", missing=PoolError)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with (
+        pytest.raises(PipelineError, match=rf"{tmp_path}/lock: cannot be locked \({os.strerror(number)}\).*another"),
+        exclusive(tmp_path / "lock", "config.workdir"),
+    ):
+        pytest.fail("nothing keeps a second run out")
+
+
+def test_a_folder_that_a_killed_process_was_deleting_goes_with_the_next(tmp_path: Path) -> None:
+    for name in (".old.partial-1", ".old.partial-23", "old", ".older.partial-1"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    remove_directory(tmp_path / "old")
+    assert [path.name for path in tmp_path.iterdir()] == [".older.partial-1"]

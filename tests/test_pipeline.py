@@ -83,6 +83,20 @@ def test_a_damaged_output_is_computed_again(worker: Worker, damage: str) -> None
     assert result.read_text() == expected
 
 
+def test_a_lost_output_leaves_the_scratch_that_saves_computing_it_again(worker: Worker) -> None:
+    def with_scratch() -> Task:
+        return dataclasses.replace(worker.task(), scratch=("part-0",))
+
+    run_tasks([with_scratch()])
+    (worker.directory / "result").unlink()
+    assert run_tasks([with_scratch()]) == 1
+    assert worker.seen_at_start == ["part-0", "started.json"]
+    assert read_manifest(worker.directory) is not None
+    worker.inputs = {"seed": 2}
+    assert run_tasks([with_scratch()]) == 1
+    assert worker.seen_at_start == ["started.json"]  # of other inputs
+
+
 def _fail_once() -> Callable[[], None]:
     outcomes: Iterator[bool] = itertools.chain([True], itertools.repeat(False))
 

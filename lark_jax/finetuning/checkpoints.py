@@ -5,7 +5,8 @@ state of a random generator to save: the seed is part of the identity.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -52,13 +53,21 @@ class CheckpointStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._manager.close()
+        try:
+            with self._writing():
+                self._manager.close()
+        except TrainingError:
+            if error is None:  # else that one says more
+                raise
 
     def save(self, state: TrainState, completed_steps: int, best_step: int | None = None) -> None:
         """Starts writing, after the checkpoint before is written; `state` may be donated as soon as this returns.
 
         Args:
           best_step: the checkpoint to keep beside the newest ones, this one or an earlier one.
+
+        Raises:
+          TrainingError: this checkpoint or the one before cannot be written.
         """
         self._best.number = best_step
         arguments = ocp.args.Composite(
@@ -66,11 +75,36 @@ class CheckpointStore:
             identity=ocp.args.JsonSave(self._identity),
             checksums=ocp.args.JsonSave(checksums(state)),
         )
-        self._manager.save(completed_steps, args=arguments)
+        with self._writing():
+            self._manager.save(completed_steps, args=arguments)
 
     def wait(self) -> None:
-        """Returns when all that was saved is on the disk."""
-        self._manager.wait_until_finished()
+        """Returns when all that was saved is on the disk.
+
+        Raises:
+          TrainingError: it cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # of the devices, or another process that is gone
+            raise
+        except Exception as error:  # orbax and tensorstore raise all kinds, also later than the write that failed
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: Exception) -> TrainingError:
+        return TrainingError(
+            f"{self._directory}: a checkpoint cannot be written ({_first_line(error)}); is the disk full? Make room "
+            f"and start the same command again: it continues from {self._newest()}"
+        )
+
+    def _newest(self) -> str:
+        steps = [int(path.name) for path in self._directory.glob("*") if path.name.isdecimal()]
+        return f"step {max(steps)}" if steps else "the beginning"
 
     def restore_latest(self, abstract_state: TrainState) -> Restored | None:
         """The newest complete checkpoint, on the shardings of `abstract_state`; None where there is none.

@@ -115,7 +115,7 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_said_so(tmp_path, hub, capsys)
     for _ in range(2):
         assert len(read_benchmark("own=someone/set:test/a.json").problems) == 2
     assert hub == [("someone/set", "dataset")]
-    assert "someone/set: not here; fetching" in capsys.readouterr().err
+    assert "from the Hugging Face hub" in capsys.readouterr().err
 
 
 def test_without_network_the_message_names_the_way_out():

@@ -1,7 +1,11 @@
 """What is on the disk is whole, is written beside the training, and is what was saved."""
 
 import dataclasses
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +75,36 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int) -> None:
     with CheckpointStore(tmp_path, IDENTITY, keep=keep) as store:
         store.save(state_of(10), 10, 4)
     assert steps_in(tmp_path) == sorted({4, 10, *range(9 - keep, 8)})
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from test_checkpoints import IDENTITY, CheckpointStore, state_of
+from lark_jax.errors import TrainingError
+folder = Path(sys.argv[1])
+try:
+    with CheckpointStore(folder, IDENTITY, keep=2) as store:
+        store.save(state_of(1), 1)
+        store.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, resource.RLIM_INFINITY))
+        for step in (2, 3):
+            store.save(state_of(1, shape=(200, 200)), step)
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_named_and_where_the_run_would_go_on(tmp_path: Path) -> None:
+    """The failure of a write shows at a later save, or at the end."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "c")]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        rf"{tmp_path}/c: a checkpoint cannot be written \(.+\); is the disk full\? .* it continues from step 1",
+        done.stdout.strip(),
+    ), done.stdout
 
 
 def test_without_a_best_one_only_the_newest_are_kept(tmp_path: Path) -> None:
