@@ -34,6 +34,8 @@ def _draw_overlap(axes: Axes, comparison: SelectionComparison) -> None:
     )
     for row, values in enumerate(comparison.overlap):
         for column, value in enumerate(values):
+            if row == column:
+                continue
             colour = "white" if value > _DARK else "#1f2329"  # on a coloured cell in light and in dark mode alike
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(range(size), [short(profile.name) for profile in comparison.profiles], rotation=90, fontsize=8)

@@ -22,8 +22,11 @@ class Method:
     weighting: Weighting
 
     def parameters(self) -> dict[str, float]:
-        """Values of the configuration on which the weighting depends beside the scores."""
-        return dataclasses.asdict(self.weighting) if dataclasses.is_dataclass(self.weighting) else {}
+        """What weights depend on beside the score table: the configuration, and how the score is computed."""
+        weighting: dict[str, float] = {}
+        if dataclasses.is_dataclass(self.weighting):
+            weighting = dataclasses.asdict(self.weighting)
+        return {**weighting, **({"score_version": self.score.version} if self.score.version > 1 else {})}
 
 
 def _baseline(name: str, score: str) -> Method:

@@ -27,7 +27,7 @@ from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.scoring import read_score_table
-from lark_jax.selection import TRAIN_JSONL, choose_held_out, read_training_set
+from lark_jax.selection import METHODS, TRAIN_JSONL, choose_held_out, read_training_set
 from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.pool import open_pool, pool_inputs
@@ -149,6 +149,7 @@ def _held_out_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
     return {
         "scores": layout.hashes.of(layout.statistics / STATISTICS),
         **pool_inputs(experiment, layout),
+        "draw": METHODS["random"].score.version,
     }
 
 

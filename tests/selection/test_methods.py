@@ -156,3 +156,11 @@ def test_random_mixes_hashes_as_splitmix64_does(first, second):
 
     expected = finalized((finalized(first) + second) % 2**64)
     assert mixed(np.array([first], np.uint64), np.array([second], np.uint64)).tolist() == [expected]
+
+
+def test_a_release_that_computes_other_scores_makes_its_selections_anew():
+    """The version is among what a selection depends on; without one, nothing is, so that older selections stay."""
+    assert METHODS["random"].parameters() == {"score_version": 2}
+    assert METHODS["lark"].parameters() == {}
+    newer = dataclasses.replace(METHODS["lark"], score=dataclasses.replace(METHODS["lark"].score, version=7))
+    assert newer.parameters() == {"score_version": 7}

@@ -92,10 +92,10 @@ def test_the_held_out_set_is_among_the_inputs_of_the_stage(material: Path, tmp_p
     data_of_all_runs(experiment)
     inputs = finetune_tasks(experiment, layout)[0].inputs()
     assert inputs["finetune"]["held_out_fraction"] == 0.25
-    assert {"scores", "pool"} <= set(inputs)
+    assert {"scores", "pool", "draw"} <= set(inputs)
     assert not {"loggers", "keep_checkpoints", "checkpoint_every"} & set(inputs["finetune"])
     without = experiment_with(material, tmp_path)
-    assert not {"scores", "pool"} & set(finetune_tasks(without, layout)[0].inputs())
+    assert not {"scores", "pool", "draw"} & set(finetune_tasks(without, layout)[0].inputs())
     (layout.statistics / MANIFEST).unlink()
     with pytest.raises(PipelineError, match=r"add 'score' to config\.stages"):
         finetune_tasks(experiment, layout)[0].inputs()

@@ -49,4 +49,4 @@ def _finalized(bits: np.ndarray) -> np.ndarray:
     return bits ^ (bits >> np.uint64(31))
 
 
-RANDOM = Score(random_numbers, unchanged)
+RANDOM = Score(random_numbers, unchanged, version=2)

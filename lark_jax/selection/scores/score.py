@@ -22,6 +22,7 @@ class Score:
     read: Callable[[Candidates, int], Arrays]  # (candidates, seed)
     compute: Callable[..., jax.Array]
     metric: str | None = None  # the entry of `score.metrics` that it needs
+    version: int = 1  # counts up in a release that computes other scores from the same table, so that these run again
 
 
 def from_columns(compute: Callable[..., jax.Array], *columns: str, metric: str | None = None) -> Score:
