@@ -97,13 +97,6 @@ def cut_batches(
         start += rows
 
 
-def padding_fraction(plans: Sequence[BatchPlan], lengths: Sequence[int]) -> float:
-    """Share of the planned inputs that is padding, in [0, 1)."""
-    planned = sum(plan.rows * plan.length for plan in plans)
-    real = sum(lengths[member] for plan in plans for member in plan.members)
-    return 1.0 - real / planned if planned else 0.0
-
-
 def assemble(rendered: Sequence[RenderedTrajectory], plan: BatchPlan, pad_id: int) -> TokenRows:
     """Fills the arrays of one batch; `plan.members` are indices into `rendered`."""
     shape = (plan.rows, plan.length)

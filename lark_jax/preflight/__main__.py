@@ -67,6 +67,8 @@ def run() -> int:
         training = check_training(experiment, architecture, topology, lengths, assumptions, student_name=name)
         print(training_as_text(training))
         values["finetune"] = training_as_json(training)
+    if "float32" in (experiment.score.dtype, experiment.finetune.dtype):
+        print("Times take the peak rates of bfloat16: where dtype is float32, computing takes 6 to 16 times as long.\n")
     values["fits"] = values.get("fits", True) and ("finetune" not in values or values["finetune"]["fits"])
     if OUT.value is not None:
         files.write_json(Path(OUT.value), values)

@@ -5,7 +5,6 @@ Kernels see the arrays of one device, and every collective is written down: here
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,11 +95,6 @@ def trace_score_step(
     return jitted_score_step(student, mesh, vocab_chunk, parameter_axes).trace(
         parameters, tokens_bt, tokens_bt, mask_bt
     )
-
-
-def lower_score_step(architecture: Architecture, mesh: Mesh, **arguments: Any) -> jax.stages.Lowered:
-    """`trace_score_step`, lowered; takes the same arguments."""
-    return trace_score_step(architecture, mesh, **arguments).lower()
 
 
 def jitted_score_step(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lark_jax.pool.batching import assemble, bucket_lengths, padding_fraction, plan_batches
+from lark_jax.pool.batching import assemble, bucket_lengths, plan_batches
 from lark_jax.pool.chat import RenderedTrajectory
 
 PAD_ID = 7
@@ -53,13 +53,6 @@ def test_a_length_has_the_same_rows_in_every_call(lengths, others, budget, devic
     assert set(rows_of) <= set(bucket_lengths(max(lengths + others)))
 
 
-@given(LENGTHS, BUDGETS, DEVICES)
-def test_padding_fraction_counts_the_empty_slots(lengths, budget, devices):
-    plans = plan_batches(lengths, budget, devices)
-    slots = sum(np.ones((plan.rows, plan.length)).sum() for plan in plans)
-    assert padding_fraction(plans, lengths) == pytest.approx(1 - sum(lengths) / slots)
-
-
 @given(st.integers(1, 200_000))
 def test_the_ladder_covers_every_length_with_bounded_padding(longest):
     ladder = bucket_lengths(longest)
@@ -84,7 +77,6 @@ def test_a_full_context_needs_no_longer_row():
 
 def test_a_pool_without_trajectories_has_no_batches():
     assert plan_batches([], 100, 8) == ()
-    assert padding_fraction((), []) == 0.0
 
 
 def test_a_trajectory_without_inputs_is_refused():

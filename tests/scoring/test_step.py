@@ -21,7 +21,7 @@ from lark_jax.config import MeshConfig
 from lark_jax.errors import ConfigError
 from lark_jax.pool.batching import TokenRows
 from lark_jax.scoring.reductions import MAX_RANK, TrajectoryMeans
-from lark_jax.scoring.step import MLP_BLOCKS, jitted_score_step, lower_score_step, make_score_step
+from lark_jax.scoring.step import MLP_BLOCKS, jitted_score_step, make_score_step, trace_score_step
 from lark_jax.scoring.token_statistics.reference import statistics_from_logits
 from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students import Decoder, load_student, random_student, save_new_student
@@ -240,7 +240,7 @@ def test_results_are_whole_on_every_device() -> None:
 
 
 def _compile(architecture: Architecture, layout: Layout, dtype: str = "float32", length: int = LENGTH):
-    lowered = lower_score_step(
+    traced = trace_score_step(
         architecture,
         layout.mesh(),
         dtype=dtype,
@@ -250,7 +250,7 @@ def _compile(architecture: Architecture, layout: Layout, dtype: str = "float32",
         rows=ROWS,
         length=length,
     )
-    return lowered.compile()
+    return traced.lower().compile()
 
 
 def _is_matrix(name: str) -> bool:
@@ -354,7 +354,7 @@ COMPILE_FOR_TPU = """
 import json, sys
 from jax.experimental import topologies
 from lark_jax.config import MeshConfig
-from lark_jax.scoring.step import lower_score_step
+from lark_jax.scoring.step import trace_score_step
 from lark_jax.sharding import make_mesh
 from lark_jax.students.architecture import architecture_from_config
 
@@ -362,11 +362,11 @@ architecture = architecture_from_config(json.loads(sys.argv[1]))
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 for tensor, axes in ((1, ()), (4, ("tensor",)), (2, ("data", "tensor"))):
     mesh = make_mesh(MeshConfig(tensor=tensor), devices)
-    lowered = lower_score_step(
+    traced = trace_score_step(
         architecture, mesh, dtype="bfloat16", vocab_chunk=512, parameter_axes=axes, attention_backend="blockwise",
         rows=4, length=256,
     )
-    print(tensor, lowered.compile().memory_analysis().argument_size_in_bytes)
+    print(tensor, traced.lower().compile().memory_analysis().argument_size_in_bytes)
 """
 
 
