@@ -1,20 +1,17 @@
 """A tiny student behind vLLM's own server: the engine "openai" and the judge against their offline counterparts."""
 
+import importlib.util
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from lark_jax.config import experiment_from_mapping
 from lark_jax.errors import JudgeError
-from lark_jax.evaluation.engines import WORKER, run_generation
+from lark_jax.evaluation.engines import run_generation
 from lark_jax.files import write_jsonl
 from lark_jax.pipeline import read_manifest, run_tasks
 from lark_jax.scoring.metric_columns import read_metric
@@ -22,6 +19,7 @@ from lark_jax.stages.judge import JUDGE
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import metric_task
 
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "vllm_server.py"
 RUBRIC = 'criteria = ["taste"]\nuser = "Judge {reasoning} as an answer to {problem}"\n'
 TRAJECTORIES = 6
 
@@ -31,40 +29,16 @@ def served(random_student, vllm_reason, tmp_path_factory):
     """The base URL of a server with the random student under the name "student-"."""
     if vllm_reason:
         pytest.skip(vllm_reason)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
-    quiet = dict.fromkeys(("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "OMP_NUM_THREADS"), "1")
-    caches = {name: str(folder) for name in ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT")}
-    path = {"PYTHONPATH": str(WORKER.parent / "without_libtpu"), "VLLM_CPU_KVCACHE_SPACE": "1", "no_proxy": "127.0.0.1"}
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(random_student),
-        "--served-model-name", "student-", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
-        "--generation-config", "vllm", "--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, **quiet, **caches, **path}, start_new_session=True
-        )
-    try:
-        _wait_until_ready(server, f"http://127.0.0.1:{port}/health", folder / "log")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(server.pid, 9)
-        server.wait()
-
-
-def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    deadline = time.monotonic() + 400.0
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-3_000:]
-        try:
-            with urllib.request.urlopen(url, timeout=5.0):
-                return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start: {log.read_text()[-3_000:]}")
+    spec = importlib.util.spec_from_file_location("vllm_server", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with (
+        mock.patch.dict(os.environ, {"no_proxy": "127.0.0.1"}),
+        script.serving(random_student, "student-", 512, tmp_path_factory.mktemp("server")) as url,
+    ):
+        yield url
 
 
 @pytest.mark.slow
