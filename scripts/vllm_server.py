@@ -35,7 +35,8 @@ def serving(student: Path, name: str, max_model_len: int, folder: Path) -> Itera
         "--served-model-name", name, "--dtype", "float32", "--enforce-eager", "--max-model-len", str(max_model_len),
         "--generation-config", "vllm", "--no-enable-prefix-caching",
         # A prompt split over two steps makes vLLM rewind the seeded generator, which torch's CPU generator cannot.
-        "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max_model_len), "--host", "127.0.0.1", "--port", str(port),
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max_model_len),
+        "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
