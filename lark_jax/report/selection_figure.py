@@ -18,8 +18,9 @@ def selection_figure(comparison: SelectionComparison) -> Figure:
     """Left the Jaccard index of every two selections, right the teachers' shares of each, rows aligned."""
     size = len(comparison.profiles)
     with drawing_style():
-        figure = new_figure(10.5, max(3.0, 0.34 * size + 1.6))
-        overlap, teachers = figure.subplots(1, 2, sharey=True)
+        further = max(0.0, 0.3 * (size - 12))  # inches, so that the figures in the cells stay apart
+        figure = new_figure(10.5 + further, max(3.0, 0.34 * size + 1.6))
+        overlap, teachers = figure.subplots(1, 2, sharey=True, width_ratios=[4 + further, 4])
         _draw_overlap(overlap, comparison)
         _draw_teachers(teachers, comparison)
         overlap.set_yticks(range(size), [short(profile.name) for profile in comparison.profiles])
