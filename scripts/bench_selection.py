@@ -2,7 +2,8 @@
 
 "select" is the selection itself after compilation: columns of the table in, scores, ranks and weights of the whole pool
 out. "group" finds the candidates of each problem; "choices" is the whole of `select_trajectories`, which also makes one
-Python object per chosen candidate. The time per candidate at different sizes shows whether it grows linearly.
+Python object per chosen candidate. The time per candidate at different sizes shows whether it grows linearly. The peer
+is LARK written down in NumPy, one problem after the other, as selection scripts usually are.
 """
 
 import argparse
@@ -11,18 +12,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 import pyarrow as pa
+from measuring import versions
 
+from lark_jax import files, runtime
 from lark_jax.config import SelectConfig
 from lark_jax.scoring.table import SCHEMA, STATISTICS, ScoreTable
 from lark_jax.scoring.text_rules import COLUMNS
 from lark_jax.selection import METHODS, WEIGHTINGS, Method, resolve_methods, select_trajectories
-from lark_jax.selection.candidates import group_by_problem
+from lark_jax.selection.candidates import Candidates, group_by_problem
 from lark_jax.selection.selector import weigh
 
 CANDIDATES = 33
+MOST_OF_PEER = 5_000  # problems; it takes as long for each
 METRIC_COLUMNS = ("judge", "local_naturalness", *COLUMNS)
 
 
@@ -58,6 +61,21 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+def one_by_one(candidates: Candidates, budget: int) -> np.ndarray:
+    """LARK's weights of the first problems, in a loop over them."""
+    loss_nk, brier_nk = candidates.column("loss")[:MOST_OF_PEER], candidates.column("brier")[:MOST_OF_PEER]
+    weights_nk = np.zeros(loss_nk.shape)
+    for loss, brier, weights in zip(loss_nk, brier_nk, weights_nk, strict=True):
+        rho_hat = brier / loss
+        share = loss / loss.sum()
+        g_hat = share * (2 * rho_hat - (share * rho_hat).sum())
+        order = np.argsort(-g_hat, kind="stable")
+        chosen = order[:budget]
+        margins = g_hat[chosen] - g_hat[order[budget]]
+        weights[chosen] = margins / margins.sum()
+    return weights_nk
+
+
 def measure(problems: int, budget: int, repeats: int, methods: Sequence[Method]) -> dict[str, object]:
     needed = any(method.score.metric for method in methods)
     table = synthetic_table(problems, METRIC_COLUMNS if needed else (), seed=0)
@@ -66,7 +84,10 @@ def measure(problems: int, budget: int, repeats: int, methods: Sequence[Method])
     for method in methods:
         weigh(candidates, method, budget, 0)  # reads columns, compiles
     select = {m.name: seconds(lambda m=m: weigh(candidates, m, budget, 0), repeats) for m in methods}  # type: ignore[misc]
-    choices = seconds(lambda: select_trajectories(table, METHODS["lark"], budget, 0), 1)
+    choices = seconds(lambda: select_trajectories(table, METHODS["lark"], budget, 0), repeats)
+    peer = seconds(lambda: one_by_one(candidates, budget), repeats) * problems / min(problems, MOST_OF_PEER)
+    weights = weigh(candidates, METHODS["lark"], budget, 0).weights[:MOST_OF_PEER]
+    np.testing.assert_allclose(weights, one_by_one(candidates, budget), rtol=1e-6, atol=1e-12)
     return {
         "problems": problems,
         "candidates": problems * CANDIDATES,
@@ -74,6 +95,8 @@ def measure(problems: int, budget: int, repeats: int, methods: Sequence[Method])
         "select_ms": {name: round(1e3 * value, 2) for name, value in select.items()},
         "lark_ns_per_candidate": round(1e9 * select["lark"] / (problems * CANDIDATES), 1),
         "choices_ms": round(1e3 * choices, 1),
+        "one_by_one_ms": round(1e3 * peer, 1),
+        "one_by_one_over_lark": round(peer / select["lark"], 1),
     }
 
 
@@ -89,11 +112,11 @@ def main() -> None:
     methods = [*METHODS.values(), *pairs] if arguments.methods == "all" else [METHODS["lark"]]
     sizes = [int(size) for size in arguments.problems.split(",")]
     results = [measure(size, arguments.budget, arguments.repeats, methods) for size in sizes]
-    text = json.dumps({"jax": jax.__version__, "budget": arguments.budget, "results": results}, indent=2)
-    print(text)
+    machine = {"hardware": runtime.hardware(), "versions": versions("jaxlib", "numpy")}
+    report = {**machine, "budget": arguments.budget, "results": results}
+    print(json.dumps(report, indent=2))
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        files.write_json(arguments.out, report)
 
 
 if __name__ == "__main__":
