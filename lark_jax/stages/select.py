@@ -24,8 +24,8 @@ def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
 
 def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callable[[], Pool]) -> Task:
     def inputs() -> dict[str, Any]:
-        require_manifest(layout.score, "score")
         return {
+            "scored": provenance(require_manifest(layout.score, "score")),
             "scores": layout.hashes.of(layout.score / SCORES),
             **pool_inputs(experiment, layout),
             "method": run.method.name,

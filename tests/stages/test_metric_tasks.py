@@ -130,6 +130,36 @@ def test_the_table_s_manifest_counts_and_lists_what_every_task_left_out(
 
 
 @pytest.mark.parametrize(
+    ("found", "runs"),
+    [
+        (Outcome({"trajectories": 6}, notes={"max_length": 512, "throughput": 3}), 1),
+        (Outcome({"trajectories": 6}, notes={"max_length": 256, "throughput": 2}), 2),
+        (Outcome({"trajectories": 6, "truncated": 1}, notes={"max_length": 512, "throughput": 2}), 2),
+        (Outcome({"trajectories": 6}, [{"reason": "empty"}], {"max_length": 512, "throughput": 2}), 2),
+    ],
+    ids=["speed alone", "note", "count", "skipped record"],
+)
+def test_statistics_of_equal_bytes_are_joined_again_where_their_manifest_says_something_else(
+    experiment: Experiment, found: Outcome, runs: int
+) -> None:
+    def tasks(number: int, outcome: Outcome) -> list[Task]:
+        statistics, *others = tasks_of(experiment)
+
+        def forward(directory: Path) -> Outcome:
+            write_scores(directory / STATISTICS, [CandidateScore("p0", "c0", "t", 5, 9, False, *[0.5] * 6)])
+            return outcome
+
+        return [dataclasses.replace(statistics, inputs=lambda: {"number": number}, run=forward), *others]
+
+    run_tasks(tasks(1, Outcome({"trajectories": 6}, notes={"max_length": 512, "throughput": 2})))
+    assert run_tasks(tasks(2, found)) == runs
+    joined = read_manifest(Layout.of(experiment).score)
+    assert joined is not None
+    assert joined.outcome.notes["max_length"] == found.notes["max_length"]
+    assert (joined.outcome.counts, joined.outcome.skipped) == (found.counts, list(found.skipped))
+
+
+@pytest.mark.parametrize(
     ("columns", "reasons", "message"),
     [
         ({"other": [1.0] * 6}, {}, r"yields \['other'\], expected \['taste'\]"),

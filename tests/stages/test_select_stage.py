@@ -35,7 +35,7 @@ def pool(tmp_path: Path) -> Path:
     return tmp_path / "pool.jsonl"
 
 
-def selected(pool: Path, **select: object) -> Path:
+def selected(pool: Path, max_length: int = 512, **select: object) -> Path:
     """The folder of the one selection, made from a finished score stage without a student."""
     experiment = experiment_from_mapping(
         {
@@ -47,12 +47,12 @@ def selected(pool: Path, **select: object) -> Path:
         }
     )
     layout = Layout.of(experiment)
-    run_tasks([scored(layout)])
+    run_tasks([scored(layout, max_length)])
     run_tasks(select_tasks(experiment, layout))
     return layout.selection(layout.runs[0])
 
 
-def scored(layout: Layout) -> Task:
+def scored(layout: Layout, max_length: int) -> Task:
     rng = np.random.default_rng(3)  # the same table on every call: else select would run for that reason
 
     def write(directory: Path) -> Outcome:
@@ -64,9 +64,9 @@ def scored(layout: Layout) -> Task:
                 for c in range(CANDIDATES)
             ],
         )
-        return Outcome(counts={}, notes={**SCORED, "max_length": 512, "dtype": "float32", "throughput": 3})
+        return Outcome(counts={}, notes={**SCORED, "max_length": max_length, "dtype": "float32", "throughput": 3})
 
-    return Task("score", layout.score, dict, write)
+    return Task("score", layout.score, lambda: {"max_length": max_length}, write)
 
 
 def manifest_of(folder: Path) -> Manifest:
@@ -88,6 +88,13 @@ def test_the_manifest_carries_what_made_the_scores_and_the_selection(pool: Path)
     assert {"scores", "pool", "method", "budget", "seed", "resample"} <= set(manifest.inputs)
     assert manifest.versions["lark_jax code"] == code_hash()
     assert str(pool.parent) not in (folder / MANIFEST).read_text(), "no path that another machine does not have"
+
+
+def test_scores_of_equal_bytes_that_were_made_otherwise_are_selected_from_again(pool: Path) -> None:
+    before = manifest_of(selected(pool))
+    after = manifest_of(selected(pool, max_length=256))
+    assert after.outcome.notes["scored"]["max_length"] == 256
+    assert after.inputs["scores"] == before.inputs["scores"]
 
 
 def test_resampling_writes_one_more_file_and_leaves_the_weighted_ones_as_they_are(pool: Path) -> None:
