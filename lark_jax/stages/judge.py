@@ -28,6 +28,7 @@ from lark_jax.pool import Pool
 from lark_jax.scoring.metric_columns import MetricColumns
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import Metric, MetricResult
+from lark_jax.stages.student import student_hash
 
 COLUMN = "judge"
 VERDICTS = "verdicts.jsonl"
@@ -91,7 +92,7 @@ def _decoding(experiment: Experiment, rubric: Rubric) -> Decoding:
 
 
 def _model_hash(experiment: Experiment, layout: Layout) -> str:
-    return layout.hashes.of(str(experiment.score.judge.model), JudgeError)
+    return student_hash(layout, Path(str(experiment.score.judge.model)), JudgeError)
 
 
 def _require_free_accelerator() -> None:

@@ -184,6 +184,34 @@ def test_a_metric_that_breaks_its_promise_leaves_no_file(
     assert not (layout.metric("taste") / "columns.parquet").exists()
 
 
+def test_only_files_that_are_read_decide_whether_a_pool_is_scored_again(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool, student = tmp_path / "pool", tmp_path / "student"
+    pool.mkdir()
+    (tmp_path / "pool.jsonl").rename(pool / "a.jsonl")
+    experiment = dataclasses.replace(experiment, pool=dataclasses.replace(experiment.pool, path=str(pool)))
+    for name in ("config.json", "model.safetensors"):
+        (student / name).write_text("{}")
+    run_tasks(tasks_of(experiment))
+
+    (pool / "README.md").write_text("x")
+    (student / "README.md").write_text("x")
+    (student / "original").mkdir()
+    (student / "original" / "params.json").write_text("x")
+    assert run_tasks(tasks_of(experiment)) == 0
+
+    for file, changed in [
+        (pool / "a.jsonl", "pool"),
+        (student / "model.safetensors", "student"),
+        (student / "tokenizer_config.json", "student"),
+    ]:
+        capsys.readouterr()
+        file.write_text(file.read_text() + " " if file.exists() else "{}")
+        run_tasks(tasks_of(experiment))
+        assert f"score/statistics: {changed} changed; starting it anew" in capsys.readouterr().err
+
+
 def test_selection_without_the_stage_that_a_new_metric_needs_names_it(experiment: Experiment) -> None:
     run_tasks(tasks_of(experiment))
     *_, table = tasks_of(with_metrics(experiment, "rule_quality"))
