@@ -5,7 +5,8 @@ step ends behind the match; any other match is text that stays in one piece. `SE
 
 - a step ends behind ., ! or ? (their full-width forms too), closing quotes, brackets and asterisks included, where
   white space follows, and at every line break; the white space still belongs to it, but for the indentation of the
-  next line. So "3.14" and "f.g" stay whole;
+  next line. So "3.14" and "f.g" stay whole. Math that ends with the sentence, "$x = 5.$" or "\\(x = 5.\\)", is closed
+  like a quote, but not behind "!": "$5!$" is a factorial;
 - fenced code, display math between \\[ \\] or $$ $$, common abbreviations ("e.g.", "Fig.", "Dr.") and the number of a
   list item ("2. Next") are never cut.
 
@@ -22,12 +23,14 @@ import numpy as np
 
 SENTENCES = r"""(?x)
     ```.*?(?:```|\Z)                                     # fenced code
-  | \\\[.*?\\\]                                          # display math
+  | (?<!\\)\\\[.*?\\\]                                   # display math; "\\[4pt]" breaks a row
   | \$\$.*?\$\$
   | (?<![^\W_])(?:[Ee]\.g|[Ii]\.e|cf|vs|approx|resp|[Ff]igs?|[Ee]qs?|Sec|Thm|Dr|Mrs?|Ms|Prof)\.
   | (?<![^\W_])[Nn]o\.(?=\ \d)                           # "no. 5"
   | ^[ \t]*(?:\#+[ \t]*)?\d+\.(?=[ \t])                  # "2." before the item of a list
-  | (?P<end> [.!?]+["'”’)\]*_]*(?:\s*\n|\s+|\Z) | [。！？]+[”’）」]*(?:\s*\n|\s*) | \s*\n )
+  | (?P<end> (?: [.?]+(?:["'”’)\]*_]|\$(?!\$)|\\[)\]])*  # math may end with the sentence; "5!$" is a factorial
+               | [.!?]+["'”’)\]*_]* )(?:\s*\n|\s+|\Z)
+           | [。！？]+[”’）」]*(?:\s*\n|\s*) | \s*\n )
 """
 _SOMETHING_SAID = re.compile(r"[^\W_]")
 
