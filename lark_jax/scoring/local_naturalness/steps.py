@@ -67,10 +67,11 @@ def steps_of_tokens(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -
 
     Args:
       offsets: first character of each token and the one behind its last, in the text that `starts` counts in;
-        characters before the text (negative) go to the first step, those behind it to the last.
+        characters before the text (negative) go to the first step, those behind it to the last. Some tokenizers trim
+        white space: a token of nothing else then is empty, (end, end), and its last character is the one before.
       starts: from `step_starts`. A step that is the last character of no token vanishes.
     """
-    last_characters = np.asarray([max(start, end - 1) for start, end in offsets], np.int64)
+    last_characters = np.asarray([end - 1 for _, end in offsets], np.int64)
     steps = np.searchsorted(np.asarray(starts), last_characters, side="right") - 1
     steps = np.maximum.accumulate(np.maximum(steps, 0))
     return np.unique(steps, return_inverse=True)[1].astype(np.int32)
