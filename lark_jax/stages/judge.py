@@ -69,7 +69,7 @@ def _engine(experiment: Experiment, layout: Layout, rubric: Rubric) -> Engine:
             config.server, config.key_variable, config.timeout, config.retries, config.requests_per_minute
         )
         return ServerJudge(access, config.model, decoding, config.concurrency)
-    _require_free_accelerator()
+    _require_free_accelerator(experiment)
     return OfflineJudge(
         folder=Path(config.model),
         model_hash=_model_hash(experiment, layout),
@@ -95,17 +95,20 @@ def _model_hash(experiment: Experiment, layout: Layout) -> str:
     return student_hash(layout, Path(str(experiment.score.judge.model)), JudgeError)
 
 
-def _require_free_accelerator() -> None:
-    """JAX keeps an accelerator's memory until its process ends, and a judge under vLLM needs it.
+def waits_for_the_accelerator(experiment: Experiment) -> bool:
+    """Whether this process holds what the judge needs: JAX keeps an accelerator's memory until its process ends."""
+    score = experiment.score
+    return "judge" in score.metrics and score.judge.engine == "vllm" and jax.default_backend() != "cpu"
 
-    Raises:
-      JudgeError: names the two commands that do it one after the other.
-    """
-    if jax.default_backend() != "cpu":
+
+def _require_free_accelerator(experiment: Experiment) -> None:
+    """Raises JudgeError, which names the command that goes on from here, where the judge has to wait."""
+    if waits_for_the_accelerator(experiment):
         raise JudgeError(
-            'config.score.judge.engine: "vllm" needs the accelerator that this process holds; run the stage "score" '
-            "without the metric first (--config.score.metrics=), then with it under JAX_PLATFORMS=cpu, which only "
-            'adds the metric; or serve the judge, engine "openai"'
+            'config.score.judge.engine: "vllm" needs the accelerator that this process holds. All else of the stage '
+            '"score" is finished and kept: start the same command again under JAX_PLATFORMS=cpu and with '
+            "--config.stages=score in place of its stages, which runs the judge alone, and then as it was; or serve "
+            'the judge, engine "openai"'
         )
 
 
