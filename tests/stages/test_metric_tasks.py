@@ -1,6 +1,7 @@
 """Stage "score" as tasks: what a metric that is added, changed or broken does to the others."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lark_jax.config import SCORE_METRICS, Experiment, experiment_from_mapping
+from lark_jax.config import SCORE_METRICS, Experiment, ScoreConfig, experiment_from_mapping
 from lark_jax.errors import ConfigError, PipelineError
 from lark_jax.files import write_jsonl
+from lark_jax.finetuning.identity import FREE_FIELDS
 from lark_jax.pipeline import Outcome, Task, read_manifest, require_current, run_tasks
 from lark_jax.pool import Pool, read_pool
 from lark_jax.scoring import CandidateScore, read_scores, write_scores
@@ -210,6 +212,33 @@ def test_only_files_that_are_read_decide_whether_a_pool_is_scored_again(
         file.write_text(file.read_text() + " " if file.exists() else "{}")
         run_tasks(tasks_of(experiment))
         assert f"score/statistics: {changed} changed; starting it anew" in capsys.readouterr().err
+
+
+def free_settings(section: str) -> set[str]:
+    """What docs/architecture.md says of a section, up to settings that are free under a condition."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(rf"^\| `{section}` \| (`[^;\n]+)", text, flags=re.MULTILINE)
+    return set(re.findall(r"`(\w+)`", listed))
+
+
+def test_the_documented_free_settings_are_no_inputs_and_all_others_are(experiment: Experiment) -> None:
+    def inputs(**values: Any) -> list[Mapping[str, Any]]:
+        score = dataclasses.replace(experiment.score, **values)
+        own = dataclasses.replace(experiment, score=dataclasses.replace(score, metrics=("local_naturalness",)))
+        return [task.inputs() for task in score_tasks(own, Layout.of(own))[:2]]
+
+    others = {
+        "tokens_per_batch": 7,
+        "dtype": "float32",
+        "vocab_chunk": 7,
+        "attention": "dense",
+        "parameters": "gathered",
+        "natural_context": 7,
+        "natural_split": "(?P<end>;)",
+    }
+    assert {field.name for field in dataclasses.fields(ScoreConfig)} == {*others, "metrics", "judge"}
+    assert free_settings("score") == {name for name, value in others.items() if inputs(**{name: value}) == inputs()}
+    assert free_settings("finetune") == set(FREE_FIELDS)
 
 
 def test_selection_without_the_stage_that_a_new_metric_needs_names_it(experiment: Experiment) -> None:
