@@ -121,11 +121,11 @@ def _refuse_if_nothing_judged(judged: Judgements) -> None:
 
 
 def _verdict_rows(pool: Pool, judged: Judgements) -> Iterator[dict[str, Any]]:
-    for trajectory, verdict in zip(pool.trajectories, judged.verdicts, strict=True):
+    for (problem_id, candidate_id), verdict in zip(pool.ids(), judged.verdicts, strict=True):
         if verdict is not None:
             yield {
-                "problem_id": trajectory.problem_id,
-                "candidate_id": trajectory.candidate_id,
+                "problem_id": problem_id,
+                "candidate_id": candidate_id,
                 "overall_score": verdict.overall_score,
                 "overall_reason": verdict.overall_reason,
                 "scores": verdict.scores,
@@ -133,7 +133,7 @@ def _verdict_rows(pool: Pool, judged: Judgements) -> Iterator[dict[str, Any]]:
 
 
 def _result(pool: Pool, judged: Judgements) -> MetricResult:
-    candidates = tuple((trajectory.problem_id, trajectory.candidate_id) for trajectory in pool.trajectories)
+    candidates = tuple(pool.ids())
     scores = [np.nan if verdict is None else verdict.overall_score for verdict in judged.verdicts]
     return MetricResult(
         MetricColumns(candidates, {COLUMN: np.array(scores, np.float64)}),

@@ -16,6 +16,7 @@ from lark_jax.files import write_jsonl
 from lark_jax.finetuning.identity import FREE_FIELDS
 from lark_jax.pipeline import Outcome, Task, read_manifest, require_current, run_tasks
 from lark_jax.pool import Pool, read_pool
+from lark_jax.pool.store import StoredTrajectories
 from lark_jax.scoring import CandidateScore, read_scores, write_scores
 from lark_jax.scoring.metric_columns import MetricColumns
 from lark_jax.stages.layout import Layout
@@ -159,6 +160,31 @@ def test_statistics_of_equal_bytes_are_joined_again_where_their_manifest_says_so
     assert joined is not None
     assert joined.outcome.notes["max_length"] == found.notes["max_length"]
     assert (joined.outcome.counts, joined.outcome.skipped) == (found.counts, list(found.skipped))
+
+
+def test_a_metric_of_the_texts_reads_each_once_and_beyond_it_only_those_without_a_value(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    original = StoredTrajectories.__getitem__
+
+    def counted(self: StoredTrajectories, index: int) -> Any:
+        trajectory = original(self, index)  # an IndexError ends a loop over all
+        read.append(index)
+        return trajectory
+
+    def without_texts(experiment: Experiment, layout: Layout, pool: Pool, directory: Path) -> MetricResult:
+        del experiment, layout, directory
+        values = np.array([0.5, np.nan, 0.25, 1.0, 1.0, 1.0])
+        return MetricResult(MetricColumns(tuple(pool.ids()), {"taste": values}), {("p0", "c1"): "no answer"})
+
+    monkeypatch.setattr(StoredTrajectories, "__getitem__", counted)
+    layout = Layout.of(experiment)
+    run_tasks([metric_task("rule_quality", METRICS["rule_quality"], experiment, layout)])
+    assert read == list(range(6))
+    read.clear()
+    run_tasks([metric_task("taste", Metric(("taste",), no_inputs, without_texts), experiment, layout)])
+    assert read == [1]
 
 
 @pytest.mark.parametrize(
