@@ -1,5 +1,6 @@
 """What a selection's folder says about itself, and which settings make it anew."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ from lark_jax.files import read_json, write_jsonl
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest, run_tasks
 from lark_jax.runtime import code_hash
 from lark_jax.scoring import CandidateScore, write_scores
-from lark_jax.selection import read_training_set
+from lark_jax.selection import METHODS, read_training_set, select_trajectories
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.score_table import SCORES
-from lark_jax.stages.select import select_tasks
+from lark_jax.stages.select import outcome_of, select_tasks
 
 SCORED = {"student_sha256": "ab12", "tokenizer_sha256": "cd34", "chat_template_sha256": "ef56", "frozen_date": None}
 PROBLEMS, CANDIDATES, BUDGET = 3, 6, 2
@@ -95,6 +96,22 @@ def test_scores_of_equal_bytes_that_were_made_otherwise_are_selected_from_again(
     after = manifest_of(selected(pool, max_length=256))
     assert after.outcome.notes["scored"]["max_length"] == 256
     assert after.inputs["scores"] == before.inputs["scores"]
+
+
+def test_a_problem_without_a_choice_is_listed_with_its_own_reason() -> None:
+    table = [
+        CandidateScore(problem, "c", "teacher", 5, 9, False, loss, *[0.5] * 5, metrics={"judge": mark})
+        for problem, loss, mark in [("judged", 0.5, 0.7), ("unjudged", 0.5, math.nan), ("unscored", math.nan, 0.7)]
+    ]
+    method = METHODS["judge"]
+    outcome = outcome_of(select_trajectories(table, method, 1, seed=0), method)
+    assert {record["problem_id"]: record["reason"] for record in outcome.skipped} == {
+        "unscored": "no candidate of this problem could be scored",
+        "unjudged": "no scored candidate of this problem has a value of method 'judge'; "
+        "see metrics/judge/manifest.json",
+    }
+    assert outcome.counts["problems without candidate"] == 2
+    assert all(isinstance(count, int) for count in outcome.counts.values())
 
 
 def test_resampling_writes_one_more_file_and_leaves_the_weighted_ones_as_they_are(pool: Path) -> None:
