@@ -380,3 +380,12 @@ def pool_from_mapping(values: Mapping[str, Any]) -> PoolConfig:
       ConfigError: as `experiment_from_mapping`, for this section.
     """
     return converted(PoolConfig, values.get("pool", {}), "pool")
+
+
+def student_from_mapping(values: Mapping[str, Any]) -> StudentConfig:
+    """The section `student` alone, likewise.
+
+    Raises:
+      ConfigError: as `experiment_from_mapping`, for this section.
+    """
+    return converted(StudentConfig, values.get("student", {}), "student")

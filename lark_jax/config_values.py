@@ -63,11 +63,14 @@ def converted(hint: Any, value: Any, field: str) -> Any:
 
 
 def _items(value: list[Any] | tuple[Any, ...]) -> list[Any]:
-    """Items with references to other fields resolved; `--config.stages=score,select` arrives as one string."""
+    """Items with references to other fields resolved; `--config.stages=score,select` arrives as one string.
+
+    So does a flag with nothing behind its `=`, an empty one: it stands for no item.
+    """
     items: list[Any] = []
     for item in value:
         if isinstance(item, FieldReference):
             items.append(item.get())
         else:
-            items.extend(item.split(",") if isinstance(item, str) else [item])
+            items.extend(filter(None, item.split(",")) if isinstance(item, str) else [item])
     return items

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,15 @@ def sha256_of_json(value: Any) -> str:
     return sha256_of_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
 
 
-def sha256_of_path(path: str | Path) -> str:
-    """Hash of a file's bytes, or of all names and bytes below a directory (hidden names left out)."""
+def sha256_of_path(path: str | Path, among: Sequence[Path] | None = None) -> str:
+    """Hash of a file's bytes, or of names and bytes below a directory.
+
+    Args:
+      among: the files of the directory that count; None: all but those with hidden names.
+    """
     path = Path(path)
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and not _is_hidden(f.relative_to(path)))
+        files = files_below(path) if among is None else among
         return sha256_of_json([[f.relative_to(path).as_posix(), sha256_of_path(f)] for f in files])
     digest = hashlib.sha256()
     with path.open("rb") as stream:
@@ -134,14 +138,22 @@ def sha256_of_path(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def files_below(directory: Path) -> list[Path]:
+    """Sorted; hidden names left out."""
+    found = (file for file in directory.rglob("*") if file.is_file())
+    return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(directory).parts))
+
+
 class ContentHashes:
     """`sha256_of_path`, remembered by path, size and modification time, so that large files are read once."""
 
     def __init__(self, cache: str | Path) -> None:
         self._cache = Path(cache)
 
-    def of(self, path: str | Path, missing: type[LarkError] = PipelineError) -> str:
-        """Hash of a file or directory.
+    def of(
+        self, path: str | Path, missing: type[LarkError] = PipelineError, among: Sequence[Path] | None = None
+    ) -> str:
+        """Hash of a file or directory, or of some files of a directory.
 
         Raises:
           missing: there is nothing at `path`.
@@ -150,10 +162,10 @@ class ContentHashes:
         if not path.exists():
             raise missing(f"{path}: no such file or folder")
         remembered = self._read()
-        state = _modification_state(path)
+        state = _modification_state(path, among)
         entry = remembered.get(str(path.resolve()))
         if entry is None or entry["state"] != state:
-            entry = {"state": state, "sha256": sha256_of_path(path)}
+            entry = {"state": state, "sha256": sha256_of_path(path, among)}
             write_json(self._cache, {**remembered, str(path.resolve()): entry})
         return entry["sha256"]
 
@@ -165,13 +177,9 @@ class ContentHashes:
             return {}
 
 
-def _modification_state(path: Path) -> list[list[Any]]:
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+def _modification_state(path: Path, among: Sequence[Path] | None) -> list[list[Any]]:
+    files = (files_below(path) if among is None else among) if path.is_dir() else [path]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
 
 
 def _flush_to_disk(file: Path) -> None:

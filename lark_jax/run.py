@@ -18,7 +18,15 @@ from lark_jax.clusters import ALONE, find_place
 from lark_jax.config import Experiment, distributed_from_mapping, experiment_from_mapping
 from lark_jax.errors import LarkError, StoppedBySignal
 from lark_jax.pipeline import require_current, run_tasks
-from lark_jax.stages import ACCELERATOR_STAGES, Layout, check_paths, check_stages, earlier_tasks, plan_tasks
+from lark_jax.stages import (
+    ACCELERATOR_STAGES,
+    Layout,
+    check_paths,
+    check_stages,
+    earlier_tasks,
+    plan_tasks,
+    say_what_will_stop,
+)
 from lark_jax.stages.report import TABLE
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see configs/.")
@@ -117,6 +125,7 @@ def _run(experiment: Experiment) -> int:
         if processes.is_first():
             for task in earlier_tasks(experiment):
                 require_current(task)
+        say_what_will_stop(experiment)
         return run_tasks(plan_tasks(experiment))
 
 

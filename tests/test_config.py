@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from lark_jax.config import Experiment, experiment_from_mapping
 from lark_jax.errors import ConfigError
+from lark_jax.recipe import paper_recipe
 
 CONFIG_FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 VALID: dict[str, Any] = {
@@ -224,3 +226,32 @@ def test_an_unknown_layer_for_an_adapter_is_refused_with_the_known_ones() -> Non
     assert message.startswith("config.finetune.lora_targets: ")
     assert message.endswith("got 'lm_head'")
     assert all(f"'{name}'" in message for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
+
+
+def from_command_line(*arguments: str) -> Experiment:
+    """The paper's recipe with flags, parsed as an entry point does."""
+    own_flags, command = flags.FlagValues(), ["run", "--config.workdir=runs/x", *arguments]
+    command += ["--config.student.path=checkpoint", "--config.pool.path=pool.jsonl"]
+    config_flags.DEFINE_config_dict("config", paper_recipe(), "", own_flags, sys_argv=command)
+    own_flags(command)
+    return experiment_from_mapping(own_flags["config"].value)
+
+
+def test_a_tuple_is_emptied_on_the_command_line() -> None:
+    found = from_command_line(
+        "--config.stages=score,select",
+        "--config.score.metrics=",
+        "--config.finetune.loggers=",
+        "--config.pool.exclude=",
+        "--config.select.methods=",
+        "--config.select.score=g_hat",
+        "--config.select.weighting=chi2",
+    )
+    assert found.stages == ("score", "select")
+    assert (found.score.metrics, found.finetune.loggers, found.pool.exclude, found.select.methods) == ((), (), (), ())
+
+
+@pytest.mark.parametrize("field", ["stages", "select.budgets", "finetune.lora_targets", "evaluate.seeds"])
+def test_a_tuple_that_needs_items_is_refused_when_the_command_line_empties_it(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.{field}: expected .* got \(\)"):
+        from_command_line(f"--config.{field}=")

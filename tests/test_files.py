@@ -161,6 +161,17 @@ def test_hash_of_a_folder_sees_names_and_bytes_but_not_order_or_hidden_files(tmp
     assert folder("five", {"a": "1"}) != same
 
 
+def test_hash_of_some_files_of_a_folder_is_that_of_a_folder_with_them_alone(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_text(tmp_path / name / "sub" / "a", "1")
+    write_text(tmp_path / "one" / "README", "nobody reads this")
+    among, expected = [tmp_path / "one" / "sub" / "a"], sha256_of_path(tmp_path / "two")
+    assert sha256_of_path(tmp_path / "one", among) == expected
+    hashes = ContentHashes(tmp_path / "cache.json")
+    assert hashes.of(tmp_path / "one", among=among) == expected
+    assert hashes.of(tmp_path / "one") == sha256_of_path(tmp_path / "one") != expected
+
+
 def test_content_hashes_notice_a_change_and_survive_a_broken_cache(tmp_path: Path) -> None:
     cache, file = tmp_path / "cache.json", tmp_path / "data"
     file.write_text("one")

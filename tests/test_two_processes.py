@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from lark_jax.pipeline import read_manifest
 from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.run import execute
 from lark_jax.scoring import CandidateScore, read_scores
+from lark_jax.stages.metric_task import COLUMNS
 from lark_jax.students import random_student, read_architecture, save_new_student
 
 pytestmark = pytest.mark.slow
@@ -95,12 +97,14 @@ def start(arguments: list[str], devices: int = 4, **environment: str) -> "subpro
 
 
 @contextmanager
-def pair(arguments: list[str], second: tuple[str, ...] = ()) -> Iterator[list["subprocess.Popen[str]"]]:
+def pair(
+    arguments: list[str], second: tuple[str, ...] = (), devices: int = 4
+) -> Iterator[list["subprocess.Popen[str]"]]:
     """Both processes of a run, as the fields of the configuration say; `second` are arguments of the second alone."""
     fields = [f"coordinator=localhost:{free_port()}", "num_processes=2", f"lost_timeout={LOST_TIMEOUT}"]
     meeting = [f"--config.distributed.{field}" for field in fields]
     with ended(
-        start([*arguments, *meeting, f"--config.distributed.process_id={index}", *(second if index else ())])
+        start([*arguments, *meeting, f"--config.distributed.process_id={index}", *(second if index else ())], devices)
         for index in range(2)
     ) as processes:
         yield processes
@@ -231,6 +235,28 @@ def test_one_mesh_over_both_processes_gives_the_same_scores(
         printed = outputs(processes)
         assert [process.returncode for process in processes] == [0, 0], printed
     assert_close(read_scores(table(tmp_path)), read_scores(table(one_process)))
+
+
+def test_local_naturalness_of_two_processes_has_the_bytes_of_one(
+    material: Material, one_process: Path, two_processes: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """Its parts are shared out; the statistics are those of the runs before."""
+    alone, together = tmp_path / "one", tmp_path / "two"
+    shutil.copytree(one_process, alone)
+    shutil.copytree(two_processes[0], together)
+    fields = {"score__metrics": "local_naturalness", "score__tokens_per_batch": 2_000}
+    (printed,) = outputs([process := start(material.arguments(alone, **fields), devices=1)])
+    assert process.returncode == 0, printed
+    with pair(material.arguments(together, **fields), devices=1) as processes:
+        first, second = outputs(processes)
+        assert [process.returncode for process in processes] == [0, 0], (first, second)
+    assert "score/statistics: up to date" in first
+    assert second == ""
+    columns = Path("metrics") / "local_naturalness"
+    parts = {int(path.stem.removeprefix("part-")) for path in (together / columns).glob("parts/*/part-*")}
+    assert {number % 2 for number in parts} == {0, 1}, "both have something to do"
+    assert (together / columns / COLUMNS).read_bytes() == (alone / columns / COLUMNS).read_bytes()
+    assert table(together).read_bytes() == table(alone).read_bytes()
 
 
 def test_one_of_two_is_killed_and_after_a_restart_nothing_is_scored_twice(

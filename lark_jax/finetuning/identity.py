@@ -13,7 +13,7 @@ from lark_jax.finetuning.data import Example, hash_of_examples
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import flatten_parameters
 
-# What a run may change when it is continued: these decide memory, speed and company, not what is computed.
+# What a run may change when it is continued: these decide memory, speed and company, and how sums are rounded.
 FREE_FIELDS = (
     "attention",
     "checkpoint_every",

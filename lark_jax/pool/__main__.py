@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lark_jax import files, runtime
-from lark_jax.config import PoolConfig, pool_from_mapping
+from lark_jax.config import PoolConfig, StudentConfig, pool_from_mapping, student_from_mapping
 from lark_jax.errors import ConfigError, LarkError
 from lark_jax.pool.chat import load_chat_format
 from lark_jax.pool.readers import load_pool, source_size
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         values = config_values(others, options.path)
         config = pool_from_mapping(values)
-        summary = look_at(config, options.student, values.get("student", {}))
+        summary = look_at(config, _student(values, options.student))
         if options.out is not None:
             files.write_json(options.out, as_json(summary))
     except (LarkError, OSError) as error:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     return EXIT_BAD_RECORDS if stops else 0
 
 
-def look_at(config: PoolConfig, student: str | None, student_values: dict[str, Any]) -> PoolSummary:
+def look_at(config: PoolConfig, student: StudentConfig | None) -> PoolSummary:
     """Reads the pool, past bad records, and with a student's folder tokenizes it."""
     lenient = dataclasses.replace(
         config,
@@ -59,10 +59,17 @@ def look_at(config: PoolConfig, student: str | None, student_values: dict[str, A
         summary = summarise(pool, bar.update)
     if student is None:
         return summary
-    chat = load_chat_format(student, student_values.get("chat_template"))
+    chat = load_chat_format(student.path, student.chat_template)
     with runtime.progress_bar(what="count tokens", total=total, unit="trajectory", delay=delay) as bar:
-        tokens = count_tokens(pool, chat, student, student_values["max_length"], bar.update)
+        tokens = count_tokens(pool, chat, student.path, student.max_length, bar.update)
     return dataclasses.replace(summary, tokens=tokens)
+
+
+def _student(values: dict[str, Any], folder: str | None) -> StudentConfig | None:
+    """The student of the configuration with the tokenizer of `folder`; None: tokens are not counted."""
+    if folder is None:
+        return None
+    return student_from_mapping({"student": {**values.get("student", {}), "path": folder}})
 
 
 def what_stops_a_run(config: PoolConfig, summary: PoolSummary) -> str:

@@ -46,6 +46,15 @@ def load_pool(config: PoolConfig, advance: Advance | None = None) -> Pool:
     return _read(local_source(config.path), config, advance or _nobody)
 
 
+def files_read(config: PoolConfig) -> tuple[Path, ...]:
+    """The files of which `load_pool` reads records, in that order.
+
+    Raises:
+      PoolError: there is no such pool.
+    """
+    return tuple(file.path for file in find_source(local_source(config.path), config).files)
+
+
 def source_size(config: PoolConfig) -> int:
     """Bytes that `load_pool` will read, for a progress bar.
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.errors import ConfigError
-from lark_jax.pool import load_pool
+from lark_jax.pool import files_read, load_pool
 from lark_jax.pool.chat import load_chat_format
+from lark_jax.pool.hub import local_source
 from lark_jax.processes import EVERYTHING
 from lark_jax.scoring.lengths import count_inputs
 from lark_jax.scoring.workload import plan_pool
@@ -90,7 +91,8 @@ def _counted(experiment: Experiment) -> Lengths:
     pool = load_pool(experiment.pool)
     chat = load_chat_format(experiment.student.path, experiment.student.chat_template)
     max_length = experiment.student.max_length
-    texts = files.sha256_of_json([files.sha256_of_path(experiment.pool.path), experiment.pool.reading()])
+    content = files.sha256_of_path(local_source(experiment.pool.path), files_read(experiment.pool))
+    texts = files.sha256_of_json([content, experiment.pool.reading()])
     counts = files.sha256_of_json([texts, chat.template_hash, chat.tokenizer_hash, max_length])
     folder = Path(experiment.workdir) / FOLDER / f"lengths-{counts[:16]}"
     counted = count_inputs(pool, chat, max_length, folder=folder, share=EVERYTHING)

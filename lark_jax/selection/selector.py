@@ -39,6 +39,7 @@ class SelectionCounts:
     candidates: int
     invalid_candidates: int  # skipped, without target tokens, or of non-finite loss, Brier or method score
     problems_without_valid_candidate: tuple[str, ...]
+    problems_without_value: tuple[str, ...]  # they have valid candidates, and the method has a finite score for none
     degenerate_problems: int  # the weighting fell back to uniform: no B + 1 candidates, or no positive margin
     chosen: int  # at most B per problem
     zero_weight: int  # among the chosen: tied with rank B + 1, so left out of the training set
@@ -87,7 +88,7 @@ def select_trajectories(
     weighed = weigh(candidates, method, budget, seed)
     choices = _choices(candidates, weighed, budget)
     if not choices:
-        raise SelectionError(f"method {method.name!r} gives a finite score to none of the {len(scores)} candidates")
+        raise SelectionError(_without_value(method, len(scores)))
     return Selection(method.name, budget, choices, _counts(candidates, weighed, choices))
 
 
@@ -132,8 +133,14 @@ def _weigh(
 
 
 def method_scores(scores: ScoreTable | Sequence[CandidateScore], method: Method, seed: int) -> tuple[float, ...]:
-    """The method's score of every row of the table, in table order, NaN where a candidate is not valid (Figure 9)."""
+    """The method's score of every row of the table, in table order, NaN where a candidate is not valid (Figure 9).
+
+    Raises:
+      SelectionError: the table has no rows, lacks a metric that the method needs, or JAX may not use the CPU.
+    """
     candidates = group_by_problem(scores)
+    if not len(candidates.table):
+        raise SelectionError(_nothing_to_select(candidates.table))
     values_nk = weigh(candidates, method, 1, seed).scores
     by_row = np.full(len(candidates.table), np.nan)
     present = candidates.rows_nk >= 0
@@ -166,16 +173,28 @@ def _choices(candidates: Candidates, weighed: Weighed, budget: int) -> tuple[Cho
 
 def _counts(candidates: Candidates, weighed: Weighed, choices: tuple[Choice, ...]) -> SelectionCounts:
     has_candidate_n: np.ndarray = np.any(weighed.usable, axis=-1)
-    empty = candidates.table.texts("problem_id", candidates.rows_nk[~has_candidate_n, 0])
+    is_valid_n: np.ndarray = np.any(candidates.valid, axis=-1)
+
+    def problems(chosen_n: np.ndarray) -> tuple[str, ...]:
+        return tuple(candidates.table.texts("problem_id", candidates.rows_nk[chosen_n, 0]))
+
     return SelectionCounts(
         problems=len(candidates.rows_nk),
         candidates=len(candidates.table),
         invalid_candidates=len(candidates.table) - int(weighed.usable.sum()),
-        problems_without_valid_candidate=tuple(empty),
+        problems_without_valid_candidate=problems(~is_valid_n),
+        problems_without_value=problems(is_valid_n & ~has_candidate_n),
         degenerate_problems=int((has_candidate_n & (weighed.tau == 0)).sum()),
         chosen=len(choices),
         zero_weight=sum(choice.weight == 0 for choice in choices),
     )
+
+
+def _without_value(method: Method, count: int) -> str:
+    message = f"method {method.name!r} gives a finite score to none of the {count} candidates"
+    if method.score.metric is None:
+        return f"{message}; look at the columns of the score table that it is made of, or take another method"
+    return f"{message}; the manifest of metrics/{method.score.metric} says why its metric has no value for them"
 
 
 def _nothing_to_select(table: ScoreTable) -> str:

@@ -9,16 +9,26 @@ from lark_jax.evaluation.benchmark_sources import find_source
 from lark_jax.finetuning.loggers import require_installed
 from lark_jax.pipeline import Task
 from lark_jax.pool.hub import is_hub_id
+from lark_jax.runtime import say
 from lark_jax.stages.evaluate import evaluate_tasks
 from lark_jax.stages.export import export_tasks
 from lark_jax.stages.finetune import finetune_tasks
+from lark_jax.stages.judge import waits_for_the_accelerator
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.prepare import prepare_tasks
 from lark_jax.stages.report import report_tasks
 from lark_jax.stages.score_table import score_tasks
 from lark_jax.stages.select import select_tasks
 
-__all__ = ["ACCELERATOR_STAGES", "Layout", "check_paths", "check_stages", "earlier_tasks", "plan_tasks"]
+__all__ = [
+    "ACCELERATOR_STAGES",
+    "Layout",
+    "check_paths",
+    "check_stages",
+    "earlier_tasks",
+    "plan_tasks",
+    "say_what_will_stop",
+]
 
 PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
     "prepare": prepare_tasks,
@@ -89,6 +99,15 @@ def check_stages(experiment: Experiment, num_processes: int) -> None:
         raise ConfigError(
             f"config.stages: {', '.join(alone)} run in one process so far, and this run has {num_processes}; use "
             f"--config.stages={','.join(others) or 'score,select'} here, and one process for the rest"
+        )
+
+
+def say_what_will_stop(experiment: Experiment) -> None:
+    """Announces a stop that no setting avoids, before hours of work lead to it."""
+    if "score" in experiment.stages and waits_for_the_accelerator(experiment):
+        say(
+            "score/judge: vLLM needs the accelerator that this process holds; unless its verdicts are there already, "
+            "this run stops before the judge, with all else of the stage kept, and says how to go on"
         )
 
 

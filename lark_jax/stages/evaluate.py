@@ -20,6 +20,7 @@ from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import load_chat_format
 from lark_jax.runtime import say
 from lark_jax.stages.layout import BASE, Layout, Run
+from lark_jax.stages.student import student_hash
 from lark_jax.students import local_folder
 
 ENGINE = "engine.json"
@@ -80,7 +81,7 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
     config = experiment.evaluate
 
     def inputs() -> dict[str, Any]:
-        student = layout.hashes.of(local_folder(experiment.student.path))
+        student = student_hash(layout, local_folder(experiment.student.path))
         return {
             "student": student,
             "engine": config.engine,
@@ -106,7 +107,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
         prompts = config.system_prompts
         engine = engine_of(layout).engine
         return {
-            "student": layout.hashes.of(folder()),
+            "student": student_hash(layout, folder()),
             "chat_template": None if template is None else layout.hashes.of(template),
             "benchmarks": _hashed_benchmarks(experiment, layout),
             "system_prompts": layout.hashes.of(prompts) if Path(prompts).is_file() else prompts,
@@ -127,7 +128,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             directory,
             generations_dir=layout.generations(name),
             engine=engine_of(layout),
-            model_fingerprint=layout.hashes.of(student),
+            model_fingerprint=student_hash(layout, student),
         )
         counts = {
             "problems": sum(benchmark.num_problems for benchmark in result.benchmarks),

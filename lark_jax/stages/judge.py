@@ -28,6 +28,7 @@ from lark_jax.pool import Pool
 from lark_jax.scoring.metric_columns import MetricColumns
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import Metric, MetricResult
+from lark_jax.stages.student import student_hash
 
 COLUMN = "judge"
 VERDICTS = "verdicts.jsonl"
@@ -68,7 +69,7 @@ def _engine(experiment: Experiment, layout: Layout, rubric: Rubric) -> Engine:
             config.server, config.key_variable, config.timeout, config.retries, config.requests_per_minute
         )
         return ServerJudge(access, config.model, decoding, config.concurrency)
-    _require_free_accelerator()
+    _require_free_accelerator(experiment)
     return OfflineJudge(
         folder=Path(config.model),
         model_hash=_model_hash(experiment, layout),
@@ -91,20 +92,23 @@ def _decoding(experiment: Experiment, rubric: Rubric) -> Decoding:
 
 
 def _model_hash(experiment: Experiment, layout: Layout) -> str:
-    return layout.hashes.of(str(experiment.score.judge.model), JudgeError)
+    return student_hash(layout, Path(str(experiment.score.judge.model)), JudgeError)
 
 
-def _require_free_accelerator() -> None:
-    """JAX keeps an accelerator's memory until its process ends, and a judge under vLLM needs it.
+def waits_for_the_accelerator(experiment: Experiment) -> bool:
+    """Whether this process holds what the judge needs: JAX keeps an accelerator's memory until its process ends."""
+    score = experiment.score
+    return "judge" in score.metrics and score.judge.engine == "vllm" and jax.default_backend() != "cpu"
 
-    Raises:
-      JudgeError: names the two commands that do it one after the other.
-    """
-    if jax.default_backend() != "cpu":
+
+def _require_free_accelerator(experiment: Experiment) -> None:
+    """Raises JudgeError, which names the command that goes on from here, where the judge has to wait."""
+    if waits_for_the_accelerator(experiment):
         raise JudgeError(
-            'config.score.judge.engine: "vllm" needs the accelerator that this process holds; run the stage "score" '
-            "without the metric first (--config.score.metrics=), then with it under JAX_PLATFORMS=cpu, which only "
-            'adds the metric; or serve the judge, engine "openai"'
+            'config.score.judge.engine: "vllm" needs the accelerator that this process holds. All else of the stage '
+            '"score" is finished and kept: start the same command again under JAX_PLATFORMS=cpu and with '
+            "--config.stages=score in place of its stages, which runs the judge alone, and then as it was; or serve "
+            'the judge, engine "openai"'
         )
 
 
@@ -117,11 +121,11 @@ def _refuse_if_nothing_judged(judged: Judgements) -> None:
 
 
 def _verdict_rows(pool: Pool, judged: Judgements) -> Iterator[dict[str, Any]]:
-    for trajectory, verdict in zip(pool.trajectories, judged.verdicts, strict=True):
+    for (problem_id, candidate_id), verdict in zip(pool.ids(), judged.verdicts, strict=True):
         if verdict is not None:
             yield {
-                "problem_id": trajectory.problem_id,
-                "candidate_id": trajectory.candidate_id,
+                "problem_id": problem_id,
+                "candidate_id": candidate_id,
                 "overall_score": verdict.overall_score,
                 "overall_reason": verdict.overall_reason,
                 "scores": verdict.scores,
@@ -129,7 +133,7 @@ def _verdict_rows(pool: Pool, judged: Judgements) -> Iterator[dict[str, Any]]:
 
 
 def _result(pool: Pool, judged: Judgements) -> MetricResult:
-    candidates = tuple((trajectory.problem_id, trajectory.candidate_id) for trajectory in pool.trajectories)
+    candidates = tuple(pool.ids())
     scores = [np.nan if verdict is None else verdict.overall_score for verdict in judged.verdicts]
     return MetricResult(
         MetricColumns(candidates, {COLUMN: np.array(scores, np.float64)}),

@@ -67,7 +67,7 @@ def _compute(experiment: Experiment, layout: Layout, pool: Pool, directory: Path
 
 
 def _result(work: Work, scores: tuple[float, ...], notes: Mapping[str, Any]) -> MetricResult:
-    candidates = tuple((trajectory.problem_id, trajectory.candidate_id) for trajectory in work.pool.trajectories)
+    candidates = tuple(work.pool.ids())
     reasons = {
         candidate: size if isinstance(size, str) else NOT_FINITE
         for candidate, size, score in zip(candidates, work.sizes, scores, strict=True)

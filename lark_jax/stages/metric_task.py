@@ -68,22 +68,23 @@ def require_complete(name: str, metric: Metric, pool: Pool, result: MetricResult
     """
     if set(result.columns.values) != set(metric.columns):
         raise ValueError(f"metric {name!r} yields {sorted(result.columns.values)}, expected {sorted(metric.columns)}")
-    if set(result.columns.candidates) != {(t.problem_id, t.candidate_id) for t in pool.trajectories}:
+    if set(result.columns.candidates) != set(pool.ids()):
         raise ValueError(f"metric {name!r} has other candidates than the pool")
     if set(result.columns.missing()) != set(result.reasons):
         raise ValueError(f"metric {name!r} has nulls without a reason, or reasons without a null")
 
 
 def outcome_of(pool: Pool, result: MetricResult) -> Outcome:
+    by_ids = pool.by_ids()
     skipped = [
         {
-            "problem_id": trajectory.problem_id,
-            "candidate_id": trajectory.candidate_id,
-            "location": trajectory.location,
-            "reason": result.reasons[trajectory.problem_id, trajectory.candidate_id],
+            "problem_id": problem_id,
+            "candidate_id": candidate_id,
+            "location": by_ids[problem_id, candidate_id].location,
+            "reason": result.reasons[problem_id, candidate_id],
         }
-        for trajectory in pool.trajectories
-        if (trajectory.problem_id, trajectory.candidate_id) in result.reasons
+        for problem_id, candidate_id in pool.ids()
+        if (problem_id, candidate_id) in result.reasons
     ]
     counts = {"trajectories": len(pool.trajectories), "with values": len(pool.trajectories) - len(skipped)}
     return Outcome(counts={**counts, **result.counts}, skipped=skipped, notes=result.notes)

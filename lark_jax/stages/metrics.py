@@ -12,12 +12,16 @@ from lark_jax.stages.metric_task import Metric, metric_task
 from lark_jax.stages.rule_quality import RULE_QUALITY
 
 METRICS: dict[str, Metric] = {
-    "judge": JUDGE,
     "rule_quality": RULE_QUALITY,
     "local_naturalness": LOCAL_NATURALNESS,
+    "judge": JUDGE,  # behind what needs the accelerator: under vLLM it has to wait until this process has ended
 }
 
 
 def metric_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
-    """One task for each of `score.metrics`, in the order given."""
-    return [metric_task(name, METRICS[name], experiment, layout) for name in experiment.score.metrics]
+    """One task for each of `score.metrics`, in the order of `METRICS`."""
+    return [
+        metric_task(name, metric, experiment, layout)
+        for name, metric in METRICS.items()
+        if name in experiment.score.metrics
+    ]

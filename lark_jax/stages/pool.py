@@ -5,7 +5,7 @@ from typing import Any
 from lark_jax import runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import PoolError
-from lark_jax.pool import Pool, load_pool
+from lark_jax.pool import Pool, files_read, load_pool
 from lark_jax.pool.hub import local_source
 from lark_jax.pool.readers import source_size
 from lark_jax.stages.layout import Layout
@@ -14,13 +14,15 @@ SECONDS_WITHOUT_A_BAR = 10.0
 
 
 def pool_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
-    """What a stage's result depends on when it reads the pool: its bytes, and the settings that decide what is read.
+    """What a stage's result depends on when it reads the pool: the bytes of its files, and the settings of reading.
+
+    A file of the folder that is no part of the pool changes nothing.
 
     Raises:
       PoolError: there is no such pool.
     """
     return {
-        "pool": layout.hashes.of(local_source(experiment.pool.path), PoolError),
+        "pool": layout.hashes.of(local_source(experiment.pool.path), PoolError, files_read(experiment.pool)),
         "reading": experiment.pool.reading(),
     }
 

@@ -17,8 +17,7 @@ def _inputs(experiment: Experiment, layout: Layout) -> Mapping[str, Any]:  # noq
 
 
 def _compute(experiment: Experiment, layout: Layout, pool: Pool, directory: Path) -> MetricResult:  # noqa: ARG001
-    candidates = tuple((trajectory.problem_id, trajectory.candidate_id) for trajectory in pool.trajectories)
-    return MetricResult(MetricColumns(candidates, indicator_columns(t.response for t in pool.trajectories)))
+    return MetricResult(MetricColumns(tuple(pool.ids()), indicator_columns(t.response for t in pool.trajectories)))
 
 
 RULE_QUALITY = Metric(COLUMNS, _inputs, _compute)

@@ -38,6 +38,7 @@ from lark_jax.students.attention import describe_backend, kernel_platform
 
 STATISTICS = "statistics.parquet"
 PARTS = "parts"
+THROUGHPUT = "throughput"  # the note that differs from run to run
 Assembled = TypeVar("Assembled")
 
 
@@ -87,7 +88,7 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
         refuse_if_nothing_scored(scores)
         write_scores(directory / STATISTICS, scores)
         measured = {**throughput.notes(), "share_of_process": processes.label() if own else None}
-        notes = {**scored_with(experiment, layout, chat), "batches": workload.notes(), "throughput": measured}
+        notes = {**scored_with(experiment, layout, chat), "batches": workload.notes(), THROUGHPUT: measured}
         return dataclasses.replace(outcome_of(pool, scores), notes=notes)
 
     return Task("score/statistics", layout.statistics, inputs, run, scratch=(PARTS,), everywhere=True)

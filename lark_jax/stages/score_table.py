@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.pipeline import Manifest, Outcome, Task, require_manifest
 from lark_jax.scoring.metric_columns import join
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import COLUMNS
 from lark_jax.stages.metrics import metric_tasks
-from lark_jax.stages.score import STATISTICS, statistics_task
+from lark_jax.stages.score import STATISTICS, THROUGHPUT, statistics_task
 
 SCORES = "scores.parquet"
 
@@ -27,19 +28,21 @@ def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
 def _join_task(experiment: Experiment, layout: Layout) -> Task:
     metrics = experiment.score.metrics
 
+    def outcome() -> Outcome:
+        statistics = require_manifest(layout.statistics, "score")
+        return joined_outcome(statistics, {name: require_manifest(layout.metric(name), "score") for name in metrics})
+
     def inputs() -> dict[str, Any]:
-        for folder in (layout.statistics, *map(layout.metric, metrics)):
-            require_manifest(folder, "score")
         return {
+            "manifests": _hash_of_what_was_found(outcome()),
             "statistics": layout.hashes.of(layout.statistics / STATISTICS),
             "metrics": {name: layout.hashes.of(layout.metric(name) / COLUMNS) for name in metrics},
         }
 
     def run(directory: Path) -> Outcome:
-        files = [layout.metric(name) / COLUMNS for name in metrics]
-        join(layout.statistics / STATISTICS, files, directory / SCORES)
-        manifests = {name: require_manifest(layout.metric(name), "score") for name in metrics}
-        return joined_outcome(require_manifest(layout.statistics, "score"), manifests)
+        columns = [layout.metric(name) / COLUMNS for name in metrics]
+        join(layout.statistics / STATISTICS, columns, directory / SCORES)
+        return outcome()
 
     return Task("score", layout.score, inputs, run)
 
@@ -52,3 +55,9 @@ def joined_outcome(statistics: Manifest, metrics: Mapping[str, Manifest]) -> Out
         counts[f"without {name}"] = len(manifest.outcome.skipped)
         skipped += [{**record, "reason": f"{name}: {record['reason']}"} for record in manifest.outcome.skipped]
     return Outcome(counts, skipped, statistics.outcome.notes)
+
+
+def _hash_of_what_was_found(outcome: Outcome) -> str:
+    """Of all that the join's manifest repeats, so that it never says what is not so any more; speed left out."""
+    notes = {name: note for name, note in outcome.notes.items() if name != THROUGHPUT}
+    return files.sha256_of_json([outcome.counts, outcome.skipped, notes])

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
-from lark_jax.pipeline import Manifest, Outcome, Task, require_manifest
+from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, require_manifest
 from lark_jax.pool import Pool
 from lark_jax.scoring import read_score_table
-from lark_jax.selection import Selection, resampled_counts, select_trajectories, write_selection
+from lark_jax.selection import Method, Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score_table import SCORES
@@ -24,8 +24,8 @@ def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
 
 def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callable[[], Pool]) -> Task:
     def inputs() -> dict[str, Any]:
-        require_manifest(layout.score, "score")
         return {
+            "scored": provenance(require_manifest(layout.score, "score")),
             "scores": layout.hashes.of(layout.score / SCORES),
             **pool_inputs(experiment, layout),
             "method": run.method.name,
@@ -42,7 +42,7 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callabl
         counts = resampled_counts(selection.choices, copies, experiment.seed) if copies else None
         write_selection(selection, pool(), directory, counts)
         scored = provenance(require_manifest(layout.score, "score"))
-        return dataclasses.replace(outcome_of(selection), notes={"scored": scored})
+        return dataclasses.replace(outcome_of(selection, run.method), notes={"scored": scored})
 
     return Task(f"select/{run.name}", layout.selection(run), inputs, select)
 
@@ -55,12 +55,21 @@ def provenance(score: Manifest) -> dict[str, Any]:
     return {**{name: score.outcome.notes.get(name) for name in SCORED_WITH}, "versions": score.versions}
 
 
-def outcome_of(selection: Selection) -> Outcome:
+def outcome_of(selection: Selection, method: Method) -> Outcome:
+    """Counts, and every problem without a choice with the reason."""
     counts = selection.counts
-    empty = counts.problems_without_valid_candidate
-    numbers = {name.replace("_", " "): value for name, value in dataclasses.asdict(counts).items() if value != empty}
-    reason = "no candidate of this problem could be scored"
+    values = dataclasses.asdict(counts)
+    numbers = {name.replace("_", " "): value for name, value in values.items() if isinstance(value, int)}
+    source = SCORES if method.score.metric is None else f"metrics/{method.score.metric}/{MANIFEST}"
+    reasons = {
+        **dict.fromkeys(counts.problems_without_valid_candidate, "no candidate of this problem could be scored"),
+        **dict.fromkeys(
+            counts.problems_without_value,
+            f"no scored candidate of this problem has a value of method {method.name!r}; see {source}",
+        ),
+    }
     skipped = [
-        {"problem_id": problem_id, "candidate_id": "", "location": SCORES, "reason": reason} for problem_id in empty
+        {"problem_id": problem_id, "candidate_id": "", "location": SCORES, "reason": reason}
+        for problem_id, reason in reasons.items()
     ]
-    return Outcome(counts={**numbers, "problems without candidate": len(empty)}, skipped=skipped)
+    return Outcome(counts={**numbers, "problems without candidate": len(skipped)}, skipped=skipped)

@@ -1,24 +1,34 @@
 """The student of an experiment, as every stage that runs it opens it."""
 
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from lark_jax.config import Experiment
-from lark_jax.errors import CheckpointError
+from lark_jax.errors import CheckpointError, LarkError, PipelineError
 from lark_jax.pool.chat import ChatFormat, load_chat_format
 from lark_jax.stages.layout import Layout
-from lark_jax.students import Decoder, load_student, local_folder, read_architecture
+from lark_jax.students import Decoder, load_student, loaded_files, local_folder, read_architecture
 
 
 def student_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
     """What every stage that turns messages into tokens and runs the student depends on."""
     template = experiment.student.chat_template
     return {
-        "student": layout.hashes.of(local_folder(experiment.student.path)),
+        "student": student_hash(layout, local_folder(experiment.student.path)),
         "chat_template": None if template is None else layout.hashes.of(template),
         "max_length": experiment.student.max_length,
     }
+
+
+def student_hash(layout: Layout, folder: Path, missing: type[LarkError] = PipelineError) -> str:
+    """Of the files that are loaded: a README beside them changes nothing.
+
+    Raises:
+      missing: there is no such folder.
+    """
+    return layout.hashes.of(folder, missing, loaded_files(folder))
 
 
 # Notes of the score stage, and of each selection, on the student that made the scores.
@@ -28,7 +38,7 @@ SCORED_WITH = ("student_sha256", "max_length", "dtype", "tokenizer_sha256", "cha
 def scored_with(experiment: Experiment, layout: Layout, chat: ChatFormat) -> dict[str, Any]:
     """The values of `SCORED_WITH`."""
     return {
-        "student_sha256": layout.hashes.of(local_folder(experiment.student.path)),
+        "student_sha256": student_hash(layout, local_folder(experiment.student.path)),
         "max_length": experiment.student.max_length,
         "dtype": experiment.score.dtype,
         **notes_on(chat),

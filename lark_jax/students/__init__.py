@@ -3,7 +3,7 @@
 from lark_jax.students.architecture import Architecture, read_architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.exporting import export_adapter, export_student, save_new_student
-from lark_jax.students.hub import local_folder
+from lark_jax.students.hub import loaded_files, local_folder
 from lark_jax.students.initialization import random_student
 from lark_jax.students.loading import load_student, lossless_dtype
 
@@ -13,6 +13,7 @@ __all__ = [
     "export_adapter",
     "export_student",
     "load_student",
+    "loaded_files",
     "local_folder",
     "lossless_dtype",
     "random_student",

@@ -1,13 +1,26 @@
 """Student path -> local folder, fetched from the hub where it is named by its id."""
 
+import functools
 import re
 from pathlib import Path
 
 from lark_jax.errors import CheckpointError
+from lark_jax.files import files_below
 from lark_jax.hub_files import Unavailable, snapshot
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+
+
+def loaded_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a student's folder that decide what it says: weights, configuration, tokenizer; sorted.
+
+    All files where there are no safetensors: an engine may read weights in another form, and this program none.
+    """
+    found = {file for pattern in _PATTERNS for file in folder.glob(pattern) if file.is_file()}
+    if not any(file.suffix == ".safetensors" for file in found):
+        return tuple(files_below(folder))
+    return tuple(sorted(file for file in found if not file.name.startswith(".")))
 
 
 def local_folder(path_or_hub_id: str | Path) -> Path:
@@ -27,6 +40,11 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
         raise CheckpointError(f"{path}: is a file; a student is a folder with config.json and safetensors files")
     if not _HUB_ID.fullmatch(hub_id) or (path.parts[0] != hub_id and Path(path.parts[0]).is_dir()):
         raise CheckpointError(f"{path}: no such folder, and not a Hugging Face hub id")
+    return _snapshot(hub_id)
+
+
+@functools.cache  # stages hash and load one and the same snapshot, also when the hub gets another one meanwhile
+def _snapshot(hub_id: str) -> Path:
     try:
         return snapshot(hub_id, _PATTERNS)
     except Unavailable as error:

@@ -1,7 +1,8 @@
 """Attention of packed rows whose segments all continue one prefix: the prefix's keys and values are shared.
 
 Rows hold short segments, and the prefix has no causal edge, so a block of queries sees few keys: the scores of a few
-rows are held at a time, in float32, and the softmax is taken over all keys at once.
+rows are held at a time, in float32, and the softmax is taken over all keys at once. Of a row that is too long for that,
+few queries are taken at a time: memory grows with time, not with time squared.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from lark_jax.students.attention import matmul_precision
 from lark_jax.students.dense_attention import visible_keys
 
-MOST_SCORES = 1 << 24  # held at a time, float32: 64 MiB
+MOST_SCORES = 1 << 24  # held at a time, unless one query has more; float32: 64 MiB
 MOST_BLOCKS = 8  # of a row's queries; each is compiled for itself, since later ones see more keys
 SMALLEST_BLOCK = 128
 
@@ -75,23 +76,35 @@ def _attend(
 
     def some_queries(start: int) -> jax.Array:
         stop = min(start + block, time)
-        segments_bt = layout.segment_ids_bt
-        own_bts = visible_keys(
-            jnp.arange(start, stop), jnp.arange(stop), segments_bt[:, start:stop], segments_bt[:, :stop]
-        )
-        prefix_bts = jnp.broadcast_to(in_prefix_bs[:, None, :], (batch, stop - start, prefix_size))
+        pieces = math.ceil(batch * num_heads * (stop - start) * (prefix_size + stop) / MOST_SCORES)
+        if pieces == 1:
+            return attended(jnp.arange(start, stop), q_bthd[:, start:stop], stop)
+        size = math.ceil((stop - start) / pieces)
+
+        def piece(index: jax.Array) -> jax.Array:
+            positions = jnp.minimum(start + index * size + jnp.arange(size), stop - 1)  # the last query fills up
+            return attended(positions, q_bthd[:, positions], stop)
+
+        out_nbqhd = jax.lax.map(piece, jnp.arange(math.ceil((stop - start) / size)))
+        return jnp.einsum("nbqhd->bnqhd", out_nbqhd).reshape(batch, -1, num_heads, head_dim)[:, : stop - start]
+
+    def attended(positions: jax.Array, q_bthd: jax.Array, stop: int) -> jax.Array:
+        """What queries at some positions see of the prefix and of the row's first `stop` tokens."""
+        segments_bt, queries = layout.segment_ids_bt[:, :stop], len(positions)
+        own_bts = visible_keys(positions, jnp.arange(stop), segments_bt[:, positions], segments_bt)
+        prefix_bts = jnp.broadcast_to(in_prefix_bs[:, None, :], (batch, queries, prefix_size))
         seen_bkgts = jnp.concatenate([prefix_bts, own_bts], axis=-1)[:, None, None]
-        q_btkgd = q_bthd[:, start:stop].reshape(batch, stop - start, num_kv_heads, -1, head_dim)
+        q_btkgd = q_bthd.reshape(batch, queries, num_kv_heads, -1, head_dim)
         # Query heads of one key head lie under each other: one matrix product per key head.
         q_bkxd = jnp.einsum("btkgd->bkgtd", q_btkgd).reshape(batch, num_kv_heads, -1, head_dim)
         scores_bkxs = multiply("bkxd,bskd->bkxs", q_bkxd, k_bskd[:, : prefix_size + stop])
-        scores_bkgts = scores_bkxs.reshape(batch, num_kv_heads, -1, stop - start, prefix_size + stop)
+        scores_bkgts = scores_bkxs.reshape(batch, num_kv_heads, -1, queries, prefix_size + stop)
         scores_bkgts = jnp.where(seen_bkgts, scores_bkgts / math.sqrt(head_dim), -jnp.inf)
         weights_bkgts = jnp.exp(scores_bkgts - scores_bkgts.max(axis=-1, keepdims=True))
         weights_bkxs = weights_bkgts.reshape(scores_bkxs.shape)
         out_bkxd = multiply("bkxs,bskd->bkxd", weights_bkxs.astype(v_bskd.dtype), v_bskd[:, : prefix_size + stop])
         out_bkxd = (out_bkxd / weights_bkxs.sum(axis=-1, keepdims=True)).astype(q_bthd.dtype)
-        out_bkgtd = out_bkxd.reshape(batch, num_kv_heads, -1, stop - start, head_dim)
-        return jnp.einsum("bkgtd->btkgd", out_bkgtd).reshape(batch, stop - start, num_heads, head_dim)
+        out_bkgtd = out_bkxd.reshape(batch, num_kv_heads, -1, queries, head_dim)
+        return jnp.einsum("bkgtd->btkgd", out_bkgtd).reshape(batch, queries, num_heads, head_dim)
 
     return jnp.concatenate([some_queries(start) for start in range(0, time, block)], axis=1)

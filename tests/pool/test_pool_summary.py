@@ -101,6 +101,10 @@ def test_a_config_file_and_overrides_decide_what_is_read(
         (["POOL", "--config.pool.only_corect=True"], "only_corect"),
         (["POOL", "--config=nowhere.py"], "nowhere.py"),
         (["POOL", "--config.pool.columns.answer=golden"], "there is no column 'golden'; found: problem_id"),
+        (
+            ["POOL", "--student=nowhere", "--config.student.max_length=1"],
+            "config.student.max_length: expected",
+        ),
         (["POOL", "--student=nowhere"], "nowhere: tokenizer.json not found"),
     ],
 )
@@ -126,3 +130,13 @@ def test_tokens_are_counted_in_a_process_that_has_no_device(tmp_path: Path) -> N
     assert 0 < tokens["prompts"]["quantiles"][-1] + tokens["targets"]["quantiles"][0] <= 100
     assert tokens["truncated"] + len(tokens["refused"]) > 0
     assert tokens["targets"]["total"] < summary["answer_characters"]["total"]
+
+
+def test_a_configuration_may_leave_the_student_to_its_defaults(tmp_path: Path) -> None:
+    small = SyntheticConfig(num_problems=2, num_test_problems=2, num_pretrain_problems=40, num_layers=1)
+    write_synthetic(small, 4, tmp_path)
+    config, out = tmp_path / "experiment.py", tmp_path / "summary.json"
+    pool = {"pool": {"path": str(tmp_path / "pool.jsonl")}}
+    config.write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({pool!r})\n")
+    assert main([f"--config={config}", f"--student={tmp_path / 'student'}", f"--out={out}"]) == 0
+    assert json.loads(out.read_text())["tokens"]["max_length"] == 32_768

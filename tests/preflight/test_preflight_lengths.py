@@ -79,8 +79,12 @@ def test_a_pool_is_tokenized_with_the_students_tokenizer(material: Path, tmp_pat
 
 
 def test_a_pool_is_counted_once(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = own_experiment(material, tmp_path)
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    shutil.copy(material / "pool.jsonl", folder)
+    own = dataclasses.replace(own_experiment(material, tmp_path), pool=PoolConfig(path=str(folder)))
     first = find_lengths(own, None)
+    (folder / "README.md").write_text("no part of the pool")
     assert first.longest > 99
     with monkeypatch.context() as patched:
         patched.setattr("lark_jax.scoring.lengths.render_trajectories", lambda *_: pytest.fail("counted again"))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from lark_jax.pool import read_pool
 from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories, target_offsets
@@ -32,6 +33,9 @@ def steps(text: str, rule: str | None = None) -> list[str]:
         ["Code:\n", "```python\nx = 1. \nprint(x)\n```\n", "After. ", "That"],
         ["```\nnever closed. still\nthe same"],
         ["It is\n", "\\[ a = b.\n c = d \\]\n", "and $$ x.\n y $$ too. ", "Good."],
+        ["So $x = 5.$ ", "Then \\(y = 6.\\) ", "Is it $7?$\n", "**It is $8.$** ", "There are $5!$ ways. ", "End"],
+        ["A row \\begin{aligned} a &= b, \\\\[4pt] c &= d \\end{aligned}. ", "Then [x] \\] here. ", "Done"],
+        ["Given.$$ x = 1. So\n y $$ it. ", "It costs $5.00 or $6."],
         ["Wait... ", "What?! ", "f.g and 1.2.3 stay."],
         ["我们有。", "然后呢？", "好"],
         ["One.\r\n", "Two.\r\n\r\n", "Three"],
@@ -78,6 +82,24 @@ def test_tokens_go_to_the_step_of_their_last_character() -> None:
     assert starts == (0, 4)
     offsets = [(-1, 0), (0, 2), (2, 3), (3, 7), (7, 9), (9, 19)]
     np.testing.assert_array_equal(steps_of_tokens(offsets, starts), [0, 0, 0, 1, 1, 1])
+
+
+@pytest.mark.parametrize("text", ["One. 2 is.  \n\n 3!\n\tIt is. ", 'He said "two."   Then\n\n\n  he left.\n'])
+def test_a_tokenizer_that_trims_white_space_gives_the_same_steps(text: str) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["One. 2 is"], trainer)
+    found = []
+    for trims in (False, True):
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+        offsets = tokenizer.encode_batch([text], add_special_tokens=False)[0].offsets
+        assert any(start == end for start, end in offsets) == trims
+        found.append(steps_of_tokens(offsets, step_starts(text, SENTENCES)).tolist())
+    assert found[0] == found[1]
+    assert found[0][-1] + 1 == len(steps(text))
 
 
 def test_a_step_without_a_token_of_its_own_vanishes_and_numbers_stay_dense() -> None:

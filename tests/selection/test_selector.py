@@ -114,6 +114,7 @@ def test_counts_name_what_was_left_out_and_where_the_rule_fell_back():
     counts = selection.counts
     assert (counts.problems, counts.candidates, counts.invalid_candidates) == (5, 16, 2)
     assert counts.problems_without_valid_candidate == ("empty",)
+    assert counts.problems_without_value == ()
     assert counts.degenerate_problems == 2  # short and flat
     assert (counts.chosen, counts.zero_weight) == (8, 1)
     weights = {(c.problem_id, c.candidate_id): c.weight for c in selection.choices}
@@ -180,12 +181,17 @@ def test_a_table_with_nothing_to_select_is_refused_with_the_first_reason():
         select_trajectories([skipped_score("p", "c", "t", "too long")], METHODS["lark"], 1, seed=0)
     with pytest.raises(SelectionError, match="has no rows"):
         select_trajectories([], METHODS["lark"], 1, seed=0)
+    with pytest.raises(SelectionError, match="has no rows"):
+        method_scores([], METHODS["lark"], seed=0)
 
 
 def test_a_method_without_a_finite_score_is_refused_by_name():
     lost = Method("lost", Score(SCORES["g_hat"].read, lambda loss, brier, _: loss * brier * math.nan), uniform_top_b)
-    with pytest.raises(SelectionError, match="method 'lost' gives a finite score to none of the 1 candidates"):
+    with pytest.raises(SelectionError, match="'lost' gives a finite score to none of the 1 candidates; look at the"):
         select_trajectories([_score("p", "c", 1.0, 0.5)], lost, 1, seed=0)
+    unjudged = [_score("p", "c", 1.0, 0.5, metrics={"judge": math.nan})]
+    with pytest.raises(SelectionError, match=r"'judge' gives .* 1 candidates; the manifest of metrics/judge says why"):
+        select_trajectories(unjudged, METHODS["judge"], 1, seed=0)
 
 
 def test_a_process_that_may_not_use_the_cpu_is_told_how_to_allow_it(monkeypatch):

@@ -2,27 +2,37 @@
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from scripted_server import Asked, Reply, ScriptedServer, chat_answer, json_reply, serving
 
 from lark_jax.config import Experiment, experiment_from_mapping
 from lark_jax.errors import ConfigError, JudgeError
 from lark_jax.files import write_jsonl
 from lark_jax.judge_config import JudgeConfig
+from lark_jax.judging.answers import Answer, AnswerFile
+from lark_jax.judging.judge import Question
 from lark_jax.judging.rubric import read_rubric
-from lark_jax.pipeline import Task, read_manifest, run_tasks
+from lark_jax.pipeline import Outcome, Task, read_manifest, run_tasks
+from lark_jax.recipe import paper_recipe
+from lark_jax.run import without_stages
+from lark_jax.scoring import CandidateScore, write_scores
 from lark_jax.scoring.metric_columns import read_metric
-from lark_jax.stages import check_paths
+from lark_jax.stages import check_paths, plan_tasks, say_what_will_stop
 from lark_jax.stages.judge import JUDGE
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import metric_task
+from lark_jax.stages.score import STATISTICS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -218,10 +228,72 @@ def test_a_judge_under_vllm_does_not_share_an_accelerator_with_jax(
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     (tmp_path / "judge").mkdir()
     experiment = experiment_from_mapping(values_for(tmp_path, 2, engine="vllm"))
-    with pytest.raises(
-        JudgeError, match=r"needs the accelerator that this process holds; run .* under JAX_PLATFORMS=cpu"
-    ):
+    with pytest.raises(JudgeError, match=r"needs the accelerator that this process holds.* under JAX_PLATFORMS=cpu"):
         run_tasks([task_of(changed(experiment, model=str(tmp_path / "judge")))])
+
+
+def test_the_command_that_goes_on_under_vllm_runs_the_judge_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = values_for(tmp_path, 2)
+    (tmp_path / "judge").mkdir()
+    command = [
+        "run",
+        f"--config.workdir={values['workdir']}",
+        *(f"--config.{name}.path={values[name]['path']}" for name in ("student", "pool")),
+        "--config.stages=score,select",
+        "--config.score.metrics=judge,rule_quality",
+        "--config.select.methods=judge",
+        "--config.score.judge.engine=vllm",
+        f"--config.score.judge.model={tmp_path / 'judge'}",
+    ]
+
+    def tasks(arguments: list[str]) -> list[Task]:
+        own_flags = flags.FlagValues()
+        config_flags.DEFINE_config_dict("config", paper_recipe(), "", own_flags, sys_argv=arguments)
+        own_flags(arguments)
+        experiment = experiment_from_mapping(own_flags["config"].value)
+        say_what_will_stop(experiment)
+        return [without_a_student(task) for task in plan_tasks(experiment)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jax.default_backend", lambda: "gpu")
+        with pytest.raises(JudgeError) as stopped:
+            run_tasks(tasks(command))
+    assert "this run stops before the judge" in capsys.readouterr().err
+    (stages,) = re.findall(r"--config\.stages=\S+", str(stopped.value))
+    monkeypatch.setattr("lark_jax.stages.judge.OfflineJudge", lambda **_: FavourableJudge())
+    assert run_tasks(tasks([*without_stages(command), stages])) == 2
+    said = capsys.readouterr().err
+    assert "stops before the judge" not in said
+    for line in ("statistics: up to date", "rule_quality: up to date", "judge: done", "score: done"):
+        assert line in said
+
+
+class FavourableJudge:
+    model, decoding = "judge", {}
+
+    def ask(self, questions: Iterator[Question], count: int, answers: AnswerFile) -> Mapping[str, str]:
+        assert count > 0
+        criteria = {name: {"reason": "r", "score": 1} for name in read_rubric(None).criteria}
+        text = json.dumps({"criteria": criteria, "overall_reason": "o", "overall_score": 1})
+        for question in questions:
+            answers.add(question.key, Answer(text, "stop"))
+        return {}
+
+
+def without_a_student(task: Task) -> Task:
+    """The task, but statistics are made up, and depend on nothing."""
+    if task.name != "score/statistics":
+        return task
+
+    def forward(directory: Path) -> Outcome:
+        numbers = [0.5] * 6
+        scores = [CandidateScore(f"p{i // 2}", f"c{i % 2}", "t", 5, 9, False, *numbers) for i in range(2)]
+        write_scores(directory / STATISTICS, scores)
+        return Outcome({})
+
+    return dataclasses.replace(task, inputs=dict, run=forward, everywhere=False)
 
 
 def test_a_judge_that_nobody_asks_for_needs_no_settings(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Stage "score" as tasks: what a metric that is added, changed or broken does to the others."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lark_jax.config import SCORE_METRICS, Experiment, experiment_from_mapping
+from lark_jax.config import SCORE_METRICS, Experiment, ScoreConfig, experiment_from_mapping
 from lark_jax.errors import ConfigError, PipelineError
 from lark_jax.files import write_jsonl
+from lark_jax.finetuning.identity import FREE_FIELDS
 from lark_jax.pipeline import Outcome, Task, read_manifest, require_current, run_tasks
 from lark_jax.pool import Pool, read_pool
+from lark_jax.pool.store import StoredTrajectories
 from lark_jax.scoring import CandidateScore, read_scores, write_scores
 from lark_jax.scoring.metric_columns import MetricColumns
 from lark_jax.stages.layout import Layout
@@ -130,6 +133,61 @@ def test_the_table_s_manifest_counts_and_lists_what_every_task_left_out(
 
 
 @pytest.mark.parametrize(
+    ("found", "runs"),
+    [
+        (Outcome({"trajectories": 6}, notes={"max_length": 512, "throughput": 3}), 1),
+        (Outcome({"trajectories": 6}, notes={"max_length": 256, "throughput": 2}), 2),
+        (Outcome({"trajectories": 6, "truncated": 1}, notes={"max_length": 512, "throughput": 2}), 2),
+        (Outcome({"trajectories": 6}, [{"reason": "empty"}], {"max_length": 512, "throughput": 2}), 2),
+    ],
+    ids=["speed alone", "note", "count", "skipped record"],
+)
+def test_statistics_of_equal_bytes_are_joined_again_where_their_manifest_says_something_else(
+    experiment: Experiment, found: Outcome, runs: int
+) -> None:
+    def tasks(number: int, outcome: Outcome) -> list[Task]:
+        statistics, *others = tasks_of(experiment)
+
+        def forward(directory: Path) -> Outcome:
+            write_scores(directory / STATISTICS, [CandidateScore("p0", "c0", "t", 5, 9, False, *[0.5] * 6)])
+            return outcome
+
+        return [dataclasses.replace(statistics, inputs=lambda: {"number": number}, run=forward), *others]
+
+    run_tasks(tasks(1, Outcome({"trajectories": 6}, notes={"max_length": 512, "throughput": 2})))
+    assert run_tasks(tasks(2, found)) == runs
+    joined = read_manifest(Layout.of(experiment).score)
+    assert joined is not None
+    assert joined.outcome.notes["max_length"] == found.notes["max_length"]
+    assert (joined.outcome.counts, joined.outcome.skipped) == (found.counts, list(found.skipped))
+
+
+def test_a_metric_of_the_texts_reads_each_once_and_beyond_it_only_those_without_a_value(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    original = StoredTrajectories.__getitem__
+
+    def counted(self: StoredTrajectories, index: int) -> Any:
+        trajectory = original(self, index)  # an IndexError ends a loop over all
+        read.append(index)
+        return trajectory
+
+    def without_texts(experiment: Experiment, layout: Layout, pool: Pool, directory: Path) -> MetricResult:
+        del experiment, layout, directory
+        values = np.array([0.5, np.nan, 0.25, 1.0, 1.0, 1.0])
+        return MetricResult(MetricColumns(tuple(pool.ids()), {"taste": values}), {("p0", "c1"): "no answer"})
+
+    monkeypatch.setattr(StoredTrajectories, "__getitem__", counted)
+    layout = Layout.of(experiment)
+    run_tasks([metric_task("rule_quality", METRICS["rule_quality"], experiment, layout)])
+    assert read == list(range(6))
+    read.clear()
+    run_tasks([metric_task("taste", Metric(("taste",), no_inputs, without_texts), experiment, layout)])
+    assert read == [1]
+
+
+@pytest.mark.parametrize(
     ("columns", "reasons", "message"),
     [
         ({"other": [1.0] * 6}, {}, r"yields \['other'\], expected \['taste'\]"),
@@ -152,6 +210,61 @@ def test_a_metric_that_breaks_its_promise_leaves_no_file(
     with pytest.raises(ValueError, match=message):
         run_tasks([task])
     assert not (layout.metric("taste") / "columns.parquet").exists()
+
+
+def test_only_files_that_are_read_decide_whether_a_pool_is_scored_again(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool, student = tmp_path / "pool", tmp_path / "student"
+    pool.mkdir()
+    (tmp_path / "pool.jsonl").rename(pool / "a.jsonl")
+    experiment = dataclasses.replace(experiment, pool=dataclasses.replace(experiment.pool, path=str(pool)))
+    for name in ("config.json", "model.safetensors"):
+        (student / name).write_text("{}")
+    run_tasks(tasks_of(experiment))
+
+    (pool / "README.md").write_text("x")
+    (student / "README.md").write_text("x")
+    (student / "original").mkdir()
+    (student / "original" / "params.json").write_text("x")
+    assert run_tasks(tasks_of(experiment)) == 0
+
+    for file, changed in [
+        (pool / "a.jsonl", "pool"),
+        (student / "model.safetensors", "student"),
+        (student / "tokenizer_config.json", "student"),
+    ]:
+        capsys.readouterr()
+        file.write_text(file.read_text() + " " if file.exists() else "{}")
+        run_tasks(tasks_of(experiment))
+        assert f"score/statistics: {changed} changed; starting it anew" in capsys.readouterr().err
+
+
+def free_settings(section: str) -> set[str]:
+    """What docs/architecture.md says of a section, up to settings that are free under a condition."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(rf"^\| `{section}` \| (`[^;\n]+)", text, flags=re.MULTILINE)
+    return set(re.findall(r"`(\w+)`", listed))
+
+
+def test_the_documented_free_settings_are_no_inputs_and_all_others_are(experiment: Experiment) -> None:
+    def inputs(**values: Any) -> list[Mapping[str, Any]]:
+        score = dataclasses.replace(experiment.score, **values)
+        own = dataclasses.replace(experiment, score=dataclasses.replace(score, metrics=("local_naturalness",)))
+        return [task.inputs() for task in score_tasks(own, Layout.of(own))[:2]]
+
+    others = {
+        "tokens_per_batch": 7,
+        "dtype": "float32",
+        "vocab_chunk": 7,
+        "attention": "dense",
+        "parameters": "gathered",
+        "natural_context": 7,
+        "natural_split": "(?P<end>;)",
+    }
+    assert {field.name for field in dataclasses.fields(ScoreConfig)} == {*others, "metrics", "judge"}
+    assert free_settings("score") == {name for name, value in others.items() if inputs(**{name: value}) == inputs()}
+    assert free_settings("finetune") == set(FREE_FIELDS)
 
 
 def test_selection_without_the_stage_that_a_new_metric_needs_names_it(experiment: Experiment) -> None:

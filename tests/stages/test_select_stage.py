@@ -1,5 +1,6 @@
 """What a selection's folder says about itself, and which settings make it anew."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ from lark_jax.files import read_json, write_jsonl
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest, run_tasks
 from lark_jax.runtime import code_hash
 from lark_jax.scoring import CandidateScore, write_scores
-from lark_jax.selection import read_training_set
+from lark_jax.selection import METHODS, read_training_set, select_trajectories
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.score_table import SCORES
-from lark_jax.stages.select import select_tasks
+from lark_jax.stages.select import outcome_of, select_tasks
 
 SCORED = {"student_sha256": "ab12", "tokenizer_sha256": "cd34", "chat_template_sha256": "ef56", "frozen_date": None}
 PROBLEMS, CANDIDATES, BUDGET = 3, 6, 2
@@ -35,7 +36,7 @@ def pool(tmp_path: Path) -> Path:
     return tmp_path / "pool.jsonl"
 
 
-def selected(pool: Path, **select: object) -> Path:
+def selected(pool: Path, max_length: int = 512, **select: object) -> Path:
     """The folder of the one selection, made from a finished score stage without a student."""
     experiment = experiment_from_mapping(
         {
@@ -47,12 +48,12 @@ def selected(pool: Path, **select: object) -> Path:
         }
     )
     layout = Layout.of(experiment)
-    run_tasks([scored(layout)])
+    run_tasks([scored(layout, max_length)])
     run_tasks(select_tasks(experiment, layout))
     return layout.selection(layout.runs[0])
 
 
-def scored(layout: Layout) -> Task:
+def scored(layout: Layout, max_length: int) -> Task:
     rng = np.random.default_rng(3)  # the same table on every call: else select would run for that reason
 
     def write(directory: Path) -> Outcome:
@@ -64,9 +65,9 @@ def scored(layout: Layout) -> Task:
                 for c in range(CANDIDATES)
             ],
         )
-        return Outcome(counts={}, notes={**SCORED, "max_length": 512, "dtype": "float32", "throughput": 3})
+        return Outcome(counts={}, notes={**SCORED, "max_length": max_length, "dtype": "float32", "throughput": 3})
 
-    return Task("score", layout.score, dict, write)
+    return Task("score", layout.score, lambda: {"max_length": max_length}, write)
 
 
 def manifest_of(folder: Path) -> Manifest:
@@ -88,6 +89,29 @@ def test_the_manifest_carries_what_made_the_scores_and_the_selection(pool: Path)
     assert {"scores", "pool", "method", "budget", "seed", "resample"} <= set(manifest.inputs)
     assert manifest.versions["lark_jax code"] == code_hash()
     assert str(pool.parent) not in (folder / MANIFEST).read_text(), "no path that another machine does not have"
+
+
+def test_scores_of_equal_bytes_that_were_made_otherwise_are_selected_from_again(pool: Path) -> None:
+    before = manifest_of(selected(pool))
+    after = manifest_of(selected(pool, max_length=256))
+    assert after.outcome.notes["scored"]["max_length"] == 256
+    assert after.inputs["scores"] == before.inputs["scores"]
+
+
+def test_a_problem_without_a_choice_is_listed_with_its_own_reason() -> None:
+    table = [
+        CandidateScore(problem, "c", "teacher", 5, 9, False, loss, *[0.5] * 5, metrics={"judge": mark})
+        for problem, loss, mark in [("judged", 0.5, 0.7), ("unjudged", 0.5, math.nan), ("unscored", math.nan, 0.7)]
+    ]
+    method = METHODS["judge"]
+    outcome = outcome_of(select_trajectories(table, method, 1, seed=0), method)
+    assert {record["problem_id"]: record["reason"] for record in outcome.skipped} == {
+        "unscored": "no candidate of this problem could be scored",
+        "unjudged": "no scored candidate of this problem has a value of method 'judge'; "
+        "see metrics/judge/manifest.json",
+    }
+    assert outcome.counts["problems without candidate"] == 2
+    assert all(isinstance(count, int) for count in outcome.counts.values())
 
 
 def test_resampling_writes_one_more_file_and_leaves_the_weighted_ones_as_they_are(pool: Path) -> None:

@@ -4,7 +4,15 @@ import huggingface_hub
 import pytest
 
 from lark_jax.errors import CheckpointError
-from lark_jax.students import local_folder
+from lark_jax.students import loaded_files, local_folder
+from lark_jax.students.hub import _snapshot
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_resolved_yet():
+    _snapshot.cache_clear()
+    yield
+    _snapshot.cache_clear()
 
 
 def test_an_existing_folder_is_taken_as_it_is(tmp_path, monkeypatch):
@@ -20,6 +28,19 @@ def test_a_missing_folder_is_not_mistaken_for_a_hub_id(path, monkeypatch, pytest
     monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
     with pytest.raises(CheckpointError, match="no such folder, and not a Hugging Face hub id"):
         local_folder(path)
+
+
+def test_what_a_student_says_is_decided_by_weights_configuration_and_tokenizer(tmp_path):
+    loaded = ["chat_template.jinja", "config.json", "merges.txt", "model-1-of-1.safetensors", "tokenizer.json"]
+    for name in (*loaded, "README.md", ".lock.json", "events.log", "training_args.bin"):
+        (tmp_path / name).touch()
+    assert [file.name for file in loaded_files(tmp_path)] == loaded
+
+
+def test_of_a_folder_without_safetensors_every_file_counts(tmp_path):
+    for name in ("config.json", "judge.gguf"):
+        (tmp_path / name).touch()
+    assert [file.name for file in loaded_files(tmp_path)] == ["config.json", "judge.gguf"]
 
 
 def test_a_file_is_refused(tmp_path):
@@ -44,6 +65,19 @@ def test_a_download_is_announced_first_and_leaves_pickles_out(tmp_path, monkeypa
     assert local_folder("some-org/some-student") == tmp_path
     assert "some-org/some-student" in announced[0]
     assert "fetching" in announced[0]
+
+
+def test_a_process_resolves_a_hub_id_once(tmp_path, monkeypatch):
+    asked = []
+
+    def download(hub_id, **_):
+        asked.append(hub_id)
+        return str(tmp_path / str(len(asked)))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert local_folder("some-org/some-student") == local_folder("some-org/some-student") == tmp_path / "1"
+    assert local_folder("some-org/another") == tmp_path / "2"
+    assert asked == ["some-org/some-student", "some-org/another"]
 
 
 def test_offline_says_so_and_downloads_nothing(monkeypatch, capsys, tmp_path):

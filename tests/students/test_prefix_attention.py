@@ -11,7 +11,7 @@ from lark_jax.students.prefix_attention import RowLayout, SharedKeys, attend_wit
 ROWS, TIME, PREFIX, HEADS, KV_HEADS, HEAD_DIM = 6, 150, 21, 6, 2, 10
 
 
-@pytest.mark.parametrize("most_scores", [1, 1 << 24], ids=["row by row", "at once"])
+@pytest.mark.parametrize("most_scores", [1, 40_000, 1 << 24], ids=["query by query", "43 queries", "at once"])
 def test_each_query_sees_its_prefix_itself_and_its_segment_before_it(
     most_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,3 +37,15 @@ def test_each_query_sees_its_prefix_itself_and_its_segment_before_it(
         weights = np.exp(keys @ q[row, token, head] / np.sqrt(HEAD_DIM))
         expected = weights @ values / weights.sum()
         np.testing.assert_allclose(found[row, token, head], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_long_row_needs_no_memory_for_all_its_scores() -> None:
+    time, prefix, heads, kv_heads, head_dim = 16_384, 256, 28, 4, 128
+    rows = [jax.ShapeDtypeStruct((1, time, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
+    shared = SharedKeys(*[jax.ShapeDtypeStruct((1, prefix, kv_heads, head_dim), jnp.bfloat16)] * 2)
+    layout = RowLayout(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(1,), (1,), (1, time)]))
+    compiled = jax.jit(attend_with_prefix).lower(*rows, shared, layout).compile()
+    held_at_a_time = 4 * prefix_attention.MOST_SCORES  # bytes
+    queries = 2 * time * heads * head_dim
+    # All scores, a query on half of the keys on average, would be 14 GiB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * (held_at_a_time + queries)

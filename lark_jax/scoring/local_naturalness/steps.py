@@ -5,7 +5,8 @@ step ends behind the match; any other match is text that stays in one piece. `SE
 
 - a step ends behind ., ! or ? (their full-width forms too), closing quotes, brackets and asterisks included, where
   white space follows, and at every line break; the white space still belongs to it, but for the indentation of the
-  next line. So "3.14" and "f.g" stay whole;
+  next line. So "3.14" and "f.g" stay whole. Math that ends with the sentence, "$x = 5.$" or "\\(x = 5.\\)", is closed
+  like a quote, but not behind "!": "$5!$" is a factorial;
 - fenced code, display math between \\[ \\] or $$ $$, common abbreviations ("e.g.", "Fig.", "Dr.") and the number of a
   list item ("2. Next") are never cut.
 
@@ -22,12 +23,14 @@ import numpy as np
 
 SENTENCES = r"""(?x)
     ```.*?(?:```|\Z)                                     # fenced code
-  | \\\[.*?\\\]                                          # display math
+  | (?<!\\)\\\[.*?\\\]                                   # display math; "\\[4pt]" breaks a row
   | \$\$.*?\$\$
   | (?<![^\W_])(?:[Ee]\.g|[Ii]\.e|cf|vs|approx|resp|[Ff]igs?|[Ee]qs?|Sec|Thm|Dr|Mrs?|Ms|Prof)\.
   | (?<![^\W_])[Nn]o\.(?=\ \d)                           # "no. 5"
   | ^[ \t]*(?:\#+[ \t]*)?\d+\.(?=[ \t])                  # "2." before the item of a list
-  | (?P<end> [.!?]+["'”’)\]*_]*(?:\s*\n|\s+|\Z) | [。！？]+[”’）」]*(?:\s*\n|\s*) | \s*\n )
+  | (?P<end> (?: [.?]+(?:["'”’)\]*_]|\$(?!\$)|\\[)\]])*  # math may end with the sentence; "5!$" is a factorial
+               | [.!?]+["'”’)\]*_]* )(?:\s*\n|\s+|\Z)
+           | [。！？]+[”’）」]*(?:\s*\n|\s*) | \s*\n )
 """
 _SOMETHING_SAID = re.compile(r"[^\W_]")
 
@@ -64,10 +67,11 @@ def steps_of_tokens(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -
 
     Args:
       offsets: first character of each token and the one behind its last, in the text that `starts` counts in;
-        characters before the text (negative) go to the first step, those behind it to the last.
+        characters before the text (negative) go to the first step, those behind it to the last. Some tokenizers trim
+        white space: a token of nothing else then is empty, (end, end), and its last character is the one before.
       starts: from `step_starts`. A step that is the last character of no token vanishes.
     """
-    last_characters = np.asarray([max(start, end - 1) for start, end in offsets], np.int64)
+    last_characters = np.asarray([end - 1 for _, end in offsets], np.int64)
     steps = np.searchsorted(np.asarray(starts), last_characters, side="right") - 1
     steps = np.maximum.accumulate(np.maximum(steps, 0))
     return np.unique(steps, return_inverse=True)[1].astype(np.int32)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from lark_jax import files, runtime
-from lark_jax.errors import PipelineError
 from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories, target_offsets
 from lark_jax.pool.records import Message, Pool, SkippedRecord, Trajectory
 from lark_jax.scoring.local_naturalness.steps import compile_split, step_starts, steps_of_tokens
@@ -165,11 +164,7 @@ def split_trajectories(
 
 
 def render_part(work: Work, part: Part, prompts: Prompts) -> RenderedPart:
-    """Tokenizes a part and packs its windows; `prompts` is shared by the parts of one work.
-
-    Raises:
-      PipelineError: the steps are not those that were planned.
-    """
+    """Tokenizes a part and packs its windows; `prompts` is shared by the parts of one work."""
     trajectories = [work.pool.trajectories[member] for member in part.members]
     items = iter(split_trajectories(work.chat, trajectories, work.options, prompts))
     rows: list[WindowRow] = []
@@ -178,11 +173,9 @@ def render_part(work: Work, part: Part, prompts: Prompts) -> RenderedPart:
     prompts_ns = np.full((_padded_prompts(part, work.row_multiple), part.prompt_size), pad_id, np.int32)
     for number, answers in enumerate(part.prompts):
         windows: list[WindowText] = []
-        for member in answers:
+        for _ in answers:
             item = next(items)
-            planned = work.sizes[member]
-            if isinstance(item, SkippedRecord) or isinstance(planned, str):
-                raise PipelineError(f"{work.folder}: {trajectories[len(sizes)].name} was planned otherwise; delete it")
+            assert isinstance(item, SplitTrajectory)  # a part has what could be rendered when it was planned
             prompt_tokens = item.rendered.prompt_tokens
             prompts_ns[number, : len(prompt_tokens) - 1] = prompt_tokens[:-1]
             windows += _window_texts(item, work.options.context, num_steps)

@@ -25,7 +25,7 @@ class TokenStatistics(NamedTuple):
     """What one softmax says about its gold token y; every field is fp32 [...]."""
 
     cross_entropy: jax.Array  # -log p_y, nats
-    brier: jax.Array  # (1 - p_y)^2 + sum of p_v^2 over v != y, in [0, 2]; the paper's Eq. 6
+    brier: jax.Array  # (1 - p_y)^2 + sum of p_v^2 over v != y, in [0, 2]; a term of the paper's Eq. 43
     rank: jax.Array  # 1 + number of v with z_v > z_y
     target_prob: jax.Array  # p_y
     wrong_concentration: jax.Array  # sum of p_v^2 over v != y
