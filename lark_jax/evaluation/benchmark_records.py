@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from lark_jax.errors import EvaluationError, one_line
 from lark_jax.evaluation.multiple_choice import is_multiple_choice, with_lettered_options
+from lark_jax.evaluation.spelling import choice_letter
 from lark_jax.files import sha256_of_json
 
 KINDS = ("number", "letter", "expression")
@@ -123,11 +124,17 @@ def _problem_from_record(where: str, record: Any, default_id: str, default_kind:
     kind = record.get("kind", default_kind)
     if kind not in KINDS:
         raise EvaluationError(f"{where}: field 'kind' must be one of {', '.join(KINDS)}, got {kind!r}")
+    answer = _answer_text(where, record)
+    if kind == "letter" and choice_letter(answer) is None:
+        raise EvaluationError(
+            f"{where}: field 'answer' must be the letter of a choice, since kind is 'letter', got {answer!r}; give the "
+            "letter, or another kind"
+        )
     level = record.get("level")
     return BenchmarkProblem(
         problem_id=_problem_id(where, record, default_id),
         problem=problem,
-        answer=_answer_text(where, record),
+        answer=answer,
         kind=kind,
         level=None if level is None else str(level).removeprefix("Level "),  # as MATH itself has it
         options_seed=record.get("options_seed"),

@@ -12,7 +12,7 @@ from typing import Self
 
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.paper_rules import equal_by_paper_rules
-from lark_jax.evaluation.spelling import in_base, tidy, without_percent, words
+from lark_jax.evaluation.spelling import choice_letter, in_base, tidy, without_percent, words
 from lark_jax.evaluation.verifier import LIMIT_S, MathVerifier, VerifierFailure, VerifierTimeout, package_versions
 
 GRADERS = ("math_verify", "paper")
@@ -29,7 +29,6 @@ GAVE_UP = (TIMED_OUT, TOO_LONG, FAILED)  # no verdict; the sample counts as wron
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -133,10 +132,3 @@ def last_box(text: str) -> str | None:
             if opening in openings and (last is None or opening > last[0]):
                 last = (opening, match.start())
     return None if last is None else text[last[0] + 1 : last[1]].strip()
-
-
-def choice_letter(text: str) -> str | None:
-    """The choice that `B`, `(b)`, `B.` or `\\text{B}` names, as a capital; None for anything else."""
-    bare = _WRAPPED.sub(r"\1", text.strip().strip("$")).strip()
-    match = re.fullmatch(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?", bare)
-    return match.group(1).upper() if match else None

@@ -9,7 +9,6 @@ from lark_jax.evaluation.grading import (
     NO_BOX,
     TOO_LONG,
     Grader,
-    choice_letter,
     final_answer,
     grade,
     grader_identity,
@@ -123,14 +122,6 @@ def test_math_verify_sees_equality_that_plain_rules_miss(grader):
     text, gold = r"\boxed{x^2+2x+1}", "(x+1)^2"
     assert grader.grade(text, gold, "expression").correct
     assert not grade(text, gold, "expression", "paper").correct
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [("B", "B"), ("(b)", "B"), ("B.", "B"), (r"\text{C}", "C"), (r"\textbf{(D)}", "D"), ("$a$", "A"), ("BC", None)],
-)
-def test_choice_letter_accepts_usual_spellings_only(text, letter):
-    assert choice_letter(text) == letter
 
 
 def test_letters_are_not_compared_as_mathematics(grader):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lark_jax.evaluation.spelling import in_base, tidy, words
+from lark_jax.evaluation.spelling import choice_letter, in_base, tidy, words
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,14 @@ def test_marks_without_value_go_and_others_stay(spelling, tidied):
 )
 def test_words_are_texts_and_long_runs_of_letters(answer, expected):
     assert words(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("B", "B"), ("(b)", "B"), ("B.", "B"), (r"\text{C}", "C"), (r"\textbf{(D)}", "D"), ("$a$", "A"), ("BC", None)],
+)
+def test_choice_letter_accepts_usual_spellings_only(text, letter):
+    assert choice_letter(text) == letter
 
 
 def test_a_base_belongs_to_a_number():
