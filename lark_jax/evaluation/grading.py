@@ -16,8 +16,9 @@ from lark_jax.evaluation.spelling import choice_letter, in_base, tidy, without_p
 from lark_jax.evaluation.verifier import LIMIT_S, MathVerifier, VerifierFailure, VerifierTimeout, package_versions
 
 GRADERS = ("math_verify", "paper")
-RULES = 2  # raised when a verdict of this module or its helpers changes: finished students are then graded again
+RULES = 3  # raised when a verdict of this module or its helpers changes: finished students are then graded again
 MAX_ANSWER_CHARACTERS = 4_096  # beyond, a box holds no answer but a model that repeats itself
+THOUGHT = "<think>"  # opens the thinking block
 
 CORRECT = "correct"
 WRONG = "wrong"
@@ -61,7 +62,10 @@ class Grader:
         self._verifier.__exit__(kind, error, traceback)
 
     def grade(self, text: str, gold: str, kind: str) -> Grade:
-        """Grades a whole generated text; `kind` is "number", "letter" or "expression"."""
+        """Grades a whole generated text, from the thinking block's `<think>` on where it has one.
+
+        `kind` is "number", "letter" or "expression".
+        """
         extracted = last_box(text) if self._name == "paper" else final_answer(text)
         if extracted is None:
             return Grade(False, None, NO_BOX)
@@ -116,7 +120,7 @@ def final_answer(text: str) -> str | None:
     The thinking block ends with the last `</think>`; one that is opened and never closed leaves no answer.
     """
     answer_part = text.rpartition("</think>")[2]
-    return None if "<think>" in answer_part else last_box(answer_part)
+    return None if THOUGHT in answer_part else last_box(answer_part)
 
 
 def last_box(text: str) -> str | None:

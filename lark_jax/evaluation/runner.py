@@ -31,11 +31,11 @@ from lark_jax.evaluation.engines import (
     read_generations,
     run_generation,
 )
-from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, Grader, grader_identity
+from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, THOUGHT, Grader, grader_identity
 from lark_jax.evaluation.samples import SAMPLES, SampleRow, write_sample_table
 from lark_jax.evaluation.worker.worker_request import Prompt, Request
 from lark_jax.files import read_json, sha256_of_json, sha256_of_path, write_json, write_jsonl
-from lark_jax.pool.chat import ChatFormat, render_prompt
+from lark_jax.pool.chat import ChatFormat, opens_thought, render_prompt
 
 GENERATIONS = "generations.jsonl"
 SUMMARY = "summary.json"
@@ -87,7 +87,7 @@ def evaluate_student(
     request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, generations_dir)
     _discard_other_generations(request)
     run_generation(request, config.python, generations_dir)
-    results = _grade_all(benchmarks, request, config, out_dir)
+    results = _grade_all(benchmarks, request, chat, config, out_dir)
     result = StudentResult(student, engine, results, fingerprint)
     write_json(out_dir / SUMMARY, dataclasses.asdict(result))
     return result
@@ -171,27 +171,34 @@ def _discard_other_generations(request: Request) -> None:
 
 
 def _grade_all(
-    benchmarks: Sequence[Benchmark], request: Request, config: EvaluateConfig, out_dir: Path
+    benchmarks: Sequence[Benchmark], request: Request, chat: ChatFormat, config: EvaluateConfig, out_dir: Path
 ) -> tuple[BenchmarkResult, ...]:
+    thoughtful = frozenset(
+        (prompt.benchmark, prompt.problem_id) for prompt in request.prompts if opens_thought(chat, prompt.tokens)
+    )
     by_benchmark: dict[str, list[Generation]] = {benchmark.name: [] for benchmark in benchmarks}
     for generation in read_generations(request.output):
         by_benchmark[generation.benchmark].append(generation)
     graded = []
     with Grader(config.grader) as grader:
         for benchmark in benchmarks:
-            rows = list(_sample_rows(benchmark, by_benchmark[benchmark.name], grader))
+            rows = list(_sample_rows(benchmark, by_benchmark[benchmark.name], grader, thoughtful))
             write_jsonl(out_dir / benchmark.name / SAMPLES, [dataclasses.asdict(row) for row in rows])
             graded.append((benchmark, rows))
     write_sample_table(out_dir, graded)
     return tuple(_summarize(benchmark, rows, config) for benchmark, rows in graded)
 
 
-def _sample_rows(benchmark: Benchmark, generations: Sequence[Generation], grader: Grader) -> Iterator[SampleRow]:
+def _sample_rows(
+    benchmark: Benchmark, generations: Sequence[Generation], grader: Grader, thoughtful: frozenset[tuple[str, str]]
+) -> Iterator[SampleRow]:
+    """Samples of `thoughtful` prompts (benchmark, problem id) go on in a thought that the prompt has opened."""
     problems = {problem.problem_id: problem for problem in benchmark.problems}
     for generation in tqdm(generations, desc=f"grading {benchmark.name}", unit="problem", disable=None):
         problem = problems[generation.problem_id]
+        begun = THOUGHT if (benchmark.name, problem.problem_id) in thoughtful else ""
         for index, sample in enumerate(generation.samples):
-            grade = grader.grade(sample.text, problem.answer, problem.kind)
+            grade = grader.grade(begun + sample.text, problem.answer, problem.kind)
             yield SampleRow(
                 problem.problem_id, generation.seed, index, sample.text,
                 grade.extracted, grade.correct, grade.reason, sample.finish_reason, sample.num_tokens,

@@ -12,9 +12,10 @@ from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import runner
 from lark_jax.evaluation.accuracy import accuracies
 from lark_jax.evaluation.benchmarks import read_benchmark
-from lark_jax.evaluation.engines import EngineChoice
+from lark_jax.evaluation.engines import EngineChoice, Generation
 from lark_jax.evaluation.runner import engine_for, evaluate_student, read_student_result
-from lark_jax.evaluation.samples import read_verdicts
+from lark_jax.evaluation.samples import read_samples, read_verdicts
+from lark_jax.evaluation.worker.worker_request import Sample
 from lark_jax.pool.chat import load_chat_format
 
 CONFIG = EvaluateConfig(
@@ -173,3 +174,26 @@ def test_a_given_engine_is_used_for_all_students(tmp_path, bigram_student, bench
 def test_benchmarks_of_one_name_are_refused(tmp_path, bigram_student, benchmarks, chat):
     with pytest.raises(EvaluationError, match="file names must differ"):
         evaluate(tmp_path, bigram_student, benchmarks + benchmarks, chat)
+
+
+OPENING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+THOUGHTS = ("is it \\boxed{9}? no, wait", "is it \\boxed{8}?</think> \\boxed{9}", "<think>so</think> \\boxed{9}")
+
+
+@pytest.mark.parametrize(("opened", "correct"), [(True, [False, True, True]), (False, [True, True, True])])
+def test_a_thought_that_the_prompt_opens_and_no_one_closes_holds_no_answer(
+    opened, correct, tmp_path, bigram_student, benchmarks, monkeypatch
+):
+    (tmp_path / "opening.jinja").write_text(OPENING)
+    chat = load_chat_format(bigram_student, tmp_path / "opening.jinja" if opened else None)
+    nines = benchmarks[1]
+    samples = tuple(Sample(text, "stop", 9) for text in THOUGHTS)
+    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
+    monkeypatch.setattr(runner, "read_generations", lambda _: [Generation("nines", "0", 0, samples)])
+    evaluate(tmp_path, bigram_student, [nines], chat, replace(CONFIG, samples=3, seeds=(0,)))
+    rows = list(read_samples(tmp_path / "results", "nines"))
+    assert [row.correct for row in rows] == correct
+    assert [row.text for row in rows] == list(THOUGHTS)  # as they were generated
