@@ -9,8 +9,8 @@ import re
 MAX_WRAPPINGS = 6  # such as `{$5.$}`; more is no spelling of anything
 
 _LAYOUT = re.compile(r"\\(?:displaystyle|textstyle|quad|qquad)(?![A-Za-z])")
-# Between groups of three digits: LaTeX's spaces or blanks, a braced comma, or a comma with \!, which draws it close. With
-# any other space a comma lists two numbers: "1, 234", "(100,\,200)".
+# Between groups of three digits: LaTeX's spaces or blanks, a braced comma, or a comma with \!, which draws it close.
+# With any other space a comma lists two numbers: "1, 234", "(100,\,200)".
 _SEPARATOR = r"(?:\s*(?:\\[,!;: ]|~)+\s*|\s*,?\s*(?:\\!)+\s*,?\s*|\{,\}|\s+)"
 _GROUPED_NUMBER = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_SEPARATOR}\d{{3}})+(?!\d)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
