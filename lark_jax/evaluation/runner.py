@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult, LevelAccuracy, accuracies, level_accuracies
-from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, prompt_messages
+from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, prompt_messages, require_distinct
 from lark_jax.evaluation.engines import (
     EngineChoice,
     Generation,
@@ -110,9 +110,7 @@ def render_prompts(benchmarks: Sequence[Benchmark], chat: ChatFormat, system_pro
     Raises:
       EvaluationError: two benchmarks share a name.
     """
-    names = [benchmark.name for benchmark in benchmarks]
-    if len(set(names)) != len(names):
-        raise EvaluationError(f"config.evaluate.benchmarks: file names must differ, got {', '.join(names)}")
+    require_distinct([benchmark.name for benchmark in benchmarks])
     texts = load_system_prompts(system_prompts)
     return tuple(
         Prompt(benchmark.name, problem.problem_id, index, tuple(render_prompt(chat, prompt_messages(problem, texts))))

@@ -172,7 +172,7 @@ def test_a_given_engine_is_used_for_all_students(tmp_path, bigram_student, bench
 
 
 def test_benchmarks_of_one_name_are_refused(tmp_path, bigram_student, benchmarks, chat):
-    with pytest.raises(EvaluationError, match="file names must differ"):
+    with pytest.raises(EvaluationError, match="names must differ"):
         evaluate(tmp_path, bigram_student, benchmarks + benchmarks, chat)
 
 
