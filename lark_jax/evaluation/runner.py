@@ -11,7 +11,7 @@ Results of a student, which follow from them:
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,13 @@ from tqdm import tqdm
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult, LevelAccuracy, accuracies, level_accuracies
-from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, prompt_messages, require_distinct
+from lark_jax.evaluation.benchmarks import (
+    Benchmark,
+    BenchmarkProblem,
+    load_system_prompts,
+    prompt_messages,
+    require_distinct,
+)
 from lark_jax.evaluation.engines import (
     EngineChoice,
     Generation,
@@ -35,7 +41,8 @@ from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, THOUGHT, Grader, grader
 from lark_jax.evaluation.samples import SAMPLES, SampleRow, write_sample_table
 from lark_jax.evaluation.worker.worker_request import Prompt, Request
 from lark_jax.files import read_json, sha256_of_json, sha256_of_path, write_json, write_jsonl
-from lark_jax.pool.chat import ChatFormat, opens_thought, render_prompt
+from lark_jax.pool.chat import ChatFormat, RenderRefusal, opens_thought, render_prompt
+from lark_jax.pool.records import Message
 
 GENERATIONS = "generations.jsonl"
 SUMMARY = "summary.json"
@@ -108,15 +115,36 @@ def render_prompts(benchmarks: Sequence[Benchmark], chat: ChatFormat, system_pro
     """Token ids of every problem of every benchmark, as the student saw prompts in fine-tuning.
 
     Raises:
-      EvaluationError: two benchmarks share a name.
+      EvaluationError: two benchmarks share a name, or the chat template cannot ask a problem.
     """
     require_distinct([benchmark.name for benchmark in benchmarks])
     texts = load_system_prompts(system_prompts)
     return tuple(
-        Prompt(benchmark.name, problem.problem_id, index, tuple(render_prompt(chat, prompt_messages(problem, texts))))
+        Prompt(benchmark.name, problem.problem_id, index, _prompt_tokens(chat, benchmark, problem, texts))
         for benchmark in benchmarks
         for index, problem in enumerate(benchmark.problems)
     )
+
+
+def _prompt_tokens(
+    chat: ChatFormat, benchmark: Benchmark, problem: BenchmarkProblem, system_prompts: Mapping[str, str]
+) -> tuple[int, ...]:
+    messages = prompt_messages(problem, system_prompts)
+    try:
+        return tuple(render_prompt(chat, messages))
+    except RenderRefusal as refusal:
+        line = f"benchmark {benchmark.name}, problem {problem.problem_id}: {refusal}"
+        if messages[0].role == "system" and _can_render(chat, messages[1:]):
+            line += ", or ask without a system turn: evaluate.system_prompts=none"
+        raise EvaluationError(line) from refusal
+
+
+def _can_render(chat: ChatFormat, messages: Sequence[Message]) -> bool:
+    try:
+        render_prompt(chat, messages)
+    except RenderRefusal:
+        return False
+    return True
 
 
 def read_student_result(out_dir: str | Path) -> StudentResult:

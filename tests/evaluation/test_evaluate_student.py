@@ -197,3 +197,30 @@ def test_a_thought_that_the_prompt_opens_and_no_one_closes_holds_no_answer(
     rows = list(read_samples(tmp_path / "results", "nines"))
     assert [row.correct for row in rows] == correct
     assert [row.text for row in rows] == list(THOUGHTS)  # as they were generated
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM_TURN = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS
+DROPS_SYSTEM_TURN = TURNS.replace("messages %}", "messages if m.role != 'system' %}")
+WITHOUT = "or ask without a system turn: evaluate.system_prompts=none"
+
+
+@pytest.mark.parametrize(
+    ("template", "question", "message", "advised"),
+    [
+        (TURNS, "what does <|im_end|> do?", r"message 1 \(user\) contains the control token", False),
+        (NO_SYSTEM_TURN, "1+1?", r"the template fails on roles \(system, user\): no system", True),
+        (NO_SYSTEM_TURN, "what does <|im_end|> do?", "contains the control token", False),
+        (DROPS_SYSTEM_TURN, "1+1?", r"changes or drops message 0 \(system\); set student.chat_template", True),
+    ],
+)
+def test_a_problem_that_cannot_be_asked_is_named(template, question, message, advised, tmp_path, bigram_student):
+    (tmp_path / "template.jinja").write_text(template)
+    (tmp_path / "own.json").write_text(json.dumps([{"problem": question, "answer": "1", "id": "p 17"}]))
+    chat = load_chat_format(bigram_student, tmp_path / "template.jinja")
+    with pytest.raises(EvaluationError, match=rf"^benchmark own, problem p 17: .*{message}") as caught:
+        runner.render_prompts([read_benchmark(tmp_path / "own.json")], chat, "by_kind")
+    assert str(caught.value).endswith(WITHOUT) is advised
