@@ -1,7 +1,7 @@
 """Stage "report": reads what the other stages left and writes `report/index.html`, `report/table.txt` and tables."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.pool import open_pool
 from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.selections import comparison_of, read_picks
+from lark_jax.stages.software import software_of
 from lark_jax.stages.tables import Evaluation, in_order, paired_differences, read_students, write_tables
 
 TABLE = "table.txt"
@@ -77,7 +78,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
     return ReportContent(
         title=f"LARK: {Path(experiment.workdir).name}",
         settings=settings_of(experiment),
-        versions=tuple(Setting(name, version) for name, version in _environment(layout)),
+        versions=tuple(Setting(name, version) for name, version in _environment(experiment, layout)),
         results=tuple(_results(experiment, layout)),
         interval_note=f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples",
         differences=paired_differences(_model(experiment), in_order(_evaluated(experiment, layout))),
@@ -87,13 +88,17 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         samples=tuple(_samples(experiment, layout)),
         comparison=_comparison(experiment, layout),
         contamination=_contamination(experiment, layout),
-        stages=tuple(_summaries(layout)),
+        stages=tuple(_summary(manifest) for manifest in _manifests(_counted(layout))),
     )
 
 
-def _environment(layout: Layout) -> Iterator[tuple[str, str]]:
-    """Versions of this process, the hardware of those that did the work, engine and benchmarks of the evaluation."""
-    yield from runtime.package_versions().items()
+def _environment(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Software and hardware of the stages that did the work, engine and benchmarks of the evaluation."""
+    metrics = [layout.metric(name) for name in experiment.score.metrics]
+    asked = [layout.evaluation(name) for name in ("benchmarks", "engine")]
+    manifests = _manifests([layout.statistics, *metrics, *_counted(layout), *asked])
+    ran = [(manifest.name, manifest.versions) for manifest in manifests]
+    yield from software_of([*ran, ("report", runtime.package_versions())])  # differences and intervals are made here
     for directory in (layout.statistics, *(layout.finetune(run) for run in layout.runs)):
         if (manifest := read_manifest(directory)) is not None:
             yield f"hardware of {manifest.name}", manifest.hardware
@@ -242,14 +247,16 @@ def _candidate(trajectory: Trajectory, g_hat: float, choice: Choice | None) -> L
     )
 
 
-def _summaries(layout: Layout) -> Iterator[StageSummary]:
+def _counted(layout: Layout) -> list[Path]:
+    """Folders of the tasks whose records the report counts."""
     directories = [layout.prepared_data, layout.pretraining, layout.score]
     directories += [folder(run) for folder in (layout.selection, layout.finetune, layout.export) for run in layout.runs]
-    directories += [layout.evaluation(name) for name in (BASE, *(run.name for run in layout.runs))]
-    for directory in directories:
-        manifest = read_manifest(directory)
-        if manifest is not None:
-            yield _summary(manifest)
+    return directories + [layout.evaluation(name) for name in (BASE, *(run.name for run in layout.runs))]
+
+
+def _manifests(directories: Sequence[Path]) -> list[Manifest]:
+    """Of the tasks that are finished."""
+    return [manifest for directory in directories if (manifest := read_manifest(directory)) is not None]
 
 
 def _summary(manifest: Manifest) -> StageSummary:
