@@ -21,7 +21,14 @@ from tqdm import tqdm
 
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult, LevelAccuracy, accuracies, level_accuracies
+from lark_jax.evaluation.accuracy import (
+    Accuracy,
+    BenchmarkResult,
+    LevelAccuracy,
+    Ungraded,
+    accuracies,
+    level_accuracies,
+)
 from lark_jax.evaluation.benchmarks import (
     Benchmark,
     BenchmarkProblem,
@@ -180,8 +187,9 @@ def _request(
 
 def _benchmark_result(fields: dict[str, Any]) -> BenchmarkResult:
     levels = tuple(LevelAccuracy(**{**level, "by_k": _by_k(level["by_k"])}) for level in fields.pop("levels"))
-    fields.update({name: tuple(fields[name]) for name in ("seeds", "ungraded")})
-    return BenchmarkResult(by_k=_by_k(fields.pop("by_k")), levels=levels, **fields)
+    ungraded = tuple(Ungraded(**sample) for sample in fields.pop("ungraded"))
+    seeds = tuple(fields.pop("seeds"))
+    return BenchmarkResult(by_k=_by_k(fields.pop("by_k")), levels=levels, ungraded=ungraded, seeds=seeds, **fields)
 
 
 def _by_k(entries: list[dict[str, Any]]) -> tuple[Accuracy, ...]:
@@ -247,8 +255,6 @@ def _summarize(benchmark: Benchmark, rows: Sequence[SampleRow], config: Evaluate
         num_cut=sum(row.truncated for row in rows),
         mean_tokens=sum(row.num_tokens for row in rows) / len(rows),
         ungraded=tuple(
-            f"{row.problem_id} seed {row.seed} sample {row.sample}: {row.reason}"
-            for row in rows
-            if row.reason in GAVE_UP
+            Ungraded(row.problem_id, row.seed, row.sample, row.reason) for row in rows if row.reason in GAVE_UP
         ),
     )

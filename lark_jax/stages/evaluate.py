@@ -15,7 +15,7 @@ from lark_jax.evaluation.benchmark_sources import find_source
 from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, read_benchmark, require_distinct
 from lark_jax.evaluation.engines import EngineChoice, require_separate_seeds, server_for
 from lark_jax.evaluation.grading import grader_identity
-from lark_jax.evaluation.runner import engine_for, evaluate_student
+from lark_jax.evaluation.runner import StudentResult, engine_for, evaluate_student
 from lark_jax.evaluation.standard_benchmarks import content_fingerprint, edition_of
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import load_chat_format
@@ -156,14 +156,23 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             "samples without a box": sum(benchmark.num_unboxed for benchmark in result.benchmarks),
             "samples cut at max_tokens": sum(benchmark.num_cut for benchmark in result.benchmarks),
         }
-        ungraded = [
-            {"problem_id": text.split(" ")[0], "candidate_id": "", "location": benchmark.benchmark, "reason": text}
-            for benchmark in result.benchmarks
-            for text in benchmark.ungraded
-        ]
-        return Outcome(counts=counts, skipped=ungraded)
+        return Outcome(counts=counts, skipped=ungraded_samples(result))
 
     return Task(f"evaluate/{name}", layout.evaluation(name), inputs, evaluate)
+
+
+def ungraded_samples(result: StudentResult) -> list[dict[str, str]]:
+    """What the manifest lists: every sample that counts as wrong because the grader gave it up."""
+    return [
+        {
+            "problem_id": sample.problem_id,
+            "candidate_id": f"seed {sample.seed} sample {sample.sample}",
+            "location": benchmark.benchmark,
+            "reason": sample.reason,
+        }
+        for benchmark in result.benchmarks
+        for sample in benchmark.ungraded
+    ]
 
 
 def engine_of(layout: Layout) -> EngineChoice:

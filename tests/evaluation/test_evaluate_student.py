@@ -10,13 +10,14 @@ import pytest
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import runner
-from lark_jax.evaluation.accuracy import accuracies
+from lark_jax.evaluation.accuracy import Ungraded, accuracies
 from lark_jax.evaluation.benchmarks import read_benchmark
 from lark_jax.evaluation.engines import EngineChoice, Generation
 from lark_jax.evaluation.runner import engine_for, evaluate_student, read_student_result
 from lark_jax.evaluation.samples import read_samples, read_verdicts
 from lark_jax.evaluation.worker.worker_request import Sample
 from lark_jax.pool.chat import load_chat_format
+from lark_jax.stages.evaluate import ungraded_samples
 
 CONFIG = EvaluateConfig(
     engine="transformers", samples=5, seeds=(0, 1), temperature=1.0, top_p=1.0, max_tokens=16, system_prompts="none"
@@ -81,10 +82,14 @@ def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat,
     assert [accuracy.k for accuracy in digits.by_k] == [1, 2, 3, 4, 5]
 
 
-def test_a_summary_of_another_version_is_named(copied):
+@pytest.mark.parametrize(
+    ("now", "then"), [('"by_k"', '"accuracy"'), ('"ungraded": []', '"ungraded": ["3 seed 0 sample 1: timed out"]')]
+)
+def test_a_summary_of_another_version_is_named(now, then, copied):
     folder, _ = copied
     path = folder / "results" / "summary.json"
-    path.write_text(path.read_text().replace('"by_k"', '"accuracy"'))
+    assert now in path.read_text()
+    path.write_text(path.read_text().replace(now, then))
     with pytest.raises(
         EvaluationError, match=r"summary\.json: written by another version.*run the stage evaluate again"
     ):
@@ -174,6 +179,33 @@ def test_a_given_engine_is_used_for_all_students(tmp_path, bigram_student, bench
 def test_benchmarks_of_one_name_are_refused(tmp_path, bigram_student, benchmarks, chat):
     with pytest.raises(EvaluationError, match="names must differ"):
         evaluate(tmp_path, bigram_student, benchmarks + benchmarks, chat)
+
+
+def test_samples_that_the_grader_gives_up_are_listed_by_problem_seed_and_sample(
+    tmp_path, bigram_student, chat, monkeypatch
+):
+    (tmp_path / "own.json").write_text(json.dumps([{"problem": "?", "answer": "9", "id": "AIME 2024 I 1"}]))
+    endless = Sample(f"\\boxed{{{'1' * 5_000}}}", "stop", 9)
+    generations = [
+        Generation("own", "AIME 2024 I 1", seed, (Sample("\\boxed{9}", "stop", 9), endless)) for seed in (3, 4)
+    ]
+    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
+    monkeypatch.setattr(runner, "read_generations", lambda _: generations)
+    config = replace(CONFIG, samples=2, seeds=(3, 4))
+    result = evaluate(tmp_path, bigram_student, [read_benchmark(tmp_path / "own.json")], chat, config)
+    assert result.benchmarks[0].ungraded == tuple(
+        Ungraded("AIME 2024 I 1", seed, 1, "answer too long") for seed in (3, 4)
+    )
+    assert read_student_result(tmp_path / "results") == result
+    assert ungraded_samples(result) == [
+        {
+            "problem_id": "AIME 2024 I 1",
+            "candidate_id": f"seed {seed} sample 1",
+            "location": "own",
+            "reason": "answer too long",
+        }
+        for seed in (3, 4)
+    ]
 
 
 OPENING = (
