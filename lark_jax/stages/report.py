@@ -18,7 +18,7 @@ from lark_jax.finetuning.metrics import HELD_OUT, METRICS
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.report import ReportContent, terminal_report, write_report
-from lark_jax.report.comparison import Comparison
+from lark_jax.report.comparison import Comparison, excerpt
 from lark_jax.report.content import (
     AccuracyResult,
     Count,
@@ -88,7 +88,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         samples=tuple(_samples(experiment, layout)),
         comparison=_comparison(experiment, layout),
         contamination=_contamination(experiment, layout),
-        stages=tuple(_summary(manifest) for manifest in _manifests(_counted(layout))),
+        stages=tuple(_summaries(layout)),
     )
 
 
@@ -156,7 +156,8 @@ def _samples(experiment: Experiment, layout: Layout) -> Iterator[Sample]:
         for index, problem in enumerate(shown):
             for student, rows in answers.items():
                 row = rows[index]
-                yield Sample(student, benchmark.name, problem.problem, row.text, problem.answer, row.correct)
+                texts = excerpt(problem.problem), excerpt(row.text)
+                yield Sample(student, benchmark.name, *texts, problem.answer, row.correct)
 
 
 def _comparison(experiment: Experiment, layout: Layout) -> Comparison | None:
@@ -222,7 +223,7 @@ def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:
     chosen = {choice.candidate_id: choice for choice in choices if choice.problem_id == problem_id}
     return Landscape(
         problem_id=problem_id,
-        problem="\n\n".join(message.content for message in pool[0].prompt),
+        problem=excerpt("\n\n".join(message.content for message in pool[0].prompt)),
         method="lark",
         budget=budget,
         candidates=tuple(
@@ -243,7 +244,7 @@ def _candidate(trajectory: Trajectory, g_hat: float, choice: Choice | None) -> L
         score=g_hat,
         weight=0.0 if choice is None else choice.weight,
         selected=choice is not None,
-        text=trajectory.response,
+        text=excerpt(trajectory.response),
     )
 
 
@@ -259,7 +260,14 @@ def _manifests(directories: Sequence[Path]) -> list[Manifest]:
     return [manifest for directory in directories if (manifest := read_manifest(directory)) is not None]
 
 
-def _summary(manifest: Manifest) -> StageSummary:
+def _summaries(layout: Layout) -> Iterator[StageSummary]:
+    for directory in _counted(layout):
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            yield _summary(manifest, directory / MANIFEST)
+
+
+def _summary(manifest: Manifest, path: Path) -> StageSummary:
     outcome = manifest.outcome
     counts = tuple(Count(name, value) for name, value in outcome.counts.items())
-    return StageSummary(manifest.name, counts, tuple(SkippedRecord(**record) for record in outcome.skipped))
+    return StageSummary(manifest.name, counts, tuple(SkippedRecord(**record) for record in outcome.skipped), str(path))

@@ -142,6 +142,30 @@ def test_every_skipped_record_is_on_the_page(skipped: int) -> None:
     assert f"{skipped} skipped" in page
 
 
+def test_of_very_many_skipped_records_the_page_shows_the_first_and_counts_all() -> None:
+    reasons = ("prompt_fills_max_length: the prompt has 9 tokens", "empty_answer: remove the record")
+    numbers = range(165_000)
+    records = tuple(SkippedRecord(f"p{i}", "c", f"pool.jsonl:{i}", reasons[i % 3 > 0]) for i in numbers)
+    page = render_page(ReportContent("t", stages=(StageSummary("score", (), records, "runs/x/score/manifest.json"),)))
+    assert len(page) < 1_000_000
+    text = " ".join("".join(PageReader(page).text).split())
+    assert "165,000 skipped in score, with reasons" in text
+    assert "empty_answer 110,000 prompt_fills_max_length 55,000" in text
+    last = "The first 1,000 of 165,000 records that score left out; all are in runs/x/score/manifest.json."
+    assert last in text
+    assert "p999 c pool.jsonl:999" in text
+    assert "p1000" not in text
+
+
+def test_kinds_of_reasons_are_bounded_too() -> None:
+    records = tuple(SkippedRecord(f"p{i}", "c", "", f"reason {max(i, 1)}") for i in range(30))
+    text = " ".join(
+        "".join(PageReader(render_page(ReportContent("t", stages=(StageSummary("s", (), records),)))).text).split()
+    )
+    assert "reason 1 2 reason 2 1" in text
+    assert "reason 20 1 9 other reasons 9" in text
+
+
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     files = ("index.html", "accuracy.png", "loss.png", "landscape.png")
     for folder in ("first", "second"):
