@@ -120,7 +120,7 @@ def require_current(task: Task) -> None:
     existing = read_manifest(task.directory)
     if existing is None:
         return
-    changed = ", ".join(changed_keys(existing.inputs, _as_json(task.inputs())))
+    changed = ", ".join(_changed_keys(existing.inputs, _as_json(task.inputs())))
     if changed:
         raise PipelineError(
             f"{task.directory}: {changed} changed since this was computed; add {task.stage!r} to config.stages, or "
@@ -176,7 +176,7 @@ def _prepare_directory(task: Task, inputs: Mapping[str, Any], existing: Manifest
     if existing is not None and existing.inputs == inputs:
         runtime.say(f"{task.name}: outputs are missing or have another size; computing them again")
     elif before is not None and before != inputs:
-        runtime.say(f"{task.name}: {', '.join(changed_keys(before, inputs))} changed; starting it anew")
+        runtime.say(f"{task.name}: {', '.join(_changed_keys(before, inputs))} changed; starting it anew")
     if started != inputs and task.directory.exists():
         files.remove_directory(task.directory)
     files.remove_partial_files(task.directory)
@@ -192,13 +192,13 @@ def _started_inputs(directory: Path) -> Mapping[str, Any] | None:
         raise PipelineError(f"{path}: not readable ({error}); delete {directory} to compute it again") from error
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the leaves in which two nested mappings differ."""
     changed: list[str] = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changed += changed_keys(before, after, prefix=f"{prefix}{key}.")
+            changed += _changed_keys(before, after, prefix=f"{prefix}{key}.")
         elif before != after:
             changed.append(prefix + key)
     return changed

@@ -11,7 +11,7 @@ from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import paired_difference
 from lark_jax.evaluation.runner import read_student_result
 from lark_jax.evaluation.samples import read_verdicts
-from lark_jax.pipeline import changed_keys, read_manifest, require_manifest
+from lark_jax.pipeline import read_manifest, require_manifest
 from lark_jax.report.content import PairedDifference, student_label
 from lark_jax.report.table import markdown_table
 from lark_jax.report.table_files import csv_table
@@ -73,12 +73,13 @@ def require_asked_alike(evaluations: Sequence[Evaluation]) -> None:
     Raises:
       EvaluationError: names the two folders, the fields in which their manifests differ, and the values.
     """
-    asked = {found.directory: _asked(found.directory) for found in evaluations}
-    first = evaluations[0].directory
-    for other in asked:
-        differing = changed_keys(asked[first], asked[other])
+    first, *others = (found.directory for found in evaluations)
+    asked = _asked(first)
+    for other in others:
+        of_other = _asked(other)
+        differing = [name for name in sorted({*asked, *of_other}) if asked.get(name) != of_other.get(name)]
         if differing:
-            values = ", ".join(f"{name} {_at(asked[first], name)} and {_at(asked[other], name)}" for name in differing)
+            values = ", ".join(f"{name} {asked.get(name)} and {of_other.get(name)}" for name in differing)
             raise EvaluationError(
                 f"{first} and {other} do not compare: {values}; evaluate them with the same settings, or put them "
                 "into tables of their own"
@@ -87,15 +88,16 @@ def require_asked_alike(evaluations: Sequence[Evaluation]) -> None:
 
 def _asked(directory: Path) -> dict[str, Any]:
     inputs = require_manifest(directory, "evaluate").inputs
-    return {name: inputs.get(name) for name in ASKED}
+    return dict(_leaves({name: inputs.get(name) for name in ASKED}))
 
 
-def _at(values: Mapping[str, Any], dotted: str) -> str:
-    """The value under a dotted name, as text; "none" where there is none."""
-    found: Any = values
-    for name in dotted.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return "none" if found is None else str(found)
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of what nested mappings hold, and the values."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def read_students(model: str, evaluations: Sequence[Evaluation]) -> tuple[EvaluatedStudent, ...]:

@@ -130,7 +130,7 @@ def test_what_cannot_be_joined_is_named(
         ({"decoding": {**ASKED["decoding"], "temperature": 1.5}}, "decoding.temperature 0.6 and 1.5"),
         ({"decoding": {**ASKED["decoding"], "seeds": (0, 1)}}, "decoding.seeds [0, 1, 2] and [0, 1]"),
         ({"grader": {"grader": "paper", "rules": 3}}, "grader.grader math_verify and paper"),
-        ({"grader": {"grader": "math_verify"}}, "grader.rules 3 and none"),
+        ({"grader": {"grader": "math_verify"}}, "grader.rules 3 and None"),
         ({"system_prompts": "none"}, "system_prompts by_kind and none"),
     ],
 )
