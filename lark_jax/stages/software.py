@@ -13,7 +13,7 @@ def software_of(ran: Sequence[tuple[str, Mapping[str, str]]]) -> Iterator[tuple[
     for package in dict.fromkeys(package for _, versions in ran for package in versions):
         by_version: dict[str, list[str]] = {}
         for task, versions in ran:
-            by_version.setdefault(versions.get(package, "not installed"), []).append(task)
+            by_version.setdefault(versions.get(package, "none recorded"), []).append(task)
         for version, of_version in by_version.items():
             where = "" if len(by_version) == 1 else f" in {', '.join(_short(of_version, tasks))}"
             yield package + where, version

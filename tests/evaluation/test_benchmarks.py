@@ -72,8 +72,12 @@ def test_a_given_kind_wins(tmp_path):
         {"problem": "?", "answer": "B", "kind": "expression"},
         {"problem": "?", "answer": "2"},
     ]
-    kinds = [problem.kind for problem in read_benchmark(write_records(tmp_path / "b.json", *records)).problems]
-    assert kinds == ["letter", "expression", "expression"]
+    problems = read_benchmark(write_records(tmp_path / "b.json", *records)).problems
+    assert [(problem.kind, problem.answer) for problem in problems] == [
+        ("letter", "B"),
+        ("expression", "B"),
+        ("expression", "2"),
+    ]
 
 
 @pytest.mark.parametrize("answer", [1, "Paris", "BC", "\\text{no}"])

@@ -29,7 +29,7 @@ def test_different_versions_are_rows_with_the_stages_or_tasks_that_had_them() ->
         ("code in score, finetune/lark_B1", "old"),
         ("code in finetune/lark_B3, report", "new"),
         ("jax", "0.10.2"),
-        ("vllm in score, finetune", "not installed"),
+        ("vllm in score, finetune", "none recorded"),
         ("vllm in report", "0.32"),
     ]
 
