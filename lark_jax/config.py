@@ -235,6 +235,8 @@ class EvaluateConfig:
         _require(min(self.seeds) >= 0, "evaluate.seeds", self.seeds, "integers >= 0")
         _require(0 <= self.temperature < math.inf, "evaluate.temperature", self.temperature, "a number >= 0")
         _require(0 < self.top_p <= 1, "evaluate.top_p", self.top_p, "a number in (0, 1]")
+        different = "1 with temperature 0 (all samples would be equal)"
+        _require(self.temperature > 0 or self.samples == 1, "evaluate.samples", self.samples, different)
         positive_penalty = 0 < self.repetition_penalty < math.inf
         _require(positive_penalty, "evaluate.repetition_penalty", self.repetition_penalty, "a number > 0")
         if self.engine == "openai":

@@ -6,7 +6,8 @@ Joins the evaluated students of several working directories, one per model, into
     accuracies.csv             Acc@k for every k, whole benchmarks and levels, with intervals
     differences.md, .csv       LARK minus each other method, on the same problems, with intervals
 
-A model's NAME is that of its folder unless one is given.
+A model's NAME is that of its folder unless one is given. Students that were asked or graded in different ways are
+refused.
 """
 
 import argparse
@@ -17,7 +18,13 @@ from pathlib import Path
 from lark_jax.errors import EvaluationError, LarkError
 from lark_jax.report.table import text_table
 from lark_jax.report.table_one import table_one
-from lark_jax.stages.tables import find_evaluations, paired_differences, read_students, write_tables
+from lark_jax.stages.tables import (
+    find_evaluations,
+    paired_differences,
+    read_students,
+    require_asked_alike,
+    write_tables,
+)
 
 EXIT_USER_ERROR = 2
 
@@ -27,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         found = {model: find_evaluations(workdir) for model, workdir in _models(options.workdirs).items()}
+        require_asked_alike([evaluation for evaluations in found.values() for evaluation in evaluations])
         students = [student for model, evaluations in found.items() for student in read_students(model, evaluations)]
         table = table_one(students)
         differences = [row for model, evaluations in found.items() for row in paired_differences(model, evaluations)]

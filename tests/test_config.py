@@ -167,6 +167,11 @@ def test_fields_that_need_each_other() -> None:
     assert "config.evaluate.benchmarks" in error_line({**VALID, "stages": ("evaluate",)})
     assert "config.synthetic" in error_line({**VALID, "stages": ("prepare", "score")})
     assert "config.synthetic.num_heads" in error_line(with_field("synthetic.hidden_size", 131))
+    assert "config.evaluate.samples: expected 1 with temperature 0" in error_line(
+        with_field("evaluate.temperature", 0.0)
+    )
+    greedy = experiment_from_mapping({**VALID, "evaluate": {"temperature": 0.0, "samples": 1}}).evaluate
+    assert (greedy.temperature, greedy.samples) == (0.0, 1)
 
 
 def test_minimal_configuration_takes_the_documented_defaults() -> None:

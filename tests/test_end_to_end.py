@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+from html_pages import faults_of_pages
 from safetensors.numpy import load_file
 
 from lark_jax.files import read_json, sha256_of_path
@@ -95,6 +96,7 @@ def test_every_stage_runs_and_the_table_and_the_report_come_out(undisturbed: Und
         assert label in finished.stdout
     page = (workdir / "report" / "index.html").read_text()
     assert page.count("<svg") == 4
+    assert faults_of_pages(workdir / "report") == []
     assert len(undisturbed.results) > 25
 
 

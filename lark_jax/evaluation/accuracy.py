@@ -36,6 +36,16 @@ class LevelAccuracy:
 
 
 @dataclass(frozen=True)
+class Ungraded:
+    """A sample that the grader gave up; it counts as wrong."""
+
+    problem_id: str
+    seed: int
+    sample: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class BenchmarkResult:
     benchmark: str
     fingerprint: str  # of the benchmark
@@ -47,7 +57,7 @@ class BenchmarkResult:
     num_unboxed: int  # samples without an answer to grade
     num_cut: int  # samples that ended at the token limit
     mean_tokens: float  # generated tokens per sample
-    ungraded: tuple[str, ...]  # "problem_id seed S sample I: reason" where the grader gave up; counted as wrong
+    ungraded: tuple[Ungraded, ...]
 
     @property
     def accuracy(self) -> Accuracy:

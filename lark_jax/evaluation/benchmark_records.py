@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from lark_jax.errors import EvaluationError, one_line
 from lark_jax.evaluation.multiple_choice import is_multiple_choice, with_lettered_options
+from lark_jax.evaluation.spelling import choice_letter
 from lark_jax.files import sha256_of_json
 
 KINDS = ("number", "letter", "expression")
@@ -29,7 +30,7 @@ ID_FIELDS = ("problem_id", "unique_id", "id")
 class BenchmarkProblem:
     problem_id: str
     problem: str
-    answer: str  # gold, as text
+    answer: str  # gold, as text; of kind "letter" a capital alone
     kind: str  # of the answer, one of KINDS
     level: str | None = None
     options_seed: int | None = None  # that the options of a multiple-choice problem were shuffled by
@@ -127,7 +128,7 @@ def _problem_from_record(where: str, record: Any, default_id: str, default_kind:
     return BenchmarkProblem(
         problem_id=_problem_id(where, record, default_id),
         problem=problem,
-        answer=_answer_text(where, record),
+        answer=_letter(where, record) if kind == "letter" else _answer_text(where, record),
         kind=kind,
         level=None if level is None else str(level).removeprefix("Level "),  # as MATH itself has it
         options_seed=record.get("options_seed"),
@@ -159,6 +160,17 @@ def _answer_text(where: str, record: Any) -> str:
     if isinstance(answer, str) and answer.strip():
         return answer.strip()
     raise EvaluationError(f"{where}: field 'answer' must be a number or a text that is not empty, got {answer!r}")
+
+
+def _letter(where: str, record: Any) -> str:
+    answer = _answer_text(where, record)
+    letter = choice_letter(answer)
+    if letter is None:
+        raise EvaluationError(
+            f"{where}: field 'answer' must be the letter of a choice, since kind is 'letter', got {answer!r}; give the "
+            "letter, or another kind"
+        )
+    return letter
 
 
 def _common_kind(located: list[tuple[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Benchmarks by file, name or hub id, and the messages that ask a student to solve their problems."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +18,7 @@ from lark_jax.evaluation.standard_benchmarks import check_standard
 from lark_jax.pool.records import Message
 
 __all__ = [
+    "BUILT_IN_PROMPTS",
     "BY_KIND",
     "KINDS",
     "Benchmark",
@@ -25,6 +26,7 @@ __all__ = [
     "load_system_prompts",
     "prompt_messages",
     "read_benchmark",
+    "require_distinct",
 ]
 
 # One text per kind of answer, as in Appendix C.4 of the paper: English, reasoning first, then one boxed answer.
@@ -39,6 +41,7 @@ BY_KIND: Mapping[str, str] = MappingProxyType(
         "expression": _SYSTEM_PROMPT % ("<answer>", "with nothing but the final answer inside the box."),
     }
 )
+BUILT_IN_PROMPTS: Mapping[str, Mapping[str, str]] = MappingProxyType({"by_kind": BY_KIND, "none": MappingProxyType({})})
 
 
 def read_benchmark(entry: str | Path) -> Benchmark:
@@ -54,16 +57,22 @@ def read_benchmark(entry: str | Path) -> Benchmark:
     return benchmark
 
 
+def require_distinct(names: Sequence[str]) -> None:
+    """Raises EvaluationError where two benchmarks share a name: results lie under it."""
+    if len(set(names)) != len(names):
+        raise EvaluationError(
+            f"config.evaluate.benchmarks: names must differ, got {', '.join(names)}; give another one: NAME=FILE"
+        )
+
+
 def load_system_prompts(choice: str) -> Mapping[str, str]:
     """Kind -> system prompt for `evaluate.system_prompts`: "by_kind" (built in), "none", or a JSON file {kind: text}.
 
     Raises:
       EvaluationError: the file is missing, is not an object of texts, or names an unknown kind.
     """
-    if choice == "by_kind":
-        return BY_KIND
-    if choice == "none":
-        return MappingProxyType({})
+    if choice in BUILT_IN_PROMPTS:
+        return BUILT_IN_PROMPTS[choice]
     path = Path(choice)
     prompts = parse_json(read_text(path), str(path))
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):

@@ -20,7 +20,15 @@ from typing import Any
 
 from lark_jax.config import STUDENT_PLACEHOLDER, EvaluateConfig
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.worker.worker_request import SEED_MODULUS, Prompt, Request, Sample, Server, write_request
+from lark_jax.evaluation.worker.worker_request import (
+    SEED_MODULUS,
+    SEED_STRIDE,
+    Prompt,
+    Request,
+    Sample,
+    Server,
+    write_request,
+)
 from lark_jax.files import read_json, sha256_of_json
 
 WORKER = Path(__file__).with_name("worker") / "main.py"
@@ -72,10 +80,7 @@ def build_request(
                 f"benchmark {prompt.benchmark}, problem {prompt.problem_id}: the prompt has {len(prompt.tokens)} "
                 f"tokens and the model at {model_dir} takes {limit}; remove the problem or take another student"
             )
-    if config.temperature == 0 and config.samples > 1:
-        raise EvaluationError(
-            f"config.evaluate.samples: expected 1 with temperature 0 (all samples would be equal), got {config.samples}"
-        )
+    require_separate_seeds(config.seeds, max(prompt.index for prompt in prompts) + 1, config.samples)
     request = Request(
         fingerprint="",
         engine=engine,
@@ -96,7 +101,6 @@ def build_request(
         server=server_for(config, student) if engine == "openai" else None,
         engines=config.engines,
     )
-    _require_separate_seeds(request)
     return dataclasses.replace(request, fingerprint=_fingerprint(request, model_fingerprint))
 
 
@@ -229,16 +233,21 @@ def _fingerprint(request: Request, model_fingerprint: str) -> str:
     return sha256_of_json([model_fingerprint, {**fields, "server": served_as}])
 
 
-def _require_separate_seeds(request: Request) -> None:
-    """No two decoding seeds may give any two samples of a benchmark the same generator."""
-    extent = (max(prompt.index for prompt in request.prompts) + 1) * request.samples
-    jobs = [job for job in request.jobs() if job.prompt == request.prompts[0]]
-    starts = [(request.first_seed(job) - job.prompt.index * request.samples) % SEED_MODULUS for job in jobs]
+def require_separate_seeds(seeds: Sequence[int], num_problems: int, samples: int) -> None:
+    """Refuses decoding seeds of which two would give two samples of a benchmark the same generator.
+
+    Args:
+      num_problems: of the largest benchmark.
+
+    Raises:
+      EvaluationError: names two seeds.
+    """
+    starts = [seed * SEED_STRIDE % SEED_MODULUS for seed in seeds]
     for index, start in enumerate(starts):
         for other in range(index):
             distance = (start - starts[other]) % SEED_MODULUS
-            if min(distance, SEED_MODULUS - distance) < extent:
-                pair = (request.seeds[other], request.seeds[index])
+            if min(distance, SEED_MODULUS - distance) < num_problems * samples:
+                pair = (seeds[other], seeds[index])
                 raise EvaluationError(f"config.evaluate.seeds: {pair} would draw equal samples; choose smaller seeds")
 
 

@@ -12,12 +12,13 @@ from typing import Self
 
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.paper_rules import equal_by_paper_rules
-from lark_jax.evaluation.spelling import in_base, tidy, without_percent, words
+from lark_jax.evaluation.spelling import choice_letter, in_base, tidy, without_percent, words
 from lark_jax.evaluation.verifier import LIMIT_S, MathVerifier, VerifierFailure, VerifierTimeout, package_versions
 
 GRADERS = ("math_verify", "paper")
-RULES = 2  # raised when a verdict of this module or its helpers changes: finished students are then graded again
+RULES = 3  # raised when a verdict of this module or its helpers changes: finished students are then graded again
 MAX_ANSWER_CHARACTERS = 4_096  # beyond, a box holds no answer but a model that repeats itself
+THOUGHT = "<think>"  # opens the thinking block
 
 CORRECT = "correct"
 WRONG = "wrong"
@@ -29,7 +30,6 @@ GAVE_UP = (TIMED_OUT, TOO_LONG, FAILED)  # no verdict; the sample counts as wron
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ class Grader:
         self._verifier.__exit__(kind, error, traceback)
 
     def grade(self, text: str, gold: str, kind: str) -> Grade:
-        """Grades a whole generated text; `kind` is "number", "letter" or "expression"."""
+        """Grades a whole generated text, from the thinking block's `<think>` on where it has one.
+
+        `kind` is "number", "letter" or "expression".
+        """
         extracted = last_box(text) if self._name == "paper" else final_answer(text)
         if extracted is None:
             return Grade(False, None, NO_BOX)
@@ -117,7 +120,7 @@ def final_answer(text: str) -> str | None:
     The thinking block ends with the last `</think>`; one that is opened and never closed leaves no answer.
     """
     answer_part = text.rpartition("</think>")[2]
-    return None if "<think>" in answer_part else last_box(answer_part)
+    return None if THOUGHT in answer_part else last_box(answer_part)
 
 
 def last_box(text: str) -> str | None:
@@ -133,10 +136,3 @@ def last_box(text: str) -> str | None:
             if opening in openings and (last is None or opening > last[0]):
                 last = (opening, match.start())
     return None if last is None else text[last[0] + 1 : last[1]].strip()
-
-
-def choice_letter(text: str) -> str | None:
-    """The choice that `B`, `(b)`, `B.` or `\\text{B}` names, as a capital; None for anything else."""
-    bare = _WRAPPED.sub(r"\1", text.strip().strip("$")).strip()
-    match = re.fullmatch(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?", bare)
-    return match.group(1).upper() if match else None

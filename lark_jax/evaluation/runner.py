@@ -11,7 +11,7 @@ Results of a student, which follow from them:
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,21 @@ from tqdm import tqdm
 
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult, LevelAccuracy, accuracies, level_accuracies
-from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, prompt_messages
+from lark_jax.evaluation.accuracy import (
+    Accuracy,
+    BenchmarkResult,
+    LevelAccuracy,
+    Ungraded,
+    accuracies,
+    level_accuracies,
+)
+from lark_jax.evaluation.benchmarks import (
+    Benchmark,
+    BenchmarkProblem,
+    load_system_prompts,
+    prompt_messages,
+    require_distinct,
+)
 from lark_jax.evaluation.engines import (
     EngineChoice,
     Generation,
@@ -31,11 +44,12 @@ from lark_jax.evaluation.engines import (
     read_generations,
     run_generation,
 )
-from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, Grader, grader_identity
+from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, THOUGHT, Grader, grader_identity
 from lark_jax.evaluation.samples import SAMPLES, SampleRow, write_sample_table
 from lark_jax.evaluation.worker.worker_request import Prompt, Request
 from lark_jax.files import read_json, sha256_of_json, sha256_of_path, write_json, write_jsonl
-from lark_jax.pool.chat import ChatFormat, render_prompt
+from lark_jax.pool.chat import ChatFormat, RenderRefusal, opens_thought, render_prompt
+from lark_jax.pool.records import Message
 
 GENERATIONS = "generations.jsonl"
 SUMMARY = "summary.json"
@@ -87,7 +101,7 @@ def evaluate_student(
     request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, generations_dir)
     _discard_other_generations(request)
     run_generation(request, config.python, generations_dir)
-    results = _grade_all(benchmarks, request, config, out_dir)
+    results = _grade_all(benchmarks, request, chat, config, out_dir)
     result = StudentResult(student, engine, results, fingerprint)
     write_json(out_dir / SUMMARY, dataclasses.asdict(result))
     return result
@@ -108,17 +122,36 @@ def render_prompts(benchmarks: Sequence[Benchmark], chat: ChatFormat, system_pro
     """Token ids of every problem of every benchmark, as the student saw prompts in fine-tuning.
 
     Raises:
-      EvaluationError: two benchmarks share a name.
+      EvaluationError: two benchmarks share a name, or the chat template cannot ask a problem.
     """
-    names = [benchmark.name for benchmark in benchmarks]
-    if len(set(names)) != len(names):
-        raise EvaluationError(f"config.evaluate.benchmarks: file names must differ, got {', '.join(names)}")
+    require_distinct([benchmark.name for benchmark in benchmarks])
     texts = load_system_prompts(system_prompts)
     return tuple(
-        Prompt(benchmark.name, problem.problem_id, index, tuple(render_prompt(chat, prompt_messages(problem, texts))))
+        Prompt(benchmark.name, problem.problem_id, index, _prompt_tokens(chat, benchmark, problem, texts))
         for benchmark in benchmarks
         for index, problem in enumerate(benchmark.problems)
     )
+
+
+def _prompt_tokens(
+    chat: ChatFormat, benchmark: Benchmark, problem: BenchmarkProblem, system_prompts: Mapping[str, str]
+) -> tuple[int, ...]:
+    messages = prompt_messages(problem, system_prompts)
+    try:
+        return tuple(render_prompt(chat, messages))
+    except RenderRefusal as refusal:
+        line = f"benchmark {benchmark.name}, problem {problem.problem_id}: {refusal}"
+        if messages[0].role == "system" and _can_render(chat, messages[1:]):
+            line += ", or ask without a system turn: evaluate.system_prompts=none"
+        raise EvaluationError(line) from refusal
+
+
+def _can_render(chat: ChatFormat, messages: Sequence[Message]) -> bool:
+    try:
+        render_prompt(chat, messages)
+    except RenderRefusal:
+        return False
+    return True
 
 
 def read_student_result(out_dir: str | Path) -> StudentResult:
@@ -154,8 +187,9 @@ def _request(
 
 def _benchmark_result(fields: dict[str, Any]) -> BenchmarkResult:
     levels = tuple(LevelAccuracy(**{**level, "by_k": _by_k(level["by_k"])}) for level in fields.pop("levels"))
-    fields.update({name: tuple(fields[name]) for name in ("seeds", "ungraded")})
-    return BenchmarkResult(by_k=_by_k(fields.pop("by_k")), levels=levels, **fields)
+    ungraded = tuple(Ungraded(**sample) for sample in fields.pop("ungraded"))
+    seeds = tuple(fields.pop("seeds"))
+    return BenchmarkResult(by_k=_by_k(fields.pop("by_k")), levels=levels, ungraded=ungraded, seeds=seeds, **fields)
 
 
 def _by_k(entries: list[dict[str, Any]]) -> tuple[Accuracy, ...]:
@@ -171,27 +205,34 @@ def _discard_other_generations(request: Request) -> None:
 
 
 def _grade_all(
-    benchmarks: Sequence[Benchmark], request: Request, config: EvaluateConfig, out_dir: Path
+    benchmarks: Sequence[Benchmark], request: Request, chat: ChatFormat, config: EvaluateConfig, out_dir: Path
 ) -> tuple[BenchmarkResult, ...]:
+    thoughtful = frozenset(
+        (prompt.benchmark, prompt.problem_id) for prompt in request.prompts if opens_thought(chat, prompt.tokens)
+    )
     by_benchmark: dict[str, list[Generation]] = {benchmark.name: [] for benchmark in benchmarks}
     for generation in read_generations(request.output):
         by_benchmark[generation.benchmark].append(generation)
     graded = []
     with Grader(config.grader) as grader:
         for benchmark in benchmarks:
-            rows = list(_sample_rows(benchmark, by_benchmark[benchmark.name], grader))
+            rows = list(_sample_rows(benchmark, by_benchmark[benchmark.name], grader, thoughtful))
             write_jsonl(out_dir / benchmark.name / SAMPLES, [dataclasses.asdict(row) for row in rows])
             graded.append((benchmark, rows))
     write_sample_table(out_dir, graded)
     return tuple(_summarize(benchmark, rows, config) for benchmark, rows in graded)
 
 
-def _sample_rows(benchmark: Benchmark, generations: Sequence[Generation], grader: Grader) -> Iterator[SampleRow]:
+def _sample_rows(
+    benchmark: Benchmark, generations: Sequence[Generation], grader: Grader, thoughtful: frozenset[tuple[str, str]]
+) -> Iterator[SampleRow]:
+    """Samples of `thoughtful` prompts (benchmark, problem id) go on in a thought that the prompt has opened."""
     problems = {problem.problem_id: problem for problem in benchmark.problems}
     for generation in tqdm(generations, desc=f"grading {benchmark.name}", unit="problem", disable=None):
         problem = problems[generation.problem_id]
+        begun = THOUGHT if (benchmark.name, problem.problem_id) in thoughtful else ""
         for index, sample in enumerate(generation.samples):
-            grade = grader.grade(sample.text, problem.answer, problem.kind)
+            grade = grader.grade(begun + sample.text, problem.answer, problem.kind)
             yield SampleRow(
                 problem.problem_id, generation.seed, index, sample.text,
                 grade.extracted, grade.correct, grade.reason, sample.finish_reason, sample.num_tokens,
@@ -214,8 +255,6 @@ def _summarize(benchmark: Benchmark, rows: Sequence[SampleRow], config: Evaluate
         num_cut=sum(row.truncated for row in rows),
         mean_tokens=sum(row.num_tokens for row in rows) / len(rows),
         ungraded=tuple(
-            f"{row.problem_id} seed {row.seed} sample {row.sample}: {row.reason}"
-            for row in rows
-            if row.reason in GAVE_UP
+            Ungraded(row.problem_id, row.seed, row.sample, row.reason) for row in rows if row.reason in GAVE_UP
         ),
     )

@@ -9,12 +9,13 @@ import re
 MAX_WRAPPINGS = 6  # such as `{$5.$}`; more is no spelling of anything
 
 _LAYOUT = re.compile(r"\\(?:displaystyle|textstyle|quad|qquad)(?![A-Za-z])")
-# Between groups of three digits: a LaTeX space with or without a comma, a braced comma, or blanks alone. A comma and a
-# blank are left alone, since "1, 234" lists two numbers.
-_SEPARATOR = r"(?:\s*,?\s*(?:\\[,!;: ]|~)+\s*,?\s*|\{,\}|\s+)"
+# Between groups of three digits: LaTeX's spaces or blanks, a braced comma, or a comma with \!, which draws it close.
+# With any other space a comma lists two numbers: "1, 234", "(100,\,200)".
+_SEPARATOR = r"(?:\s*(?:\\[,!;: ]|~)+\s*|\s*,?\s*(?:\\!)+\s*,?\s*|\{,\}|\s+)"
 _GROUPED_NUMBER = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_SEPARATOR}\d{{3}})+(?!\d)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
+_LETTER = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?")
 _IN_BASE = re.compile(r"(\w+)_\{?(\d+)\}?")
 _STOP = re.compile(r"(?<![.\\])(?<!\\left)(?<!\\right)\.$")  # none of "...", `\.` and the empty delimiter `\right.`
 _SPACES = ("\\,", "\\;", "\\:", "\\!", "\\ ")
@@ -42,6 +43,12 @@ def words(answer: str) -> str | None:
     shortest = 1 if wrapped else 4
     is_text = all(part.isalpha() for part in text.split(" ")) and max(map(len, text.split(" "))) >= shortest
     return text.casefold() if is_text else None
+
+
+def choice_letter(answer: str) -> str | None:
+    """The choice that `B`, `(b)`, `B.` or `\\text{B}` names, as a capital; None for anything else."""
+    match = _LETTER.fullmatch(_TEXT.sub(r"\1", answer.strip().strip("$")).strip())
+    return match.group(1).upper() if match else None
 
 
 def in_base(answer: str) -> tuple[str, str] | None:

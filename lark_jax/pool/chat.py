@@ -40,6 +40,7 @@ __all__ = [
     "RenderRefusal",
     "RenderedTrajectory",
     "load_chat_format",
+    "opens_thought",
     "render_prompt",
     "render_trajectories",
     "render_trajectory",
@@ -115,6 +116,12 @@ def render_prompt(chat: ChatFormat, messages: Sequence[Message]) -> list[int]:
       RenderRefusal: the template fails or loses text, BOS is doubled, or a message holds a control token.
     """
     return _prompt_tokens(chat, _prompt_text(chat, messages)).tolist()
+
+
+def opens_thought(chat: ChatFormat, prompt_tokens: Sequence[int]) -> bool:
+    """Whether a prompt ends in a `<think>` of the template's own: what follows is a thought until `</think>`."""
+    text = chat.tokenizer.backend_tokenizer.decode(list(prompt_tokens), skip_special_tokens=False)
+    return text.rstrip().endswith("<think>")
 
 
 def render_trajectory(chat: ChatFormat, trajectory: Trajectory, max_length: int) -> RenderedTrajectory:

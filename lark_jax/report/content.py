@@ -81,7 +81,7 @@ class LandscapeCandidate:
     score: float  # g_hat; NaN where the candidate could not be scored
     weight: float = 0.0
     selected: bool = False
-    text: str = ""  # the trajectory; shown for selected candidates
+    text: str = ""  # the trajectory, beginning and end of a long one; shown for selected candidates
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class SelectionComparison:
 
 @dataclass(frozen=True)
 class Sample:
-    """One graded answer of one student."""
+    """One graded answer of one student; of long texts beginning and end."""
 
     student: str
     benchmark: str
@@ -155,6 +155,7 @@ class StageSummary:
     stage: str
     counts: tuple[Count, ...] = ()
     skipped: tuple[SkippedRecord, ...] = ()
+    manifest: str = "manifest.json"  # the stage's own, which the page names where it shows a part
 
 
 @dataclass(frozen=True)

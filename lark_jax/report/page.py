@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from lark_jax.files import atomic_path, write_text
 from lark_jax.report.comparison_pages import FOLDER, write_comparison_pages
 from lark_jax.report.contamination import contamination_section
-from lark_jax.report.content import Landscape, ReportContent, StageSummary
+from lark_jax.report.content import Landscape, ReportContent
 from lark_jax.report.figures import accuracy_figure, landscape_figure, loss_figure
 from lark_jax.report.selection_figure import selection_figure
+from lark_jax.report.skipped import skipped_section
 from lark_jax.report.style import method_styles, png_bytes, svg_text
 from lark_jax.report.table import MISSING, Table, accuracy_detail_table, accuracy_table, loss_table, selection_table
 from lark_jax.report.table_one import difference_table
@@ -75,7 +76,7 @@ def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
         loss=loss_table(content.curves),
         selections=selection_table(content.selections) if content.selections else None,
         landscape=_landscape_table(content.landscape) if content.landscape else None,
-        skipped=[_skipped_table(stage) for stage in content.stages],
+        skipped=[skipped_section(stage) for stage in content.stages],
         figures=svgs,
         figure_captions={name: plate.caption for name, plate in plates.items()},
     )
@@ -162,9 +163,3 @@ def _landscape_table(landscape: Landscape) -> Table:
         for candidate in group
     )
     return Table(header, rows, (False, False, True, True))
-
-
-def _skipped_table(stage: StageSummary) -> Table:
-    header = ("problem", "candidate", "where", "reason")
-    rows = tuple((record.problem_id, record.candidate_id, record.location, record.reason) for record in stage.skipped)
-    return Table(header, rows, (False,) * 4)

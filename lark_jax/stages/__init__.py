@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from lark_jax import processes
 from lark_jax.config import STAGES, Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.evaluation.benchmark_sources import find_source
+from lark_jax.evaluation.benchmarks import BUILT_IN_PROMPTS
 from lark_jax.finetuning.loggers import require_installed
 from lark_jax.pipeline import Task
 from lark_jax.pool.hub import is_hub_id
 from lark_jax.runtime import say
-from lark_jax.stages.evaluate import evaluate_tasks
+from lark_jax.stages.evaluate import check_evaluation, evaluate_tasks
 from lark_jax.stages.export import export_tasks
 from lark_jax.stages.finetune import finetune_tasks
 from lark_jax.stages.judge import waits_for_the_accelerator
@@ -59,11 +61,13 @@ def earlier_tasks(experiment: Experiment) -> list[Task]:
 
 
 def check_paths(experiment: Experiment) -> None:
-    """Looks for every file and package that some stage will need, before hours of work are spent.
+    """Looks for every file and package that some stage will need, and reads what the evaluation will ask.
+
+    Before hours of work are spent. Paths below the working directory are left to the stages that write them.
 
     Raises:
-      ConfigError: names the field; paths below the working directory are left to the stages that write them.
-      EvaluationError: a benchmark cannot be had from the hub.
+      ConfigError: names the field.
+      EvaluationError: a benchmark cannot be had from the hub, or `check_evaluation` refuses what it read.
     """
     if "finetune" in experiment.stages:
         require_installed(experiment.finetune.loggers)
@@ -80,11 +84,15 @@ def check_paths(experiment: Experiment) -> None:
         for source in sources:
             if source.on_hub:
                 source.local_file()
+        prompts = experiment.evaluate.system_prompts
+        paths += [("evaluate.system_prompts", None if prompts in BUILT_IN_PROMPTS else prompts)]
         paths += [("evaluate.python", experiment.evaluate.python)]
     root = Path(experiment.workdir).resolve()
     for field, path in paths:
         if path is not None and root not in Path(path).resolve().parents and not Path(path).exists():
             raise ConfigError(f"config.{field}: {path}: no such file")
+    if evaluating and processes.is_first():  # which alone evaluates
+        check_evaluation(experiment)
 
 
 def check_stages(experiment: Experiment, num_processes: int) -> None:

@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lark_jax import files
 from lark_jax.config import Experiment
-from lark_jax.errors import EvaluationError
+from lark_jax.errors import ConfigError, EvaluationError
 from lark_jax.evaluation.benchmark_sources import find_source
-from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
-from lark_jax.evaluation.engines import EngineChoice, server_for
+from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, read_benchmark, require_distinct
+from lark_jax.evaluation.engines import EngineChoice, require_separate_seeds, server_for
 from lark_jax.evaluation.grading import grader_identity
-from lark_jax.evaluation.runner import engine_for, evaluate_student
+from lark_jax.evaluation.runner import StudentResult, engine_for, evaluate_student
 from lark_jax.evaluation.standard_benchmarks import content_fingerprint, edition_of
 from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool.chat import load_chat_format
@@ -36,6 +37,27 @@ def evaluate_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
     return tasks + [
         _student_task(experiment, layout, run.name, functools.partial(_exported, layout, run)) for run in layout.runs
     ]
+
+
+def check_evaluation(experiment: Experiment) -> None:
+    """Reads what students will be asked, so that nothing of it is found wrong after days of training.
+
+    Files that are not there yet are left to the stage that writes them.
+
+    Raises:
+      ConfigError, EvaluationError: as the stage itself, which comes last: a benchmark or the system prompts cannot be
+        read, two benchmarks have one name, decoding seeds would draw equal samples, or the server's key is missing.
+    """
+    config = experiment.evaluate
+    require_distinct([find_source(entry).name for entry in config.benchmarks])
+    present = [entry for entry in config.benchmarks if find_source(entry).local_file().exists()]
+    sizes = [len(read_benchmark(entry).problems) for entry in present]
+    require_separate_seeds(config.seeds, max(sizes, default=1), config.samples)
+    if Path(config.system_prompts).exists():
+        load_system_prompts(config.system_prompts)
+    key = config.server_key_variable
+    if config.engine == "openai" and key is not None and not os.environ.get(key, "").strip():
+        raise ConfigError(f"config.evaluate.server_key_variable: the environment variable {key} is not set")
 
 
 def _exported(layout: Layout, run: Run) -> Path:
@@ -135,14 +157,23 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             "samples without a box": sum(benchmark.num_unboxed for benchmark in result.benchmarks),
             "samples cut at max_tokens": sum(benchmark.num_cut for benchmark in result.benchmarks),
         }
-        ungraded = [
-            {"problem_id": text.split(" ")[0], "candidate_id": "", "location": benchmark.benchmark, "reason": text}
-            for benchmark in result.benchmarks
-            for text in benchmark.ungraded
-        ]
-        return Outcome(counts=counts, skipped=ungraded)
+        return Outcome(counts=counts, skipped=ungraded_samples(result))
 
     return Task(f"evaluate/{name}", layout.evaluation(name), inputs, evaluate)
+
+
+def ungraded_samples(result: StudentResult) -> list[dict[str, str]]:
+    """What the manifest lists: every sample that counts as wrong because the grader gave it up."""
+    return [
+        {
+            "problem_id": sample.problem_id,
+            "candidate_id": f"seed {sample.seed} sample {sample.sample}",
+            "location": benchmark.benchmark,
+            "reason": sample.reason,
+        }
+        for benchmark in result.benchmarks
+        for sample in benchmark.ungraded
+    ]
 
 
 def engine_of(layout: Layout) -> EngineChoice:

@@ -1,7 +1,7 @@
 """Stage "report": reads what the other stages left and writes `report/index.html`, `report/table.txt` and tables."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lark_jax.finetuning.metrics import HELD_OUT, METRICS
 from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.report import ReportContent, terminal_report, write_report
-from lark_jax.report.comparison import Comparison
+from lark_jax.report.comparison import Comparison, excerpt
 from lark_jax.report.content import (
     AccuracyResult,
     Count,
@@ -40,6 +40,7 @@ from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.pool import open_pool
 from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.selections import comparison_of, read_picks
+from lark_jax.stages.software import software_of
 from lark_jax.stages.tables import Evaluation, in_order, paired_differences, read_students, write_tables
 
 TABLE = "table.txt"
@@ -77,7 +78,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
     return ReportContent(
         title=f"LARK: {Path(experiment.workdir).name}",
         settings=settings_of(experiment),
-        versions=tuple(Setting(name, version) for name, version in _environment(layout)),
+        versions=tuple(Setting(name, version) for name, version in _environment(experiment, layout)),
         results=tuple(_results(experiment, layout)),
         interval_note=f"{CONFIDENCE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples",
         differences=paired_differences(_model(experiment), in_order(_evaluated(experiment, layout))),
@@ -91,9 +92,13 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
     )
 
 
-def _environment(layout: Layout) -> Iterator[tuple[str, str]]:
-    """Versions of this process, the hardware of those that did the work, engine and benchmarks of the evaluation."""
-    yield from runtime.package_versions().items()
+def _environment(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Software and hardware of the stages that did the work, engine and benchmarks of the evaluation."""
+    metrics = [layout.metric(name) for name in experiment.score.metrics]
+    asked = [layout.evaluation(name) for name in ("benchmarks", "engine")]
+    manifests = _manifests([layout.statistics, *metrics, *_counted(layout), *asked])
+    ran = [(manifest.name, manifest.versions) for manifest in manifests]
+    yield from software_of([*ran, ("report", runtime.package_versions())])  # differences and intervals are made here
     for directory in (layout.statistics, *(layout.finetune(run) for run in layout.runs)):
         if (manifest := read_manifest(directory)) is not None:
             yield f"hardware of {manifest.name}", manifest.hardware
@@ -151,7 +156,8 @@ def _samples(experiment: Experiment, layout: Layout) -> Iterator[Sample]:
         for index, problem in enumerate(shown):
             for student, rows in answers.items():
                 row = rows[index]
-                yield Sample(student, benchmark.name, problem.problem, row.text, problem.answer, row.correct)
+                texts = excerpt(problem.problem), excerpt(row.text)
+                yield Sample(student, benchmark.name, *texts, problem.answer, row.correct)
 
 
 def _comparison(experiment: Experiment, layout: Layout) -> Comparison | None:
@@ -217,7 +223,7 @@ def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:
     chosen = {choice.candidate_id: choice for choice in choices if choice.problem_id == problem_id}
     return Landscape(
         problem_id=problem_id,
-        problem="\n\n".join(message.content for message in pool[0].prompt),
+        problem=excerpt("\n\n".join(message.content for message in pool[0].prompt)),
         method="lark",
         budget=budget,
         candidates=tuple(
@@ -238,21 +244,30 @@ def _candidate(trajectory: Trajectory, g_hat: float, choice: Choice | None) -> L
         score=g_hat,
         weight=0.0 if choice is None else choice.weight,
         selected=choice is not None,
-        text=trajectory.response,
+        text=excerpt(trajectory.response),
     )
 
 
-def _summaries(layout: Layout) -> Iterator[StageSummary]:
+def _counted(layout: Layout) -> list[Path]:
+    """Folders of the tasks whose records the report counts."""
     directories = [layout.prepared_data, layout.pretraining, layout.score]
     directories += [folder(run) for folder in (layout.selection, layout.finetune, layout.export) for run in layout.runs]
-    directories += [layout.evaluation(name) for name in (BASE, *(run.name for run in layout.runs))]
-    for directory in directories:
+    return directories + [layout.evaluation(name) for name in (BASE, *(run.name for run in layout.runs))]
+
+
+def _manifests(directories: Sequence[Path]) -> list[Manifest]:
+    """Of the tasks that are finished."""
+    return [manifest for directory in directories if (manifest := read_manifest(directory)) is not None]
+
+
+def _summaries(layout: Layout) -> Iterator[StageSummary]:
+    for directory in _counted(layout):
         manifest = read_manifest(directory)
         if manifest is not None:
-            yield _summary(manifest)
+            yield _summary(manifest, directory / MANIFEST)
 
 
-def _summary(manifest: Manifest) -> StageSummary:
+def _summary(manifest: Manifest, path: Path) -> StageSummary:
     outcome = manifest.outcome
     counts = tuple(Count(name, value) for name, value in outcome.counts.items())
-    return StageSummary(manifest.name, counts, tuple(SkippedRecord(**record) for record in outcome.skipped))
+    return StageSummary(manifest.name, counts, tuple(SkippedRecord(**record) for record in outcome.skipped), str(path))

@@ -1,16 +1,17 @@
 """Results of evaluated students: from the working directories into the paper's Table 1 and lists of all figures."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lark_jax import files
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import paired_difference
 from lark_jax.evaluation.runner import read_student_result
 from lark_jax.evaluation.samples import read_verdicts
-from lark_jax.pipeline import read_manifest
+from lark_jax.pipeline import read_manifest, require_manifest
 from lark_jax.report.content import PairedDifference, student_label
 from lark_jax.report.table import markdown_table
 from lark_jax.report.table_files import csv_table
@@ -25,6 +26,7 @@ from lark_jax.selection import METHODS
 from lark_jax.stages.layout import BASE
 
 _RUN_NAME = re.compile(r"(.+)_B(\d+)")
+ASKED = ("decoding", "engine", "grader", "system_prompts")  # inputs of an evaluation that no comparison may mix
 REFERENCE = "lark"  # the method that the others are compared with, where it was evaluated
 
 
@@ -63,6 +65,39 @@ def in_order(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     known = [BASE, *(name for name in METHODS if name != REFERENCE), REFERENCE]
     order = {name: place for place, name in enumerate(known)}
     return tuple(sorted(evaluations, key=lambda e: (order.get(e.method, len(known)), e.method, e.budget or 0)))
+
+
+def require_asked_alike(evaluations: Sequence[Evaluation]) -> None:
+    """Refuses students that were asked or graded in different ways: their accuracies do not compare.
+
+    Raises:
+      EvaluationError: names the two folders, the fields in which their manifests differ, and the values.
+    """
+    first, *others = (found.directory for found in evaluations)
+    asked = _asked(first)
+    for other in others:
+        of_other = _asked(other)
+        differing = [name for name in sorted({*asked, *of_other}) if asked.get(name) != of_other.get(name)]
+        if differing:
+            values = ", ".join(f"{name} {asked.get(name)} and {of_other.get(name)}" for name in differing)
+            raise EvaluationError(
+                f"{first} and {other} do not compare: {values}; evaluate them with the same settings, or put them "
+                "into tables of their own"
+            )
+
+
+def _asked(directory: Path) -> dict[str, Any]:
+    inputs = require_manifest(directory, "evaluate").inputs
+    return dict(_leaves({name: inputs.get(name) for name in ASKED}))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of what nested mappings hold, and the values."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def read_students(model: str, evaluations: Sequence[Evaluation]) -> tuple[EvaluatedStudent, ...]:

@@ -67,16 +67,32 @@ def test_a_file_without_kinds_gets_one_from_its_answers(tmp_path, answers, kind)
 
 
 def test_a_given_kind_wins(tmp_path):
-    records = [{"problem": "?", "answer": "1", "kind": "letter"}, {"problem": "?", "answer": "2"}]
-    kinds = [problem.kind for problem in read_benchmark(write_records(tmp_path / "b.json", *records)).problems]
-    assert kinds == ["letter", "expression"]
+    records = [
+        {"problem": "?", "answer": "(b)", "kind": "letter"},
+        {"problem": "?", "answer": "B", "kind": "expression"},
+        {"problem": "?", "answer": "2"},
+    ]
+    problems = read_benchmark(write_records(tmp_path / "b.json", *records)).problems
+    assert [(problem.kind, problem.answer) for problem in problems] == [
+        ("letter", "B"),
+        ("expression", "B"),
+        ("expression", "2"),
+    ]
+
+
+@pytest.mark.parametrize("answer", [1, "Paris", "BC", "\\text{no}"])
+def test_a_letter_that_is_none_is_refused_since_no_answer_could_be_right(tmp_path, answer):
+    records = [{"problem": "?", "answer": given, "kind": "letter"} for given in ("\\textbf{(A)}", answer)]
+    path = write_records(tmp_path / "b.json", *records)
+    with pytest.raises(EvaluationError, match=r"b\.json, record 2: field 'answer' must be the letter of a choice"):
+        read_benchmark(path)
 
 
 def test_fingerprint_follows_every_gold_and_problem(tmp_path):
-    base = {"problem": "?", "answer": "1"}
+    base = {"problem": "?", "answer": "A", "kind": "expression"}
     variants = [
         base,
-        {**base, "answer": "2"},
+        {**base, "answer": "B"},
         {**base, "problem": "!"},
         {**base, "id": "z"},
         {**base, "kind": "letter"},

@@ -10,12 +10,14 @@ import pytest
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import runner
-from lark_jax.evaluation.accuracy import accuracies
+from lark_jax.evaluation.accuracy import Ungraded, accuracies
 from lark_jax.evaluation.benchmarks import read_benchmark
-from lark_jax.evaluation.engines import EngineChoice
+from lark_jax.evaluation.engines import EngineChoice, Generation
 from lark_jax.evaluation.runner import engine_for, evaluate_student, read_student_result
-from lark_jax.evaluation.samples import read_verdicts
+from lark_jax.evaluation.samples import read_samples, read_verdicts
+from lark_jax.evaluation.worker.worker_request import Sample
 from lark_jax.pool.chat import load_chat_format
+from lark_jax.stages.evaluate import ungraded_samples
 
 CONFIG = EvaluateConfig(
     engine="transformers", samples=5, seeds=(0, 1), temperature=1.0, top_p=1.0, max_tokens=16, system_prompts="none"
@@ -80,10 +82,14 @@ def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat,
     assert [accuracy.k for accuracy in digits.by_k] == [1, 2, 3, 4, 5]
 
 
-def test_a_summary_of_another_version_is_named(copied):
+@pytest.mark.parametrize(
+    ("now", "then"), [('"by_k"', '"accuracy"'), ('"ungraded": []', '"ungraded": ["3 seed 0 sample 1: timed out"]')]
+)
+def test_a_summary_of_another_version_is_named(now, then, copied):
     folder, _ = copied
     path = folder / "results" / "summary.json"
-    path.write_text(path.read_text().replace('"by_k"', '"accuracy"'))
+    assert now in path.read_text()
+    path.write_text(path.read_text().replace(now, then))
     with pytest.raises(
         EvaluationError, match=r"summary\.json: written by another version.*run the stage evaluate again"
     ):
@@ -171,5 +177,82 @@ def test_a_given_engine_is_used_for_all_students(tmp_path, bigram_student, bench
 
 
 def test_benchmarks_of_one_name_are_refused(tmp_path, bigram_student, benchmarks, chat):
-    with pytest.raises(EvaluationError, match="file names must differ"):
+    with pytest.raises(EvaluationError, match="names must differ"):
         evaluate(tmp_path, bigram_student, benchmarks + benchmarks, chat)
+
+
+def test_samples_that_the_grader_gives_up_are_listed_by_problem_seed_and_sample(
+    tmp_path, bigram_student, chat, monkeypatch
+):
+    (tmp_path / "own.json").write_text(json.dumps([{"problem": "?", "answer": "9", "id": "AIME 2024 I 1"}]))
+    endless = Sample(f"\\boxed{{{'1' * 5_000}}}", "stop", 9)
+    generations = [
+        Generation("own", "AIME 2024 I 1", seed, (Sample("\\boxed{9}", "stop", 9), endless)) for seed in (3, 4)
+    ]
+    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
+    monkeypatch.setattr(runner, "read_generations", lambda _: generations)
+    config = replace(CONFIG, samples=2, seeds=(3, 4))
+    result = evaluate(tmp_path, bigram_student, [read_benchmark(tmp_path / "own.json")], chat, config)
+    assert result.benchmarks[0].ungraded == tuple(
+        Ungraded("AIME 2024 I 1", seed, 1, "answer too long") for seed in (3, 4)
+    )
+    assert read_student_result(tmp_path / "results") == result
+    assert ungraded_samples(result) == [
+        {
+            "problem_id": "AIME 2024 I 1",
+            "candidate_id": f"seed {seed} sample 1",
+            "location": "own",
+            "reason": "answer too long",
+        }
+        for seed in (3, 4)
+    ]
+
+
+OPENING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+THOUGHTS = ("is it \\boxed{9}? no, wait", "is it \\boxed{8}?</think> \\boxed{9}", "<think>so</think> \\boxed{9}")
+
+
+@pytest.mark.parametrize(("opened", "correct"), [(True, [False, True, True]), (False, [True, True, True])])
+def test_a_thought_that_the_prompt_opens_and_no_one_closes_holds_no_answer(
+    opened, correct, tmp_path, bigram_student, benchmarks, monkeypatch
+):
+    (tmp_path / "opening.jinja").write_text(OPENING)
+    chat = load_chat_format(bigram_student, tmp_path / "opening.jinja" if opened else None)
+    nines = benchmarks[1]
+    samples = tuple(Sample(text, "stop", 9) for text in THOUGHTS)
+    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
+    monkeypatch.setattr(runner, "read_generations", lambda _: [Generation("nines", "0", 0, samples)])
+    evaluate(tmp_path, bigram_student, [nines], chat, replace(CONFIG, samples=3, seeds=(0,)))
+    rows = list(read_samples(tmp_path / "results", "nines"))
+    assert [row.correct for row in rows] == correct
+    assert [row.text for row in rows] == list(THOUGHTS)  # as they were generated
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM_TURN = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS
+DROPS_SYSTEM_TURN = TURNS.replace("messages %}", "messages if m.role != 'system' %}")
+WITHOUT = "or ask without a system turn: evaluate.system_prompts=none"
+
+
+@pytest.mark.parametrize(
+    ("template", "question", "message", "advised"),
+    [
+        (TURNS, "what does <|im_end|> do?", r"message 1 \(user\) contains the control token", False),
+        (NO_SYSTEM_TURN, "1+1?", r"the template fails on roles \(system, user\): no system", True),
+        (NO_SYSTEM_TURN, "what does <|im_end|> do?", "contains the control token", False),
+        (DROPS_SYSTEM_TURN, "1+1?", r"changes or drops message 0 \(system\); set student.chat_template", True),
+    ],
+)
+def test_a_problem_that_cannot_be_asked_is_named(template, question, message, advised, tmp_path, bigram_student):
+    (tmp_path / "template.jinja").write_text(template)
+    (tmp_path / "own.json").write_text(json.dumps([{"problem": question, "answer": "1", "id": "p 17"}]))
+    chat = load_chat_format(bigram_student, tmp_path / "template.jinja")
+    with pytest.raises(EvaluationError, match=rf"^benchmark own, problem p 17: .*{message}") as caught:
+        runner.render_prompts([read_benchmark(tmp_path / "own.json")], chat, "by_kind")
+    assert str(caught.value).endswith(WITHOUT) is advised

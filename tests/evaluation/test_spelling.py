@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lark_jax.evaluation.spelling import in_base, tidy, words
+from lark_jax.evaluation.spelling import choice_letter, in_base, tidy, words
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,13 @@ from lark_jax.evaluation.spelling import in_base, tidy, words
         ("1~000~000", "1000000"),
         ("10 080", "10080"),
         ("1, 234", "1, 234"),  # two numbers
+        ("(100,\\,200)", "(100,\\,200)"),
+        ("1,\\ 234", "1,\\ 234"),
+        ("1\\;,\\:234", "1\\;,\\:234"),
+        ("1,~234", "1, 234"),
+        ("(1\\,000,\\,200\\ 000)", "(1000,\\,200000)"),
+        ("1\\!,234", "1234"),
+        ("1 , \\! 234", "1234"),
         ("1,234", "1,234"),  # math-verify knows
         ("12\\,34", "12\\,34"),
         ("0.123 456", "0.123 456"),
@@ -67,6 +74,14 @@ def test_words_are_texts_and_long_runs_of_letters(answer, expected):
     assert words(answer) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("B", "B"), ("(b)", "B"), ("B.", "B"), (r"\text{C}", "C"), (r"\textbf{(D)}", "D"), ("$a$", "A"), ("BC", None)],
+)
+def test_choice_letter_accepts_usual_spellings_only(text, letter):
+    assert choice_letter(text) == letter
+
+
 def test_a_base_belongs_to_a_number():
     assert in_base("4210_5") == in_base("4210_{5}") == ("4210", "5")
     assert in_base("11_7") != in_base("11_6")
@@ -74,7 +89,9 @@ def test_a_base_belongs_to_a_number():
     assert in_base("2x_1") != in_base("2x_2")
 
 
-@pytest.mark.parametrize("piece", [" ", "~", "\\,", "1 ", "100 ", "{", "$", "{,}", "1, ", "\\text{", "\\quad ", "."])
+@pytest.mark.parametrize(
+    "piece", [" ", "~", "\\,", "\\!", " \\!", "1 ", "100 ", "{", "$", "{,}", "1, ", "\\text{", "\\quad ", "."]
+)
 def test_no_text_within_the_longest_answer_takes_long(piece):
     started = time.process_time()
     for text in (piece * (4_096 // len(piece)), "1" + piece * (4_000 // len(piece)) + "x"):

@@ -2,10 +2,13 @@
 
 import json
 import random
+import resource
 import time
+from pathlib import Path
 
 import pytest
 
+from lark_jax.evaluation import verifier_process
 from lark_jax.evaluation.grading import CORRECT, FAILED, GAVE_UP, NO_BOX, TIMED_OUT, WRONG, Grader
 from lark_jax.evaluation.verifier import MathVerifier, VerifierFailure
 
@@ -100,13 +103,33 @@ def test_a_pair_that_kills_two_processes_has_no_verdict(monkeypatch):
             verifier.equal("$2$", "$3$")
 
 
-def test_a_comparison_out_of_memory_has_no_verdict_and_is_listed(monkeypatch):
+@pytest.mark.parametrize("answer", ["2^{80000000}", "(1,2^{90000000})"])
+def test_a_comparison_out_of_memory_has_no_verdict_and_is_listed(answer):
     with Grader() as grader:
-        reply = b'{"equal": false, "error": "MemoryError"}'
-        monkeypatch.setattr(grader._verifier, "_read_line", lambda _: reply)
-        assert grader.grade(r"\boxed{2+3}", "5", "expression").reason == FAILED
-        monkeypatch.undo()
-        assert grader.grade(r"\boxed{2+4}", "6", "expression").reason == CORRECT
+        assert grader.grade(r"\boxed{1+4}", "5", "expression").reason == CORRECT
+        child = grader._verifier._child.pid
+        status = Path(f"/proc/{child}/status").read_text()
+        in_use = 1024 * int(status.partition("VmSize:")[2].split()[0])
+        resource.prlimit(child, resource.RLIMIT_AS, (in_use + (16 << 20),) * 2)
+        assert grader.grade(rf"\boxed{{{answer}}}", "5", "expression").reason == FAILED
+        assert grader.grade(r"\boxed{2+4}", "6", "expression").reason == CORRECT  # by another process
+
+
+def test_an_error_of_one_reading_is_no_match_but_want_of_memory_ends_the_comparison(monkeypatch):
+    def fail_with(error):
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr("math_verify.grader.sympy_expr_eq", fail)
+
+    same, other = (r"\boxed{x+1}", r"\boxed{x+1}"), (r"\boxed{x+1}", r"\boxed{1+x}")
+    assert verifier_process.equal(*other, {})
+    fail_with(ZeroDivisionError())
+    assert verifier_process.equal(*same, {})  # by the texts, the other reading
+    assert not verifier_process.equal(*other, {})
+    fail_with(MemoryError())
+    with pytest.raises(MemoryError):
+        verifier_process.equal(*same, {})
 
 
 PIECES = [

@@ -16,6 +16,7 @@ from lark_jax.pool.chat import (
     Reason,
     RenderRefusal,
     load_chat_format,
+    opens_thought,
     render_prompt,
     render_trajectories,
     render_trajectory,
@@ -452,3 +453,13 @@ def test_real_tokenizers_load_with_the_end_of_turn_of_their_template(shared_data
     texts = ["Größe 12345 = 2^{10} + \\boxed{x}\n\n\t é 中文 🙂", " <think> x </think><|im_end|>\n"]
     for text in texts:
         assert chat.tokenizer(text)["input_ids"] == reference(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("before", "opens"), [("", False), ("<think>\n", True), ("<think>", True), ("<think>\n\n</think>\n\n", False)]
+)
+def test_a_prompt_opens_a_thought_where_the_template_ends_in_one(load, before, opens):
+    turn = answer_turn(before + "{{ m.content }}").removesuffix(GENERATION)
+    chat = load(turn + GENERATION.replace("assistant\n", "assistant\n" + before))
+    for question in ("Why?", "What does <think>", "<think> is </think>?"):
+        assert opens_thought(chat, render_prompt(chat, [Message("user", question)])) is opens

@@ -4,6 +4,7 @@ import io
 import re
 
 import pytest
+from html_pages import PageReader
 
 from lark_jax.evaluation.contamination import Audit, Frame, Overlap
 from lark_jax.report import ReportContent
@@ -97,6 +98,10 @@ def test_the_page_shows_both_texts_as_text_and_loads_nothing(page):
     assert "<script>alert(1)</script> \N{REPLACEMENT CHARACTER} 3 < 4" in text
     assert "</pre><img src=x> 3 > 4" in text
     assert "&lt;pool&gt;.jsonl" in page
+
+
+def test_the_audits_page_is_sound(page):
+    assert PageReader(page).faults == []
 
 
 def test_the_page_says_the_index_and_what_was_left_out(page):

@@ -6,14 +6,16 @@ import math
 import random
 import re
 import string
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_pages import PageReader, faults_of_pages
 
 from lark_jax.evaluation.accuracy import Difference
+from lark_jax.evaluation.contamination import Audit, Frame, Overlap
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.report import ReportContent, write_report
+from lark_jax.report.comparison import Contestant, Problem, Verdict, compare
 from lark_jax.report.content import (
     AccuracyResult,
     Count,
@@ -23,6 +25,8 @@ from lark_jax.report.content import (
     LossCurve,
     PairedDifference,
     Sample,
+    SelectionComparison,
+    SelectionProfile,
     Setting,
     StageSummary,
 )
@@ -31,37 +35,6 @@ from lark_jax.report.page import render_page
 HOSTILE = (
     '<script>alert(\'x\')</script></style></pre></details>"onmouseover="y" <img src=http://evil.example/a.png> & $a'
 )
-VOID_TAGS = {"meta", "use", "path", "link", "img", "br", "hr", "input"}
-
-
-class PageReader(HTMLParser):
-    """Collects tags with attributes and checks that they nest."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self._open: list[str] = []
-        self.feed(page)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID_TAGS:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in VOID_TAGS:
-            return
-        assert self._open, f"</{tag}> closes nothing"
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 def full_content(text: str = "plain", skipped: int = 3) -> ReportContent:
@@ -99,6 +72,7 @@ def full_content(text: str = "plain", skipped: int = 3) -> ReportContent:
 
 def test_pool_text_never_becomes_markup() -> None:
     plain, hostile = PageReader(render_page(full_content("plain"))), PageReader(render_page(full_content(HOSTILE)))
+    assert plain.faults + hostile.faults == []
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in plain.tags]
     assert not any(tag == "script" for tag, _ in hostile.tags)
     assert not any(name.startswith("on") for _, attributes in hostile.tags for name in attributes)
@@ -121,14 +95,31 @@ def test_page_loads_nothing() -> None:
     assert "default-src 'none'" in page
 
 
-def test_ids_are_unique_and_every_reference_resolves() -> None:
-    tags = PageReader(render_page(full_content())).tags
-    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    links = [attributes["href"] for _, attributes in tags if attributes.get("href")]
-    labels = [name for _, a in tags for name in (a.get("aria-labelledby") or "").split()]
-    assert links
-    assert {link.removeprefix("#") for link in links if link} | set(labels) <= set(ids)
+def test_the_markup_is_sound_and_every_link_leads_somewhere(tmp_path: Path) -> None:
+    """With a section of every kind; `test_html_pages.py` shows that faults are seen."""
+    overlap = Overlap("math500", "7", "find x", "12", "find x and y", jaccard=0.6, num_near=2)
+    problem = Problem("arithmetic", "p 1", "1 + 1?", "2", None)
+    seen = {
+        correct: (Verdict(0, 0, "2" if correct else None, correct, "correct" if correct else "no box"),)
+        for correct in (True, False)
+    }
+    students = [Contestant(f"{name} 1", name, 3, {problem.key: seen[name == "a"]}) for name in "abc"]
+    profiles = tuple(SelectionProfile(name, 3, 9, 120.0, (("t", 1.0),)) for name in ("lark", "random"))
+    skipped = tuple(SkippedRecord(f"p{i}", "c", "pool.jsonl:1", "empty: so") for i in range(12))
+    content = dataclasses.replace(
+        full_content(),
+        differences=(PairedDifference("7B", "lark B=3", "base", "math500", 83, Difference(5, 0.1, 0.0, 0.2, 9, 3)),),
+        selections=SelectionComparison(profiles, ((1.0, 0.2), (0.2, 1.0))),
+        comparison=compare(students, [problem], lambda name, keys: {key: dict.fromkeys(seen, name) for key in keys}),
+        contamination=Audit(1234, Frame("Solve: ", ""), (overlap,)),
+        stages=(StageSummary("score", (Count("trajectories", 9),), skipped), StageSummary("select")),
+    )
+    page = write_report(content, tmp_path)
+    assert faults_of_pages(tmp_path) == []
+    links = PageReader(page.read_text(encoding="utf-8")).links
+    sections = "results comparison training selections landscape answers contamination records settings".split()
+    assert {f"#{name}" for name in sections} <= set(links)
+    assert sum("comparisons/" in link for link in links) == 3 * 2
 
 
 @pytest.mark.parametrize("skipped", [1, 10, 11, 137])
@@ -142,6 +133,30 @@ def test_every_skipped_record_is_on_the_page(skipped: int) -> None:
     assert f"{skipped} skipped" in page
 
 
+def test_of_very_many_skipped_records_the_page_shows_the_first_and_counts_all() -> None:
+    reasons = ("prompt_fills_max_length: the prompt has 9 tokens", "empty_answer: remove the record")
+    numbers = range(165_000)
+    records = tuple(SkippedRecord(f"p{i}", "c", f"pool.jsonl:{i}", reasons[i % 3 > 0]) for i in numbers)
+    page = render_page(ReportContent("t", stages=(StageSummary("score", (), records, "runs/x/score/manifest.json"),)))
+    assert len(page) < 1_000_000
+    text = " ".join("".join(PageReader(page).text).split())
+    assert "165,000 skipped in score, with reasons" in text
+    assert "empty_answer 110,000 prompt_fills_max_length 55,000" in text
+    last = "The first 1,000 of 165,000 records that score left out; all are in runs/x/score/manifest.json."
+    assert last in text
+    assert "p999 c pool.jsonl:999" in text
+    assert "p1000" not in text
+
+
+def test_kinds_of_reasons_are_bounded_too() -> None:
+    records = tuple(SkippedRecord(f"p{i}", "c", "", f"reason {max(i, 1)}") for i in range(30))
+    text = " ".join(
+        "".join(PageReader(render_page(ReportContent("t", stages=(StageSummary("s", (), records),)))).text).split()
+    )
+    assert "reason 1 2 reason 2 1" in text
+    assert "reason 20 1 9 other reasons 9" in text
+
+
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     files = ("index.html", "accuracy.png", "loss.png", "landscape.png")
     for folder in ("first", "second"):
@@ -153,7 +168,7 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
 
 def test_an_experiment_that_did_nothing_says_so(tmp_path: Path) -> None:
     page = write_report(ReportContent("empty"), tmp_path).read_text()
-    PageReader(page)
+    assert PageReader(page).faults == []
     for sentence in ("No evaluation", "No fine-tuning", "No selection", "No sampled answers", "No stage"):
         assert sentence in page
     assert "<svg" not in page

@@ -3,6 +3,7 @@ import random
 import re
 
 import pytest
+from html_pages import faults_of_pages
 
 from lark_jax.report import ReportContent
 from lark_jax.report.comparison import (
@@ -169,6 +170,7 @@ def test_the_report_links_every_pair_to_a_page_that_exists(hostile, tmp_path):
     links = re.findall(r'<a href="(comparisons/[^"]+)">([\d,]+)</a>', text)
     assert links == [("comparisons/x_vs_y.html", "1"), ("comparisons/x_vs_y.html", "0")]
     assert (tmp_path / links[0][0]).is_file()
+    assert faults_of_pages(tmp_path) == []
     assert 'href="../index.html"' in (tmp_path / links[0][0]).read_text(encoding="utf-8")
 
 

@@ -1,7 +1,9 @@
 """The task that records what students are asked, and the checks before a run."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,14 +18,14 @@ from lark_jax.stages.report import gather
 RECORDS = [{"problem": f"1 + {index}?", "answer": str(index + 1), "level": index} for index in range(4)]
 
 
-def experiment(folder: Path, *entries: str) -> Experiment:
+def experiment(folder: Path, *entries: str, **evaluate: Any) -> Experiment:
     return experiment_from_mapping(
         {
             "workdir": str(folder / "run"),
             "stages": ("evaluate",),
             "student": {"path": str(folder)},
             "pool": {"path": str(folder)},
-            "evaluate": {"benchmarks": entries},
+            "evaluate": {"benchmarks": entries, **evaluate},
         }
     )
 
@@ -87,3 +89,51 @@ def test_missing_files_and_unreachable_datasets_are_found_before_the_run(own: Pa
         check_paths(experiment(tmp_path, f"own={tmp_path / 'nowhere.json'}"))
     with pytest.raises(EvaluationError, match="no-such-owner/set: not to be had from the Hugging Face hub"):
         check_paths(experiment(tmp_path, "own=no-such-owner/set"))
+
+
+SERVER = {"engine": "openai", "server": "http://127.0.0.1:9/v1", "server_model": "{student}"}
+UNUSABLE = [
+    (("{damaged}",), {}, EvaluationError, r"damaged\.json: not valid JSON"),
+    (("aime24={own}",), {}, EvaluationError, r"own\.json: aime24 has 30 problems, here are 4"),
+    (("{own}", "own={other}"), {}, EvaluationError, "evaluate.benchmarks: names must differ, got own, own"),
+    (("{own}",), {"seeds": (3, 2**32 + 3)}, EvaluationError, r"evaluate.seeds: \(3, 4294967299\) would draw equal"),
+    (("{own}",), {"system_prompts": "nowhere.json"}, ConfigError, r"system_prompts: nowhere\.json: no such file"),
+    (("{own}",), {"system_prompts": "{damaged}"}, EvaluationError, r"damaged\.json: not valid JSON"),
+    (("{own}",), {**SERVER, "server_key_variable": "NO_SUCH_KEY"}, ConfigError, "server_key_variable: .* NO_SUCH_KEY"),
+]
+
+
+@pytest.mark.parametrize(("entries", "evaluate", "error", "message"), UNUSABLE)
+def test_what_the_evaluation_would_refuse_is_found_before_the_run(
+    entries: tuple[str, ...],
+    evaluate: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    own: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    (tmp_path / "damaged.json").write_text("[{]", encoding="utf-8")
+    (tmp_path / "other.json").write_bytes(own.read_bytes())
+    named = {path.stem: str(path) for path in tmp_path.glob("*.json")} | {"student": "{student}"}
+    settings = {name: value.format(**named) if isinstance(value, str) else value for name, value in evaluate.items()}
+    wanted = experiment(tmp_path, *(entry.format(**named) for entry in entries), **settings)
+    with pytest.raises(error, match=message):
+        check_paths(wanted)
+    check_paths(dataclasses.replace(wanted, stages=("select",)))  # nobody is asked
+
+
+def test_what_an_earlier_stage_will_write_is_not_looked_for(own: Path, tmp_path: Path) -> None:
+    prepared = tmp_path / "run" / "prepare" / "data" / "later.json"
+    prompts = str(prepared.with_name("prompts.json"))
+    check_paths(experiment(tmp_path, str(own), str(prepared), system_prompts=prompts))
+    prepared.parent.mkdir(parents=True)
+    prepared.write_text("[]", encoding="utf-8")
+    with pytest.raises(EvaluationError, match=r"later\.json: no problems"):
+        check_paths(experiment(tmp_path, str(own), str(prepared), system_prompts=prompts))
+
+
+def test_a_key_that_is_there_is_enough(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWN_KEY", "secret")
+    check_paths(experiment(tmp_path, str(own), **SERVER, server_key_variable="OWN_KEY"))

@@ -17,7 +17,7 @@ from lark_jax.stages.report import gather
 SAMPLES, SEEDS = 3, (4, 9)
 
 
-def evaluation_task(layout: Layout, name: str, problems_of: dict[str, int]) -> Task:
+def evaluation_task(layout: Layout, name: str, problems_of: dict[str, int], ending: str = "") -> Task:
     """Leaves rows as the evaluation does; each row's text says what it is."""
 
     def run(directory: Path) -> Outcome:
@@ -27,7 +27,7 @@ def evaluation_task(layout: Layout, name: str, problems_of: dict[str, int]) -> T
                     str(problem),
                     seed,
                     sample,
-                    f"{name} {benchmark} {problem} {seed} {sample}",
+                    f"{name} {benchmark} {problem} {seed} {sample}{ending}",
                     None,
                     problem == 1,
                     "",
@@ -88,3 +88,15 @@ def test_without_evaluation_there_are_no_answers_and_benchmarks_are_not_read(exp
     for path in experiment.evaluate.benchmarks:
         Path(path).unlink()
     assert gather(experiment, Layout.of(experiment)).samples == ()
+
+
+def test_of_long_texts_the_page_gets_beginning_and_end(experiment: Experiment) -> None:
+    layout, long = Layout.of(experiment), " word" * 100_000 + " end"
+    Path(experiment.evaluate.benchmarks[1]).write_text(json.dumps([{"problem": "single" + long, "answer": "0"}]))
+    pipeline.run_tasks([evaluation_task(layout, BASE, {"many": 5, "single": 1}, ending=long)])
+    *_, sample = gather(experiment, layout).samples
+    for text, beginning in ((sample.problem, "single word"), (sample.response, "base single 0 4 0 word")):
+        assert text.startswith(beginning)
+        assert text.endswith(" word end")
+        assert "characters left out" in text
+        assert len(text) < 5_000

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,15 @@ SEEDS, SAMPLES = (0, 1, 2), 3
 NAMES = ("base", "lark_B1", "lark_B3", "random_B1", "random_B3", "g_hat-softmax_B3")
 
 
-def evaluate(workdir: Path, name: str, correct_spn: np.ndarray, ids: tuple[str, ...]) -> None:
+ASKED: dict[str, Any] = {
+    "engine": "vllm",
+    "decoding": {"samples": SAMPLES, "seeds": SEEDS, "temperature": 0.6, "max_tokens": 32_768},
+    "grader": {"grader": "math_verify", "rules": 3},
+    "system_prompts": "by_kind",
+}
+
+
+def evaluate(workdir: Path, name: str, correct_spn: np.ndarray, ids: tuple[str, ...], **asked: Any) -> None:
     problems = tuple(BenchmarkProblem(problem, "?", "1", "number") for problem in ids)
     benchmark = Benchmark("amc83", problems, "fingerprint")
     result = BenchmarkResult(
@@ -41,7 +50,7 @@ def evaluate(workdir: Path, name: str, correct_spn: np.ndarray, ids: tuple[str, 
         write_json(directory / SUMMARY, dataclasses.asdict(student))
         return Outcome(counts={})
 
-    pipeline.run_tasks([Task(f"evaluate/{name}", workdir / "evaluate" / name, dict, run)])
+    pipeline.run_tasks([Task(f"evaluate/{name}", workdir / "evaluate" / name, lambda: {**ASKED, **asked}, run)])
 
 
 @pytest.fixture
@@ -111,4 +120,30 @@ def test_what_cannot_be_joined_is_named(
     paths = [text.format(empty=tmp_path / "empty", small=workdir) for text in arguments]
     assert table_one.main([*paths, f"--out={tmp_path / 'out'}"]) == table_one.EXIT_USER_ERROR
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "values"),
+    [
+        ({"engine": "transformers"}, "engine vllm and transformers"),
+        ({"decoding": {**ASKED["decoding"], "temperature": 1.5}}, "decoding.temperature 0.6 and 1.5"),
+        ({"decoding": {**ASKED["decoding"], "seeds": (0, 1)}}, "decoding.seeds [0, 1, 2] and [0, 1]"),
+        ({"grader": {"grader": "paper", "rules": 3}}, "grader.grader math_verify and paper"),
+        ({"grader": {"grader": "math_verify"}}, "grader.rules 3 and None"),
+        ({"system_prompts": "none"}, "system_prompts by_kind and none"),
+    ],
+)
+@pytest.mark.parametrize("where", ["small", "other"])
+def test_students_that_were_asked_differently_are_not_joined(
+    where: str, asked: dict[str, Any], values: str, workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one working directory as in two."""
+    rng = np.random.default_rng(4)
+    correct = rng.random((len(SEEDS), 12, SAMPLES)) < 0.3
+    evaluate(tmp_path / where, "rsr_B3", correct, tuple(f"p{index}" for index in range(12)), **asked)
+    paths = [str(path) for path in dict.fromkeys((workdir, tmp_path / where))]
+    assert table_one.main([*paths, f"--out={tmp_path / 'out'}"]) == table_one.EXIT_USER_ERROR
+    first, other = workdir / "evaluate" / "base", tmp_path / where / "evaluate" / "rsr_B3"
+    assert f"{first} and {other} do not compare: {values};" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
