@@ -182,6 +182,7 @@ def _run_worker(
     try:
         if timer is not None:
             timer.start()
+        threading.Thread(target=_end_what_it_leaves, args=(worker,), daemon=True).start()
         last_lines = _follow(worker, log_path)
         status = worker.wait()
     finally:
@@ -197,6 +198,12 @@ def _kill_group(worker: "subprocess.Popen[str]") -> None:
     """Kills the worker and the processes of its session: vLLM starts one per device."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _end_what_it_leaves(worker: "subprocess.Popen[str]") -> None:
+    """A process that outlives the worker holds its output open, and the parent would read on for ever."""
+    worker.wait()
+    _kill_group(worker)
 
 
 def _follow(worker: "subprocess.Popen[str]", log_path: Path) -> list[str]:

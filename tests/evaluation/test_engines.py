@@ -134,7 +134,7 @@ def worker_with_child(folder, then):
     """An interpreter whose vLLM starts a process of its own, as it does for every device, and goes on with `then`."""
     source = f"""
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 with open(r"{folder / "child.tmp"}", "w") as stream:
     stream.write(str(child.pid))
 os.replace(r"{folder / "child.tmp"}", r"{folder / "child"}")
@@ -166,6 +166,19 @@ def test_a_health_check_that_hangs_ends_with_all_its_processes(tmp_path, random_
     choice = choose_engine(config, request_for(random_student, config), tmp_path)
     assert choice.engine == "transformers"
     assert "signal 9" in choice.reason
+    assert ends(int((tmp_path / "child").read_text()))
+
+
+@needs_proc
+@pytest.mark.parametrize(("then", "cause"), [("os.kill(os.getpid(), 9)", "signal 9"), ("os._exit(3)", "status 3")])
+def test_a_worker_that_dies_is_noticed_although_its_child_lives(tmp_path, random_student, then, cause):
+    """As vLLM's EngineCore does when the worker is killed for its memory: it holds the worker's output open."""
+    config = EvaluateConfig(python=worker_with_child(tmp_path, then))
+    request = dataclasses.replace(request_for(random_student, config), engine="vllm")
+    started = time.monotonic()
+    with pytest.raises(EvaluationError, match=cause):
+        run_generation(request, config.python, tmp_path)
+    assert time.monotonic() - started < 30  # the child sleeps for 60
     assert ends(int((tmp_path / "child").read_text()))
 
 

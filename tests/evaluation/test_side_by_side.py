@@ -25,7 +25,7 @@ def module(name, **members):
 module("torch", cuda=types.SimpleNamespace(device_count=lambda: 4))
 """
 VLLM = """
-import os, sys, types
+import os, sys, time, types
 from sitecustomize import module
 print("vLLM writes to standard output")
 class Engine:
@@ -40,6 +40,15 @@ class Engine:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         if seen == os.environ.get("BROKEN_GPU") and len(self.waiting) == 1:
             raise MemoryError("out of memory")
+        if seen == os.environ.get("FORKING_GPU"):
+            del os.environ["FORKING_GPU"]
+            forked = os.fork()  # as vLLM does for its EngineCore
+            if forked == 0:
+                time.sleep(60)
+                os._exit(0)
+            open(os.environ["FORKED"], "w").write(str(forked))
+        if seen == os.environ.get("KILLED_GPU"):
+            os.kill(os.getpid(), 9)
         text = f"{seen} x {self.arguments['tensor_parallel_size']}"
         samples = [types.SimpleNamespace(index=i, text=text, finish_reason="stop", token_ids=[1]) for i in range(n)]
         return [types.SimpleNamespace(request_id=number, finished=True, outputs=samples)]
@@ -149,6 +158,29 @@ def test_an_engine_that_fails_is_named_and_finished_problems_stay(
     assert sum('"2 x 1"' in line for line in kept) == 24 // 4 - 2  # all that it had finished
     run_generation(replace(request, engines=1), four_gpus, tmp_path)
     assert set(kept) <= set(Path(request.output).read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc")
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_an_engine_forked_ends_with_it(tmp_path, random_student, make_request, four_gpus, monkeypatch, killed):
+    """It holds all that the engine had open: the pipe of its results too."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("FORKING_GPU", "2")
+    monkeypatch.setenv("FORKED", str(tmp_path / "forked"))
+    request = make_request(random_student, tmp_path / "out.jsonl", "vllm", num_prompts=12)
+    started = time.monotonic()
+    if killed:
+        monkeypatch.setenv("KILLED_GPU", "2")
+        with pytest.raises(EvaluationError, match=r"engine 3 of 4 \(GPU 2\) ended by signal 9"):
+            run_generation(request, four_gpus, tmp_path)
+    else:
+        run_generation(request, four_gpus, tmp_path)
+    assert time.monotonic() - started < 30
+    deadline = time.monotonic() + 10
+    forked = (tmp_path / "forked").read_text()
+    while _runs(forked) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(forked)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -81,7 +82,10 @@ def generate(
 
 
 class _Engine:
-    """A process that generates a share, and a thread that passes on what it says; a context manager."""
+    """A process that generates a share, in a group of its own, and a thread that passes on what it says.
+
+    A context manager; nothing of the group outlives the process.
+    """
 
     def __init__(
         self,
@@ -96,9 +100,11 @@ class _Engine:
         self._process = subprocess.Popen(
             [sys.executable, str(MAIN), str(request_file), "--share", f"--parent={os.getpid()}"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, **visible},
+            start_new_session=True,
         )  # fmt: skip
         self._share, self._lines = share, lines
         threading.Thread(target=self._pass_on, daemon=True).start()
+        threading.Thread(target=self._end_what_it_leaves, daemon=True).start()
 
     def _pass_on(self) -> None:
         assert self._process.stdin is not None
@@ -108,6 +114,15 @@ class _Engine:
         for line in self._process.stdout:
             self._lines.put((self, line))
         self._lines.put((self, None))
+
+    def _end_what_it_leaves(self) -> None:
+        """A process that was forked by an engine may hold the pipe of its results."""
+        self._process.wait()
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def require_success(self) -> None:
         status = self._process.wait()
@@ -119,7 +134,7 @@ class _Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        self._kill_group()
         self._process.wait()
 
 
