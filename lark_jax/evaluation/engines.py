@@ -20,7 +20,15 @@ from typing import Any
 
 from lark_jax.config import STUDENT_PLACEHOLDER, EvaluateConfig
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.worker.worker_request import SEED_MODULUS, Prompt, Request, Sample, Server, write_request
+from lark_jax.evaluation.worker.worker_request import (
+    LINE_IDENTITY,
+    SEED_MODULUS,
+    Prompt,
+    Request,
+    Sample,
+    Server,
+    write_request,
+)
 from lark_jax.files import read_json, sha256_of_json
 
 WORKER = Path(__file__).with_name("worker") / "main.py"
@@ -145,14 +153,19 @@ def run_generation(request: Request, python: str | None, folder: str | Path) -> 
     _run_worker(python, request, Path(folder) / "worker", (), None)
 
 
-def read_generations(output: str | Path) -> Iterator[Generation]:
-    """The worker's finished output, in request order."""
-    with Path(output).open(encoding="utf-8") as stream:
+def read_generations(request: Request) -> Iterator[Generation]:
+    """The samples of every job of the request, in its order, once `run_generation` has finished its output.
+
+    Raises:
+      EvaluationError: a line is not that of the job in its place.
+    """
+    with Path(request.output).open(encoding="utf-8") as stream:
         next(stream)  # header
-        for line in stream:
-            record = json.loads(line)
-            samples = tuple(Sample(**sample) for sample in record.pop("samples"))
-            yield Generation(**record, samples=samples)
+        for job in request.jobs():  # behind them may be what other requests had asked for
+            record = json.loads(next(stream, "{}"))
+            if [record.get(name) for name in LINE_IDENTITY] != [*job.key, request.mark(job)]:
+                raise EvaluationError(f"{request.output}: no samples of {job.key} in their place; run evaluate again")
+            yield Generation(*job.key, tuple(Sample(**sample) for sample in record["samples"]))
 
 
 class WorkerFailure(EvaluationError):
@@ -229,9 +242,17 @@ def _failure(request: Request, status: int, last_lines: list[str], log_path: Pat
     return WorkerFailure(f"evaluation worker ({request.engine}) failed, {cause}: {told}; log: {log_path}", last_line)
 
 
+def fingerprint_of_all(request: Request) -> str:
+    """Of everything that decides the samples of the whole request."""
+    return sha256_of_json([request.fingerprint, [[*job.key, request.mark(job)] for job in request.jobs()]])
+
+
 def _fingerprint(request: Request, model_fingerprint: str) -> str:
-    fields = dataclasses.asdict(dataclasses.replace(request, fingerprint="", model="", output="", server=None))
-    del fields["engines"]  # a run may go on with more GPUs or fewer
+    """Of what decides any one sample, whatever else is asked and on how many GPUs; the rest is in its job's mark."""
+    left_out = ("fingerprint", "model", "output", "prompts", "seeds", "max_model_len", "tensor_parallel", "engines")
+    fields = dataclasses.asdict(dataclasses.replace(request, prompts=(), server=None))
+    for name in left_out:
+        del fields[name]
     served_as = request.server.model if request.server is not None else None
     return sha256_of_json([model_fingerprint, {**fields, "server": served_as}])
 

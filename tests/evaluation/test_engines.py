@@ -10,7 +10,7 @@ import pytest
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import engines
-from lark_jax.evaluation.engines import build_request, choose_engine, run_generation
+from lark_jax.evaluation.engines import build_request, choose_engine, fingerprint_of_all, run_generation
 from lark_jax.evaluation.worker.worker_request import Prompt, write_request
 
 PROMPT = Prompt("b", "first", 0, (1, 2, 3))
@@ -69,14 +69,38 @@ def test_a_folder_without_config_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"temperature": 0.5}, {"top_p": 0.5}, {"seeds": (9,)}, {"samples": 2}, {"repetition_penalty": 1.1}]
+    "change", [{"temperature": 0.5}, {"top_p": 0.5}, {"max_tokens": 9}, {"samples": 2}, {"repetition_penalty": 1.1}]
 )
-def test_fingerprint_follows_what_decides_the_samples(random_student, change):
-    fingerprint = request_for(random_student, EvaluateConfig()).fingerprint
-    assert fingerprint == request_for(random_student, EvaluateConfig(grader="paper")).fingerprint
-    assert fingerprint != request_for(random_student, EvaluateConfig(**change)).fingerprint
-    other_prompt = Prompt("b", "first", 0, (1, 2, 4))
-    assert fingerprint != request_for(random_student, EvaluateConfig(), (other_prompt,)).fingerprint
+def test_fingerprint_follows_what_decides_any_sample(random_student, change):
+    request = request_for(random_student, EvaluateConfig())
+    assert request.fingerprint == request_for(random_student, EvaluateConfig(grader="paper")).fingerprint
+    other = request_for(random_student, EvaluateConfig(**change))
+    assert request.fingerprint != other.fingerprint
+    assert fingerprint_of_all(request) != fingerprint_of_all(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seeds": (0, 1)},
+        {"prompts": (Prompt("b", "first", 0, (1, 2, 4)),)},
+        {"prompts": (Prompt("b", "first", 1, (1, 2, 3)),)},
+        {"prompts": (Prompt("c", "first", 0, (1, 2, 3)),)},
+        {"prompts": (PROMPT, Prompt("b", "second", 1, (1,)))},
+    ],
+)
+def test_what_else_is_asked_is_no_part_of_the_fingerprint_but_of_the_whole_requests(random_student, change):
+    request = request_for(random_student, EvaluateConfig())
+    seeds, prompts = change.get("seeds", (0, 1, 2)), change.get("prompts", (PROMPT,))
+    other = request_for(random_student, EvaluateConfig(seeds=seeds), prompts)
+    assert request.fingerprint == other.fingerprint
+    assert fingerprint_of_all(request) != fingerprint_of_all(other)
+
+
+def test_the_number_of_gpus_decides_no_sample(random_student):
+    requests = [request_for(random_student, EvaluateConfig(tensor_parallel=count, engines=count)) for count in (1, 4)]
+    assert requests[0] != requests[1]
+    assert len({fingerprint_of_all(request) for request in requests}) == 1
 
 
 def test_a_named_engine_is_taken_without_a_health_check(tmp_path, random_student):

@@ -51,7 +51,7 @@ def test_every_sample_is_asked_for_with_its_own_seed_and_all_of_the_decoding(tmp
     assert (body["max_tokens"], body["stop_token_ids"], body["ignore_eos"]) == (24, list(request.stop_ids), True)
     assert (body["top_k"], body["min_p"], body["model"]) == (-1, 0.0, "served-")
     assert {asked.path for asked in server.asked} == {"/v1/completions"}
-    for job, line in zip(request.jobs(), read_generations(request.output), strict=True):
+    for job, line in zip(request.jobs(), read_generations(request), strict=True):
         assert (line.problem_id, line.seed) == (job.prompt.problem_id, job.seed)
         seeds = [request.first_seed(job) + index for index in range(request.samples)]
         assert [sample.text for sample in line.samples] == [f"{len(job.prompt.tokens)}:{seed}" for seed in seeds]

@@ -137,7 +137,7 @@ def test_problems_are_dealt_out_to_all_gpus(
     options = {"tensor_parallel": tensor_parallel, "engines": engines, "num_prompts": 11}
     request = make_request(random_student, tmp_path / "out.jsonl", "vllm", **options)
     run_generation(request, four_gpus, tmp_path)
-    lines = list(read_generations(request.output))
+    lines = list(read_generations(request))
     assert [(line.benchmark, line.problem_id, line.seed) for line in lines] == [job.key for job in request.jobs()]
     counts = {text: sum(line.samples[0].text == text for line in lines) for text in expected}
     assert sum(counts.values()) == len(lines)
@@ -192,7 +192,7 @@ def test_several_engines_give_the_samples_of_one(tmp_path, random_student, make_
         run_generation(request, None, tmp_path / str(engines))
         outputs[engines] = output.read_bytes()
     assert outputs[1] == outputs[2]
-    assert len({sample.text for line in read_generations(request.output) for sample in line.samples}) > MANY
+    assert len({sample.text for line in read_generations(request) for sample in line.samples}) > MANY
 
 
 @pytest.mark.slow
