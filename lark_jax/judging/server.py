@@ -101,5 +101,5 @@ def _read_answer(answer: Any) -> Answer:
     (choice,) = answer["choices"]
     text, reason = choice["message"]["content"], choice["finish_reason"]
     if not isinstance(text, str | None) or not isinstance(reason, str):
-        raise ValueError(f"content {text!r:.80}, finish_reason {reason!r:.80}")
+        raise ValueError(f"content {text!r}, finish_reason {reason!r}")
     return Answer(text or "", reason)  # no content at all: a refusal, or cut off while it was thinking
