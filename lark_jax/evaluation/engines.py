@@ -185,10 +185,10 @@ def _run_worker(
     stem.parent.mkdir(parents=True, exist_ok=True)
     request_path, log_path = stem.with_suffix(".request.json"), stem.with_suffix(".log")
     write_request(request_path, request)
-    command = [python or sys.executable, str(WORKER), str(request_path), f"--parent={os.getpid()}", *flags]
+    command = [python or sys.executable, str(WORKER), str(request_path), "--lifeline", *flags]
     try:
         worker = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
     except OSError as error:
@@ -198,6 +198,7 @@ def _run_worker(
         if timer is not None:
             timer.start()
         threading.Thread(target=_end_what_it_leaves, args=(worker,), daemon=True).start()
+        _greet(worker)
         last_lines = _follow(worker, log_path)
         status = worker.wait()
     finally:
@@ -207,6 +208,13 @@ def _run_worker(
         worker.wait()
     if status != 0:
         raise _failure(request, status, last_lines, log_path)
+
+
+def _greet(worker: "subprocess.Popen[str]") -> None:
+    """The line that the worker waits for. Its standard input stays open until this process ends, and so the worker."""
+    assert worker.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # the worker is gone already
+        os.write(worker.stdin.fileno(), b"\n")
 
 
 def _kill_group(worker: "subprocess.Popen[str]") -> None:

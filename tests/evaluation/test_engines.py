@@ -26,11 +26,15 @@ def request_for(model, config, prompts=(PROMPT,)):
     return build_request(model, "weights", prompts, 97, 95, config, "transformers", "out.jsonl")
 
 
-def interpreter_with_module(folder, name, source):
+EXEC = 'exec "$PYTHON" "$@"'
+WRAPPER = '"$PYTHON" "$@"\nstatus=$?\nexit $status'  # stays, as `conda run` does
+
+
+def interpreter_with_module(folder, name, source, start=EXEC):
     """An interpreter, as of another virtualenv, in which `import name` runs `source`."""
     (folder / f"{name}.py").write_text(source)
     script = folder / "python"
-    script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
+    script.write_text(f'#!/bin/sh\nexport PYTHONPATH="{folder}" PYTHON="{sys.executable}"\n{start}\n')
     script.chmod(0o755)
     return str(script)
 
@@ -154,7 +158,7 @@ def test_an_interpreter_that_does_not_exist_is_named(tmp_path, random_student):
         run_generation(request_for(random_student, EvaluateConfig()), "/nowhere/python", tmp_path)
 
 
-def worker_with_child(folder, then):
+def worker_with_child(folder, then, start=EXEC):
     """An interpreter whose vLLM starts a process of its own, as it does for every device, and goes on with `then`."""
     source = f"""
 import os, subprocess, sys, time
@@ -164,7 +168,7 @@ with open(r"{folder / "child.tmp"}", "w") as stream:
 os.replace(r"{folder / "child.tmp"}", r"{folder / "child"}")
 {then}
 """
-    return interpreter_with_module(folder, "vllm", source)
+    return interpreter_with_module(folder, "vllm", source, start)
 
 
 def ends(pid, within_s=20.0):
@@ -207,9 +211,10 @@ def test_a_worker_that_dies_is_noticed_although_its_child_lives(tmp_path, random
 
 
 @needs_proc
-def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student):
+@pytest.mark.parametrize("start", [EXEC, WRAPPER], ids=["exec", "wrapper"])
+def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student, start):
     """The parent is killed without a chance to tidy up."""
-    config = EvaluateConfig(python=worker_with_child(tmp_path, then="time.sleep(600)"))
+    config = EvaluateConfig(python=worker_with_child(tmp_path, "time.sleep(600)", start))
     request = dataclasses.replace(request_for(random_student, config), engine="vllm")
     write_request(tmp_path / "request.json", request)
     source = (
@@ -224,4 +229,19 @@ def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student)
         time.sleep(0.05)
     parent.kill()
     parent.wait()
-    assert ends(int((tmp_path / "child").read_text()))
+    assert ends(int((tmp_path / "child").read_text()), within_s=5.0)
+
+
+def test_a_wrapper_that_stays_between_parent_and_worker_is_an_interpreter(tmp_path, random_student):
+    """It reports what the worker reports, and the worker does not take itself for an orphan."""
+    source = "import time; time.sleep(1.5); raise RuntimeError('as far as this')"
+    python = interpreter_with_module(tmp_path, "vllm", source, WRAPPER)
+    request = dataclasses.replace(request_for(random_student, EvaluateConfig()), engine="vllm")
+    with pytest.raises(EvaluationError, match="failed, status 1: RuntimeError: as far as this"):
+        run_generation(request, python, tmp_path)
+
+
+def test_an_interpreter_that_keeps_standard_input_to_itself_is_told_so(tmp_path, random_student):
+    python = interpreter_with_module(tmp_path, "unused", "", '"$PYTHON" "$@" < /dev/null')
+    with pytest.raises(EvaluationError, match=r"standard input does not reach the worker.*evaluate\.python"):
+        run_generation(request_for(random_student, EvaluateConfig()), python, tmp_path)

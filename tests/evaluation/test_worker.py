@@ -325,7 +325,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path, random_student, make_
         assert parent.poll() is None
         time.sleep(0.05)
     worker = int(children.read_text().split()[0])
-    time.sleep(1.5)  # its watcher is running
+    time.sleep(1.5)  # it has taken its first line
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 30

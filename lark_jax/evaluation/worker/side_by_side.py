@@ -98,7 +98,7 @@ class _Engine:
         self.name = f"{name} (GPU {', '.join(gpus)})" if gpus else name
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
         self._process = subprocess.Popen(
-            [sys.executable, str(MAIN), str(request_file), "--share", f"--parent={os.getpid()}"],
+            [sys.executable, str(MAIN), str(request_file), "--share"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, **visible},
             start_new_session=True,
         )  # fmt: skip
@@ -109,8 +109,8 @@ class _Engine:
     def _pass_on(self) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as stream:
-            json.dump(self._share, stream)
+        with contextlib.suppress(BrokenPipeError):  # left open: its end is the end of this process
+            print(json.dumps(self._share), file=self._process.stdin, flush=True)
         for line in self._process.stdout:
             self._lines.put((self, line))
         self._lines.put((self, None))
@@ -141,11 +141,15 @@ class _Engine:
 class Share:
     """The other side: what this process is to generate, and where it says so."""
 
-    def __init__(self, request: Request) -> None:
-        """Takes standard output; what an engine prints goes to standard error from here on."""
+    def __init__(self, request: Request, line: str) -> None:
+        """Takes standard output; what an engine prints goes to standard error from here on.
+
+        Args:
+          line: indices into `request.jobs()`, as JSON.
+        """
         self._results: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        self._indices: list[int] = json.load(sys.stdin)
+        self._indices: list[int] = json.loads(line)
         self.jobs = [request.jobs()[index] for index in self._indices]
 
     def tell(self, finished: Iterable[Finished]) -> None:
