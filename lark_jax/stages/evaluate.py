@@ -121,7 +121,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
     def evaluate(directory: Path) -> Outcome:
         student = folder()
         engine = engine_of(layout)
-        _say_how(name, engine, config, layout)
+        _say_how(name, student, engine, config, layout)
         result = evaluate_student(
             name,
             student,
@@ -152,12 +152,17 @@ def engine_of(layout: Layout) -> EngineChoice:
     return EngineChoice(**files.read_json(layout.evaluation("engine") / ENGINE))
 
 
-def _say_how(name: str, engine: EngineChoice, config: EvaluateConfig, layout: Layout) -> None:
+def _say_how(name: str, student: Path, engine: EngineChoice, config: EvaluateConfig, layout: Layout) -> None:
     """What the user has to know before hours are spent."""
     if config.engine == "auto" and engine.engine == "transformers":
         say(
             f"{name}: by transformers ({engine.reason}); where that is over, delete {layout.evaluation('engine')} and "
             "start again: vLLM is then tried once more"
+        )
+    if engine.engine == "openai":
+        say(
+            f"{name}: {config.server} has to serve {student} under the name {server_for(config, name).model!r} now; "
+            "what it serves cannot be seen from here"
         )
 
 

@@ -118,6 +118,21 @@ def test_a_server_is_evaluated_without_any_interpreter(
     assert evaluate_tasks(wanted, Layout.of(wanted))[2].inputs()["engine_versions"] == {}
 
 
+def test_before_a_server_is_asked_the_user_hears_what_it_has_to_serve(
+    experiment: Callable[..., Experiment],
+    health: list[EngineChoice],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = []
+    monkeypatch.setattr(evaluate, "evaluate_student", lambda *_, **__: said.append(capsys.readouterr().err) or 1 / 0)
+    health.append(EngineChoice("openai", ""))
+    wanted = experiment(engine="openai", server="http://h/v1", server_model="math-{student}")
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run_tasks(evaluate_tasks(wanted, Layout.of(wanted)))
+    assert f"base: http://h/v1 has to serve {wanted.student.path} under the name 'math-base' now" in said[0]
+
+
 @pytest.mark.usefixtures("installed")
 def test_a_fallback_names_the_folder_that_pins_it(
     experiment: Callable[..., Experiment],
