@@ -30,7 +30,7 @@ MOST_THROTTLED = 100  # times that one request is asked to wait
 SHOWN = 300  # characters of a message with a server's own words
 CREDIT_S = 1.0  # the rate limit's bucket holds as many requests as it gets in this time
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-HOPELESS = (401, 402, 403, 404, 405)  # no request will fare better
+HOPELESS = (401, 402, 404, 405)  # no request will fare better
 
 
 class ServerError(Exception):
@@ -39,6 +39,10 @@ class ServerError(Exception):
 
 class RequestRefused(ServerError):
     """The server says no to this request; others may fare better."""
+
+
+class RequestForbidden(RequestRefused):
+    """Status 403: a gateway that moderates texts means this request alone, one that dislikes the key means all."""
 
 
 class RequestUnanswered(ServerError):
@@ -92,7 +96,7 @@ class ServerClient:
             counts as a failure that may pass. It may repeat what it found, but not cut it: half a key is not found.
 
         Raises:
-          RequestRefused: the server does not want this request.
+          RequestRefused: the server does not want this request; with RequestForbidden perhaps none at all.
           RequestUnanswered: `retries` more attempts failed too.
           ServerUnusable: no other request would fare better.
         """
@@ -167,6 +171,8 @@ class ServerClient:
             message = f"HTTP {error.code}: {_words_of(error)}"
         if error.code in HOPELESS or 300 <= error.code < 400:
             raise ServerUnusable(f"{self._access.url}: {message}") from None
+        if error.code == 403:
+            raise RequestForbidden(message) from None
         if error.code in PASSING:
             wait_s = _retry_after(error.headers.get("Retry-After"))
             raise _Passing(message, throttled=error.code == 429 or wait_s is not None, wait_s=wait_s or 0.0) from None
