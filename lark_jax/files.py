@@ -91,7 +91,7 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` with sorted keys, so that equal values are equal bytes."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(_json_line(value, indent=2, sort_keys=True))
+        temporary.write_bytes(_encoded(value, indent=2, sort_keys=True))
 
 
 def read_json(path: str | Path) -> Any:
@@ -102,10 +102,10 @@ def write_jsonl(path: str | Path, rows: Iterator[Any] | list[Any]) -> None:
     """Writes one JSON document per line, keys in the order given."""
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         for row in rows:
-            stream.write(_json_line(row))
+            stream.write(_encoded(row))
 
 
-def _json_line(value: Any, **style: Any) -> bytes:
+def _encoded(value: Any, **style: Any) -> bytes:
     """UTF-8, where it can hold the value; half a surrogate pair, as JSON of a server may have, needs escapes."""
     try:
         return json.dumps(value, ensure_ascii=False, **style).encode() + b"\n"

@@ -42,10 +42,16 @@ def _installed(python: str) -> dict[str, str | None]:
             [python, "-c", _QUESTION, *ALL_PACKAGES],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=DEADLINE_S, check=True,
         )  # fmt: skip
-        versions: dict[str, str | None] = json.loads(answer.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        said = (getattr(error, "stderr", None) or "").strip().splitlines()
-        raise EvaluationError(
-            f"config.evaluate.python: {python} does not say which engines it has ({said[-1] if said else error})"
-        ) from error
+        versions: dict[str, str | None] = json.loads(answer.stdout.strip().rpartition("\n")[2])
+    except subprocess.CalledProcessError as error:
+        last_line = error.stderr.strip().rpartition("\n")[2]
+        raise _no_answer(python, last_line or f"status {error.returncode}") from error
+    except subprocess.TimeoutExpired as error:
+        raise _no_answer(python, f"not within {DEADLINE_S:g} s") from error
+    except (OSError, ValueError) as error:
+        raise _no_answer(python, str(error)) from error
     return versions
+
+
+def _no_answer(python: str, why: str) -> EvaluationError:
+    return EvaluationError(f"config.evaluate.python: {python} does not say which engines it has ({why})")

@@ -56,9 +56,16 @@ def test_a_server_needs_no_interpreter():
 
 @pytest.mark.parametrize(
     ("script", "message"),
-    [(None, "No such file"), ("echo oh >&2; exit 3", r"\(oh\)"), ("echo no JSON", "Expecting value")],
+    [
+        (None, "No such file"),
+        ("echo first >&2; echo oh >&2; exit 3", r"\(oh\)"),
+        ("exit 3", r"\(status 3\)"),
+        ("echo no JSON", "Expecting value"),
+        ("exec sleep 9", r"\(not within 0\.2 s\)"),
+    ],
 )
-def test_an_interpreter_that_does_not_answer_is_named(tmp_path, script, message):
+def test_an_interpreter_that_does_not_answer_is_named(tmp_path, monkeypatch, script, message):
+    monkeypatch.setattr(module, "DEADLINE_S", 0.2 if script == "exec sleep 9" else 60.0)
     path = tmp_path / "python"
     if script is not None:
         path.write_text(f"#!/bin/sh\n{script}\n")
