@@ -13,6 +13,7 @@ from typing import Any
 from lark_jax.config_checks import require as _require
 from lark_jax.config_checks import require_one_of as _require_one_of
 from lark_jax.config_checks import require_url as _require_url
+from lark_jax.config_checks import require_variable as _require_variable
 from lark_jax.config_values import converted, section_from_mapping
 from lark_jax.judge_config import JudgeConfig
 
@@ -242,6 +243,7 @@ class EvaluateConfig:
         if self.engine == "openai":
             _require_url("evaluate.server", self.server)
             _require(bool(self.server_model), "evaluate.server_model", self.server_model, "a model's name")
+        _require_variable("evaluate.server_key_variable", self.server_key_variable)
         for name in ("server_concurrency", "server_timeout"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"evaluate.{name}", value, "a positive number")

@@ -98,7 +98,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` with sorted keys, so that equal values are equal bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(_encoded(value, indent=2, sort_keys=True))
 
 
 def read_json(path: str | Path) -> Any:
@@ -107,9 +108,17 @@ def read_json(path: str | Path) -> Any:
 
 def write_jsonl(path: str | Path, rows: Iterator[Any] | list[Any]) -> None:
     """Writes one JSON document per line, keys in the order given."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(_encoded(row))
+
+
+def _encoded(value: Any, **style: Any) -> bytes:
+    """UTF-8, where it can hold the value; half a surrogate pair, as JSON of a server may have, needs escapes."""
+    try:
+        return json.dumps(value, ensure_ascii=False, **style).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value, **style).encode() + b"\n"
 
 
 def sha256_of_bytes(data: bytes) -> str:

@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from lark_jax.config_checks import require, require_one_of, require_url
+from lark_jax.config_checks import require, require_one_of, require_url, require_variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class JudgeConfig:
         for name in ("timeout", "requests_per_minute"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"score.judge.{name}", value, "a positive number")
+        require_variable("score.judge.key_variable", self.key_variable)
         arguments = _parsed_json(self.template_arguments)
         require(isinstance(arguments, dict), "score.judge.template_arguments", self.template_arguments, "a JSON object")
 

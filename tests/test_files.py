@@ -131,6 +131,20 @@ def test_json_comes_back_as_written(tmp_path_factory: pytest.TempPathFactory, va
     assert read_json(path) == value
 
 
+@given(st.text(st.characters(min_codepoint=0xD7F0, max_codepoint=0xD8FF, exclude_categories=()), min_size=1), st.text())
+def test_half_a_surrogate_pair_comes_back_as_written(
+    tmp_path_factory: pytest.TempPathFactory, halves: str, text: str
+) -> None:
+    """JSON of a server may hold one, and UTF-8 cannot; lines that it can hold are written in it as ever."""
+    folder = tmp_path_factory.mktemp("json")
+    write_jsonl(folder / "rows.jsonl", [{"text": text}, {"text": halves, text: halves}])
+    first, second = folder.joinpath("rows.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert first == json.dumps({"text": text}, ensure_ascii=False)
+    assert json.loads(second) == {"text": halves, text: halves}
+    write_json(folder / "value.json", {text: [halves]})
+    assert read_json(folder / "value.json") == {text: [halves]}
+
+
 @given(st.dictionaries(st.text(), JSON, min_size=2))
 def test_json_hash_and_bytes_do_not_depend_on_key_order(value: dict) -> None:
     shuffled = random.sample(list(value.items()), len(value))

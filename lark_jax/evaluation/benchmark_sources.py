@@ -19,7 +19,7 @@ from lark_jax.hub_files import Unavailable, snapshot
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:]+))?")
-_PATTERNS = tuple(f"*{kind}" for kind in FILE_KINDS)
+_ANY_DATA = tuple(f"*{kind}" for kind in FILE_KINDS)
 _NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the datasets library
 
 
@@ -36,7 +36,9 @@ class BenchmarkSource:
         Raises:
           EvaluationError: the dataset cannot be had, or holds no such file or several.
         """
-        path = _snapshot(self.location) if self.on_hub else Path(self.location)
+        if self.on_hub:
+            return _only_file(_snapshot(self.location, _patterns(self.file)), self.file, self.location)
+        path = Path(self.location)
         return _only_file(path, self.file, self.location) if path.is_dir() else path
 
 
@@ -82,9 +84,16 @@ def _only_file(folder: Path, pattern: str | None, location: str) -> Path:
     )
 
 
+def _patterns(file: str | None) -> tuple[str, ...]:
+    """What is fetched: the file that is asked for, by its path or its name alone; else every data file."""
+    if file is None or Path(file).suffix not in FILE_KINDS:
+        return _ANY_DATA
+    return (file, f"*/{file}")
+
+
 @functools.cache  # hashing and reading see one and the same snapshot, also when the hub gets another one meanwhile
-def _snapshot(hub_id: str) -> Path:
+def _snapshot(hub_id: str, patterns: tuple[str, ...]) -> Path:
     try:
-        return snapshot(hub_id, _PATTERNS, "dataset")
+        return snapshot(hub_id, patterns, "dataset")
     except Unavailable as error:
         raise EvaluationError(f"{hub_id}: {error}; give a local file in evaluate.benchmarks, NAME=FILE") from error

@@ -13,14 +13,16 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lark_jax.config import STUDENT_PLACEHOLDER, EvaluateConfig
 from lark_jax.errors import EvaluationError
+from lark_jax.evaluation.engine_versions import engine_versions
 from lark_jax.evaluation.worker.worker_request import (
+    LINE_IDENTITY,
     SEED_MODULUS,
     SEED_STRIDE,
     Prompt,
@@ -68,8 +70,8 @@ def build_request(
     """One request for all benchmarks and decoding seeds of a student; `student` is its name on a server.
 
     Raises:
-      EvaluationError: the model's config.json cannot be read, a prompt leaves no room for an answer, or two decoding
-        seeds would draw the same numbers.
+      EvaluationError: the model's config.json cannot be read, a prompt leaves no room for an answer, two decoding
+        seeds would draw the same numbers, or `evaluate.python` does not tell its versions.
     """
     model_config = read_model_json(Path(model_dir) / "config.json")
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -101,7 +103,8 @@ def build_request(
         server=server_for(config, student) if engine == "openai" else None,
         engines=config.engines,
     )
-    return dataclasses.replace(request, fingerprint=_fingerprint(request, model_fingerprint))
+    versions = engine_versions(engine, config.python)
+    return dataclasses.replace(request, fingerprint=_fingerprint(request, model_fingerprint, versions))
 
 
 def server_for(config: EvaluateConfig, student: str) -> Server:
@@ -149,14 +152,19 @@ def run_generation(request: Request, python: str | None, folder: str | Path) -> 
     _run_worker(python, request, Path(folder) / "worker", (), None)
 
 
-def read_generations(output: str | Path) -> Iterator[Generation]:
-    """The worker's finished output, in request order."""
-    with Path(output).open(encoding="utf-8") as stream:
+def read_generations(request: Request) -> Iterator[Generation]:
+    """The samples of every job of the request, in its order, once `run_generation` has finished its output.
+
+    Raises:
+      EvaluationError: a line is not that of the job in its place.
+    """
+    with Path(request.output).open(encoding="utf-8") as stream:
         next(stream)  # header
-        for line in stream:
-            record = json.loads(line)
-            samples = tuple(Sample(**sample) for sample in record.pop("samples"))
-            yield Generation(**record, samples=samples)
+        for job in request.jobs():  # behind them may be what other requests had asked for
+            record = json.loads(next(stream, "{}"))
+            if [record.get(name) for name in LINE_IDENTITY] != [*job.key, request.mark(job)]:
+                raise EvaluationError(f"{request.output}: no samples of {job.key} in their place; run evaluate again")
+            yield Generation(*job.key, tuple(Sample(**sample) for sample in record["samples"]))
 
 
 class WorkerFailure(EvaluationError):
@@ -174,10 +182,10 @@ def _run_worker(
     stem.parent.mkdir(parents=True, exist_ok=True)
     request_path, log_path = stem.with_suffix(".request.json"), stem.with_suffix(".log")
     write_request(request_path, request)
-    command = [python or sys.executable, str(WORKER), str(request_path), f"--parent={os.getpid()}", *flags]
+    command = [python or sys.executable, str(WORKER), str(request_path), "--lifeline", *flags]
     try:
         worker = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
     except OSError as error:
@@ -186,6 +194,8 @@ def _run_worker(
     try:
         if timer is not None:
             timer.start()
+        threading.Thread(target=_end_what_it_leaves, args=(worker,), daemon=True).start()
+        _greet(worker)
         last_lines = _follow(worker, log_path)
         status = worker.wait()
     finally:
@@ -197,10 +207,23 @@ def _run_worker(
         raise _failure(request, status, last_lines, log_path)
 
 
+def _greet(worker: "subprocess.Popen[str]") -> None:
+    """The line that the worker waits for. Its standard input stays open until this process ends, and so the worker."""
+    assert worker.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # the worker is gone already
+        os.write(worker.stdin.fileno(), b"\n")
+
+
 def _kill_group(worker: "subprocess.Popen[str]") -> None:
     """Kills the worker and the processes of its session: vLLM starts one per device."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _end_what_it_leaves(worker: "subprocess.Popen[str]") -> None:
+    """A process that outlives the worker holds its output open, and the parent would read on for ever."""
+    worker.wait()
+    _kill_group(worker)
 
 
 def _follow(worker: "subprocess.Popen[str]", log_path: Path) -> list[str]:
@@ -226,11 +249,19 @@ def _failure(request: Request, status: int, last_lines: list[str], log_path: Pat
     return WorkerFailure(f"evaluation worker ({request.engine}) failed, {cause}: {told}; log: {log_path}", last_line)
 
 
-def _fingerprint(request: Request, model_fingerprint: str) -> str:
-    fields = dataclasses.asdict(dataclasses.replace(request, fingerprint="", model="", output="", server=None))
-    del fields["engines"]  # a run may go on with more GPUs or fewer
+def fingerprint_of_all(request: Request) -> str:
+    """Of everything that decides the samples of the whole request."""
+    return sha256_of_json([request.fingerprint, [[*job.key, request.mark(job)] for job in request.jobs()]])
+
+
+def _fingerprint(request: Request, model_fingerprint: str, versions: Mapping[str, str | None]) -> str:
+    """Of what decides any one sample, whatever else is asked and on how many GPUs; the rest is in its job's mark."""
+    left_out = ("fingerprint", "model", "output", "prompts", "seeds", "max_model_len", "tensor_parallel", "engines")
+    fields = dataclasses.asdict(dataclasses.replace(request, prompts=(), server=None))
+    for name in left_out:
+        del fields[name]
     served_as = request.server.model if request.server is not None else None
-    return sha256_of_json([model_fingerprint, {**fields, "server": served_as}])
+    return sha256_of_json([model_fingerprint, {**fields, "server": served_as}, dict(versions)])
 
 
 def require_separate_seeds(seeds: Sequence[int], num_problems: int, samples: int) -> None:

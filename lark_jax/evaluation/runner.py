@@ -41,6 +41,7 @@ from lark_jax.evaluation.engines import (
     Generation,
     build_request,
     choose_engine,
+    fingerprint_of_all,
     read_generations,
     run_generation,
 )
@@ -81,8 +82,8 @@ def evaluate_student(
       student: its name in tables.
       model_dir: local folder with weights, config.json and tokenizer.
       out_dir: where results go.
-      generations_dir: where samples go before they are graded; those of an earlier call are taken when they answer
-        the same request, and removed when they do not.
+      generations_dir: where samples go before they are graded. Those of an earlier call are kept and taken where they
+        are asked for again; all are removed when other weights or another decoding made them.
       engine: from `engine_for`, so that all students of an experiment run under the same one; None: choose here.
       model_fingerprint: hash of the weights where the caller knows it; None: hash `model_dir`.
 
@@ -94,7 +95,9 @@ def evaluate_student(
     requested = engine.engine if engine is not None else config.engine
     request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, requested, generations_dir)
     golds = [benchmark.fingerprint for benchmark in benchmarks]
-    fingerprint = sha256_of_json([student, request.fingerprint, requested, golds, grader_identity(config.grader)])
+    fingerprint = sha256_of_json(
+        [student, fingerprint_of_all(request), requested, golds, grader_identity(config.grader)]
+    )
     if (out_dir / SUMMARY).exists() and read_json(out_dir / SUMMARY)["fingerprint"] == fingerprint:
         return read_student_result(out_dir)
     engine = engine or choose_engine(config, request, generations_dir)
@@ -199,9 +202,14 @@ def _by_k(entries: list[dict[str, Any]]) -> tuple[Accuracy, ...]:
 def _discard_other_generations(request: Request) -> None:
     """Generations made under other settings or by other weights are in the way of this request."""
     for path in (Path(request.output), Path(request.output + ".partial")):
-        if path.exists() and request.fingerprint.encode() not in path.open("rb").readline():
+        if path.exists() and _first_line(path) != request.header().encode() + b"\n":
             print(f"{path}: made under other settings or by other weights; generating anew", file=sys.stderr)
             path.unlink()
+
+
+def _first_line(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.readline()
 
 
 def _grade_all(
@@ -211,7 +219,7 @@ def _grade_all(
         (prompt.benchmark, prompt.problem_id) for prompt in request.prompts if opens_thought(chat, prompt.tokens)
     )
     by_benchmark: dict[str, list[Generation]] = {benchmark.name: [] for benchmark in benchmarks}
-    for generation in read_generations(request.output):
+    for generation in read_generations(request):
         by_benchmark[generation.benchmark].append(generation)
     graded = []
     with Grader(config.grader) as grader:

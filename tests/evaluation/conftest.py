@@ -1,9 +1,11 @@
-"""Tiny students on disk: a random one, and one whose answers are known exactly."""
+"""Tiny students on disk, a random one and one whose answers are known exactly; the worker with a fake engine."""
 
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -11,8 +13,8 @@ import torch
 import transformers
 
 from lark_jax.config import EvaluateConfig
-from lark_jax.evaluation.engines import build_request, choose_engine
-from lark_jax.evaluation.worker.worker_request import Prompt, Request
+from lark_jax.evaluation.engines import WORKER, build_request, choose_engine
+from lark_jax.evaluation.worker.worker_request import Job, Prompt, Request, Sample
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -114,6 +116,49 @@ def make_request() -> MakeRequest:
         )
 
     return make
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The worker's main module, imported as it imports its siblings."""
+    monkeypatch.syspath_prepend(str(WORKER.parent))
+    sys.modules.pop("main", None)
+    import main as worker_main
+
+    yield worker_main
+    sys.modules.pop("main", None)
+
+
+class FakeEngine:
+    """Yields jobs last first, as an engine may; counts what it was asked for; can die halfway."""
+
+    def __init__(self, sample_type: type[Sample], die_after: int | None = None) -> None:
+        self.sample_type, self.die_after = sample_type, die_after
+        self.asked: list[tuple[str, str, int]] = []
+
+    def __call__(self, request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, list[Sample]]]:
+        for count, job in enumerate(reversed(pending)):
+            if count == self.die_after:
+                raise RuntimeError("engine died")
+            self.asked.append(job.key)
+            texts = [f"{job.key} é {request.first_seed(job) + index}" for index in range(request.samples)]
+            yield job, [self.sample_type(text, "stop", len(text)) for text in texts]
+
+
+RunFake = Callable[..., list[tuple[str, str, int]]]
+
+
+@pytest.fixture
+def run_fake(main: Any, monkeypatch: pytest.MonkeyPatch) -> RunFake:
+    """Runs the worker in this process, its engine a fake one; gives the jobs that it was asked for."""
+
+    def run(request: Request, die_after: int | None = None) -> list[tuple[str, str, int]]:
+        engine = FakeEngine(main.Sample, die_after)
+        monkeypatch.setattr(main, "engine_named", lambda _: engine)
+        main.run(request, Path(request.output).with_name("unread.json"))
+        return engine.asked
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,4 @@
+import fnmatch
 import json
 from pathlib import Path
 
@@ -116,6 +117,47 @@ def test_a_dataset_of_the_hub_is_fetched_once_and_said_so(tmp_path, hub, capsys)
         assert len(read_benchmark("own=someone/set:test/a.json").problems) == 2
     assert hub == [("someone/set", "dataset")]
     assert "from the Hugging Face hub" in capsys.readouterr().err
+
+
+def _files_on_the_hub(folder, monkeypatch):
+    """Downloads what is asked for, as the hub's client filters names; gives what was downloaded."""
+    names = ["test.jsonl", "sub/test.jsonl", "train.jsonl", "test-0.parquet", "README.md"]
+    downloaded = []
+
+    def download(_, *, allow_patterns, **__):
+        fitting = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)]
+        downloaded.extend(fitting)
+        for name in fitting:
+            write_json(folder / name)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return downloaded
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("own=someone/big:train.jsonl", ["train.jsonl"]),
+        ("own=someone/big:sub/test.jsonl", ["sub/test.jsonl"]),
+        ("own=someone/big:sub/*.jsonl", ["sub/test.jsonl"]),
+        ("own=someone/big:test-*", ["test.jsonl", "sub/test.jsonl", "train.jsonl", "test-0.parquet"]),
+    ],
+)
+def test_only_the_file_that_is_named_is_fetched(tmp_path, monkeypatch, entry, expected):
+    downloaded = _files_on_the_hub(tmp_path / "big", monkeypatch)
+    assert find_source(entry).local_file().is_file()
+    assert downloaded == expected
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_file_that_a_dataset_has_not_or_twice_is_refused(tmp_path, monkeypatch):
+    _files_on_the_hub(tmp_path / "big", monkeypatch)
+    with pytest.raises(EvaluationError, match=r"someone/big: expected one file nowhere\.csv, found: none"):
+        find_source("own=someone/big:nowhere.csv").local_file()
+    with pytest.raises(EvaluationError, match=r"expected one file test\.jsonl, found: sub/test\.jsonl, test\.jsonl"):
+        find_source("own=someone/big:test.jsonl").local_file()
 
 
 def test_without_network_the_message_names_the_way_out():

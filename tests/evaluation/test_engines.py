@@ -10,7 +10,7 @@ import pytest
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import engines
-from lark_jax.evaluation.engines import build_request, choose_engine, run_generation
+from lark_jax.evaluation.engines import build_request, choose_engine, fingerprint_of_all, run_generation
 from lark_jax.evaluation.worker.worker_request import Prompt, write_request
 
 PROMPT = Prompt("b", "first", 0, (1, 2, 3))
@@ -26,11 +26,15 @@ def request_for(model, config, prompts=(PROMPT,)):
     return build_request(model, "weights", prompts, 97, 95, config, "transformers", "out.jsonl")
 
 
-def interpreter_with_module(folder, name, source):
+EXEC = 'exec "$PYTHON" "$@"'
+WRAPPER = '"$PYTHON" "$@"\nstatus=$?\nexit $status'  # stays, as `conda run` does
+
+
+def interpreter_with_module(folder, name, source, start=EXEC):
     """An interpreter, as of another virtualenv, in which `import name` runs `source`."""
     (folder / f"{name}.py").write_text(source)
     script = folder / "python"
-    script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
+    script.write_text(f'#!/bin/sh\nexport PYTHONPATH="{folder}" PYTHON="{sys.executable}"\n{start}\n')
     script.chmod(0o755)
     return str(script)
 
@@ -68,19 +72,43 @@ def test_a_folder_without_config_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"temperature": 0.5}, {"top_p": 0.5}, {"seeds": (9,)}, {"samples": 2}, {"repetition_penalty": 1.1}]
+    "change", [{"temperature": 0.5}, {"top_p": 0.5}, {"max_tokens": 9}, {"samples": 2}, {"repetition_penalty": 1.1}]
 )
-def test_fingerprint_follows_what_decides_the_samples(random_student, change):
-    fingerprint = request_for(random_student, EvaluateConfig()).fingerprint
-    assert fingerprint == request_for(random_student, EvaluateConfig(grader="paper")).fingerprint
-    assert fingerprint != request_for(random_student, EvaluateConfig(**change)).fingerprint
-    other_prompt = Prompt("b", "first", 0, (1, 2, 4))
-    assert fingerprint != request_for(random_student, EvaluateConfig(), (other_prompt,)).fingerprint
+def test_fingerprint_follows_what_decides_any_sample(random_student, change):
+    request = request_for(random_student, EvaluateConfig())
+    assert request.fingerprint == request_for(random_student, EvaluateConfig(grader="paper")).fingerprint
+    other = request_for(random_student, EvaluateConfig(**change))
+    assert request.fingerprint != other.fingerprint
+    assert fingerprint_of_all(request) != fingerprint_of_all(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seeds": (0, 1)},
+        {"prompts": (Prompt("b", "first", 0, (1, 2, 4)),)},
+        {"prompts": (Prompt("b", "first", 1, (1, 2, 3)),)},
+        {"prompts": (Prompt("c", "first", 0, (1, 2, 3)),)},
+        {"prompts": (PROMPT, Prompt("b", "second", 1, (1,)))},
+    ],
+)
+def test_what_else_is_asked_is_no_part_of_the_fingerprint_but_of_the_whole_requests(random_student, change):
+    request = request_for(random_student, EvaluateConfig())
+    seeds, prompts = change.get("seeds", (0, 1, 2)), change.get("prompts", (PROMPT,))
+    other = request_for(random_student, EvaluateConfig(seeds=seeds), prompts)
+    assert request.fingerprint == other.fingerprint
+    assert fingerprint_of_all(request) != fingerprint_of_all(other)
+
+
+def test_the_number_of_gpus_decides_no_sample(random_student):
+    requests = [request_for(random_student, EvaluateConfig(tensor_parallel=count, engines=count)) for count in (1, 4)]
+    assert requests[0] != requests[1]
+    assert len({fingerprint_of_all(request) for request in requests}) == 1
 
 
 def test_a_named_engine_is_taken_without_a_health_check(tmp_path, random_student):
     config = EvaluateConfig(engine="vllm", python="/nowhere/python")
-    assert choose_engine(config, request_for(random_student, config), tmp_path).engine == "vllm"
+    assert choose_engine(config, request_for(random_student, EvaluateConfig()), tmp_path).engine == "vllm"
 
 
 @pytest.mark.parametrize(
@@ -129,17 +157,17 @@ def test_an_interpreter_that_does_not_exist_is_named(tmp_path, random_student):
         run_generation(request_for(random_student, EvaluateConfig()), "/nowhere/python", tmp_path)
 
 
-def worker_with_child(folder, then):
+def worker_with_child(folder, then, start=EXEC):
     """An interpreter whose vLLM starts a process of its own, as it does for every device, and goes on with `then`."""
     source = f"""
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 with open(r"{folder / "child.tmp"}", "w") as stream:
     stream.write(str(child.pid))
 os.replace(r"{folder / "child.tmp"}", r"{folder / "child"}")
 {then}
 """
-    return interpreter_with_module(folder, "vllm", source)
+    return interpreter_with_module(folder, "vllm", source, start)
 
 
 def ends(pid, within_s=20.0):
@@ -169,9 +197,23 @@ def test_a_health_check_that_hangs_ends_with_all_its_processes(tmp_path, random_
 
 
 @needs_proc
-def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student):
+@pytest.mark.parametrize(("then", "cause"), [("os.kill(os.getpid(), 9)", "signal 9"), ("os._exit(3)", "status 3")])
+def test_a_worker_that_dies_is_noticed_although_its_child_lives(tmp_path, random_student, then, cause):
+    """As vLLM's EngineCore does when the worker is killed for its memory: it holds the worker's output open."""
+    config = EvaluateConfig(python=worker_with_child(tmp_path, then))
+    request = dataclasses.replace(request_for(random_student, config), engine="vllm")
+    started = time.monotonic()
+    with pytest.raises(EvaluationError, match=cause):
+        run_generation(request, config.python, tmp_path)
+    assert time.monotonic() - started < 30  # the child sleeps for 60
+    assert ends(int((tmp_path / "child").read_text()))
+
+
+@needs_proc
+@pytest.mark.parametrize("start", [EXEC, WRAPPER], ids=["exec", "wrapper"])
+def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student, start):
     """The parent is killed without a chance to tidy up."""
-    config = EvaluateConfig(python=worker_with_child(tmp_path, then="time.sleep(600)"))
+    config = EvaluateConfig(python=worker_with_child(tmp_path, "time.sleep(600)", start))
     request = dataclasses.replace(request_for(random_student, config), engine="vllm")
     write_request(tmp_path / "request.json", request)
     source = (
@@ -186,4 +228,19 @@ def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student)
         time.sleep(0.05)
     parent.kill()
     parent.wait()
-    assert ends(int((tmp_path / "child").read_text()))
+    assert ends(int((tmp_path / "child").read_text()), within_s=5.0)
+
+
+def test_a_wrapper_that_stays_between_parent_and_worker_is_an_interpreter(tmp_path, random_student):
+    """It reports what the worker reports, and the worker does not take itself for an orphan."""
+    source = "import time; time.sleep(1.5); raise RuntimeError('as far as this')"
+    python = interpreter_with_module(tmp_path, "vllm", source, WRAPPER)
+    request = dataclasses.replace(request_for(random_student, EvaluateConfig()), engine="vllm")
+    with pytest.raises(EvaluationError, match="failed, status 1: RuntimeError: as far as this"):
+        run_generation(request, python, tmp_path)
+
+
+def test_an_interpreter_that_keeps_standard_input_to_itself_is_told_so(tmp_path, random_student):
+    python = interpreter_with_module(tmp_path, "unused", "", '"$PYTHON" "$@" < /dev/null')
+    with pytest.raises(EvaluationError, match=r"standard input does not reach the worker.*evaluate\.python"):
+        run_generation(request_for(random_student, EvaluateConfig()), python, tmp_path)

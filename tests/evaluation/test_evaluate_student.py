@@ -147,6 +147,46 @@ def test_other_weights_or_settings_discard_old_samples(copied, bigram_student, b
     assert again.fingerprint != result.fingerprint
 
 
+@pytest.mark.parametrize("damage", [lambda header: header.replace("2", "1", 1), lambda header: header[:9]])
+@pytest.mark.usefixtures("no_worker")
+def test_samples_in_another_form_are_discarded(copied, bigram_student, benchmarks, chat, capsys, damage):
+    folder, _ = copied
+    shutil.rmtree(folder / "results")
+    path = folder / "generations" / "generations.jsonl"
+    header, rest = path.read_text().split("\n", 1)
+    path.write_text(damage(header) + "\n" + rest)
+    with pytest.raises(AssertionError, match="the worker was started"):
+        evaluate(folder, bigram_student, benchmarks, chat)
+    assert "made under other settings or by other weights; generating anew" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_a_further_benchmark_and_seed_generate_what_is_new_alone(
+    tmp_path, bigram_student, benchmarks, chat, run_fake, monkeypatch
+):
+    """To the same bytes as at once; taking them out again costs nothing either."""
+    asked = []
+    monkeypatch.setattr(runner, "run_generation", lambda request, *_: asked.append(len(run_fake(request))))
+    few, more = replace(CONFIG, seeds=(1,)), replace(CONFIG, seeds=(0, 1))
+
+    def results_of(folder, asked_benchmarks, config):
+        shutil.rmtree(folder / "results", ignore_errors=True)  # as the pipeline does when a task's inputs change
+        evaluate(folder, bigram_student, asked_benchmarks, chat, config)
+        paths = [path for path in (folder / "results").rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+    grown, fresh = tmp_path / "grown", tmp_path / "fresh"
+    first = results_of(grown, benchmarks[:1], few)
+    all_at_once = results_of(fresh, benchmarks[::-1], more)
+    assert results_of(grown, benchmarks[::-1], more) == all_at_once
+    assert len(all_at_once) == 4
+    names = [folder / "generations" / "generations.jsonl" for folder in (grown, fresh)]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    assert results_of(grown, benchmarks[:1], few) == first
+    assert results_of(grown, benchmarks[::-1], more) == all_at_once
+    assert asked == [50, 102, 52, 0, 0]
+
+
 def test_a_partial_result_ends_with_the_same_files(copied, bigram_student, benchmarks, chat, tmp_path):
     folder, result = copied
     names = ("digits/samples.jsonl", "nines/samples.jsonl", "samples.parquet", "summary.json")

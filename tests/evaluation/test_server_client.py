@@ -1,5 +1,6 @@
 """The HTTP client against a server that misbehaves in every way that was thought of."""
 
+import json
 import socket
 import struct
 import time
@@ -17,6 +18,7 @@ from lark_jax.evaluation.worker.server_client import (
     RequestUnanswered,
     ServerAccess,
     ServerClient,
+    ServerError,
     ServerUnusable,
     Turnstile,
 )
@@ -142,7 +144,7 @@ def test_a_wait_of_a_day_ends_the_run():
         client_of(server).post("completions", {})
 
 
-@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
 def test_a_request_that_is_refused_is_not_repeated(status):
     with serving(after(99, json_reply({"error": {"message": "context\nlength"}}, status))) as server:
         with pytest.raises(RequestRefused, match=f"^HTTP {status}: context length$"):
@@ -150,7 +152,7 @@ def test_a_request_that_is_refused_is_not_repeated(status):
         assert len(server.asked) == 1
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 404])
 def test_wrong_keys_models_and_addresses_end_everything_at_once(status):
     with serving(after(99, json_reply({"message": "no such model"}, status))) as server:
         with pytest.raises(ServerUnusable, match=f"/v1: HTTP {status}: no such model"):
@@ -174,6 +176,38 @@ def test_the_key_is_sent_and_never_repeated_in_a_message(monkeypatch):
             client_of(server, key_variable="SECRET").post("completions", {})
         assert server.asked[0].headers["authorization"] == f"Bearer {KEY}"
     assert KEY not in str(caught.value)
+
+
+def strict(answer):
+    """A reader that repeats what it was given."""
+    raise ValueError(f"expected nothing, got {answer!r}")
+
+
+ECHOES = {
+    "no JSON": lambda key: Reply(200, f"<html>echo Bearer {key}</html>".encode()),
+    "no JSON, with escapes": lambda key: Reply(200, f"echo {json.dumps(key)}".encode()),
+    "JSON of another shape": lambda key: json_reply({"echo": key}),
+    "a message cut in the key": lambda key: json_reply({"error": {"message": "x" * 285 + f"Bearer {key}"}}, 400),
+    "a page cut in the key": lambda key: Reply(400, b"x" * 285 + f"Bearer {key}".encode()),
+    "a failure that may pass": lambda key: Reply(500, b"x" * 280 + f"Bearer {key}".encode()),
+    "a wrong key": lambda key: json_reply({"error": f"wrong key {key}"}, 401),
+    "a reason": lambda key: Reply(raw=lambda handler: handler.wfile.write(f"HTTP/1.1 400 {key}\r\n\r\n".encode())),
+    "no HTTP": lambda key: Reply(raw=lambda handler: handler.wfile.write(f"{key}\r\n".encode())),
+}
+
+
+@pytest.mark.parametrize("key", [KEY, r"sk-'odd\key\"-5678"])
+@pytest.mark.parametrize("name", ECHOES)
+def test_no_part_of_the_key_is_in_a_message_whatever_a_server_says(monkeypatch, name, key):
+    monkeypatch.setenv("SECRET", key)
+    with serving(lambda *_: ECHOES[name](key)) as server, pytest.raises(ServerError) as caught:
+        client_of(server, key_variable="SECRET", retries=0).post("completions", {}, strict)
+    message = str(caught.value)
+    assert "sk-" not in message
+    assert key[-5:] not in message
+    assert "*" in message or len(message) > server_client.SHOWN  # masked, or beyond the cut
+    assert len(message) < 500
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from lark_jax.config import EvaluateConfig, experiment_from_mapping
 from lark_jax.errors import ConfigError, EvaluationError
 from lark_jax.evaluation.engines import WORKER, read_generations, run_generation, server_for
 from lark_jax.evaluation.worker.worker_request import read_request, write_request
+from lark_jax.judge_config import JudgeConfig
 
 KEY = "sk-engine-91011"
 
@@ -51,7 +52,7 @@ def test_every_sample_is_asked_for_with_its_own_seed_and_all_of_the_decoding(tmp
     assert (body["max_tokens"], body["stop_token_ids"], body["ignore_eos"]) == (24, list(request.stop_ids), True)
     assert (body["top_k"], body["min_p"], body["model"]) == (-1, 0.0, "served-")
     assert {asked.path for asked in server.asked} == {"/v1/completions"}
-    for job, line in zip(request.jobs(), read_generations(request.output), strict=True):
+    for job, line in zip(request.jobs(), read_generations(request), strict=True):
         assert (line.problem_id, line.seed) == (job.prompt.problem_id, job.seed)
         seeds = [request.first_seed(job) + index for index in range(request.samples)]
         assert [sample.text for sample in line.samples] == [f"{len(job.prompt.tokens)}:{seed}" for seed in seeds]
@@ -111,6 +112,15 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, req
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) >= 3  # request, log, samples
     assert [path for path in written if KEY.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("value", ["sk-live-1234", "", "1KEY", "TWO WORDS", "LINE\n", "é"])
+def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated(value):
+    for make in (lambda: EvaluateConfig(server_key_variable=value), lambda: JudgeConfig(key_variable=value)):
+        with pytest.raises(ConfigError, match=r"key_variable: expected the name of an environment variable") as caught:
+            make()
+        assert value.strip() == "" or value.strip() not in str(caught.value)
+    assert EvaluateConfig(server_key_variable="_API_KEY_2").server_key_variable == "_API_KEY_2"
 
 
 def test_only_the_served_name_decides_the_samples(tmp_path, request_to):

@@ -25,7 +25,7 @@ def module(name, **members):
 module("torch", cuda=types.SimpleNamespace(device_count=lambda: 4))
 """
 VLLM = """
-import os, sys, types
+import os, sys, time, types
 from sitecustomize import module
 print("vLLM writes to standard output")
 class Engine:
@@ -40,6 +40,15 @@ class Engine:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         if seen == os.environ.get("BROKEN_GPU") and len(self.waiting) == 1:
             raise MemoryError("out of memory")
+        if seen == os.environ.get("FORKING_GPU"):
+            del os.environ["FORKING_GPU"]
+            forked = os.fork()  # as vLLM does for its EngineCore
+            if forked == 0:
+                time.sleep(60)
+                os._exit(0)
+            open(os.environ["FORKED"], "w").write(str(forked))
+        if seen == os.environ.get("KILLED_GPU"):
+            os.kill(os.getpid(), 9)
         text = f"{seen} x {self.arguments['tensor_parallel_size']}"
         samples = [types.SimpleNamespace(index=i, text=text, finish_reason="stop", token_ids=[1]) for i in range(n)]
         return [types.SimpleNamespace(request_id=number, finished=True, outputs=samples)]
@@ -128,7 +137,7 @@ def test_problems_are_dealt_out_to_all_gpus(
     options = {"tensor_parallel": tensor_parallel, "engines": engines, "num_prompts": 11}
     request = make_request(random_student, tmp_path / "out.jsonl", "vllm", **options)
     run_generation(request, four_gpus, tmp_path)
-    lines = list(read_generations(request.output))
+    lines = list(read_generations(request))
     assert [(line.benchmark, line.problem_id, line.seed) for line in lines] == [job.key for job in request.jobs()]
     counts = {text: sum(line.samples[0].text == text for line in lines) for text in expected}
     assert sum(counts.values()) == len(lines)
@@ -151,6 +160,29 @@ def test_an_engine_that_fails_is_named_and_finished_problems_stay(
     assert set(kept) <= set(Path(request.output).read_text().splitlines())
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc")
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_an_engine_forked_ends_with_it(tmp_path, random_student, make_request, four_gpus, monkeypatch, killed):
+    """It holds all that the engine had open: the pipe of its results too."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("FORKING_GPU", "2")
+    monkeypatch.setenv("FORKED", str(tmp_path / "forked"))
+    request = make_request(random_student, tmp_path / "out.jsonl", "vllm", num_prompts=12)
+    started = time.monotonic()
+    if killed:
+        monkeypatch.setenv("KILLED_GPU", "2")
+        with pytest.raises(EvaluationError, match=r"engine 3 of 4 \(GPU 2\) ended by signal 9"):
+            run_generation(request, four_gpus, tmp_path)
+    else:
+        run_generation(request, four_gpus, tmp_path)
+    assert time.monotonic() - started < 30
+    deadline = time.monotonic() + 10
+    forked = (tmp_path / "forked").read_text()
+    while _runs(forked) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(forked)
+
+
 @pytest.mark.slow
 def test_several_engines_give_the_samples_of_one(tmp_path, random_student, make_request, engine):
     outputs = {}
@@ -160,7 +192,7 @@ def test_several_engines_give_the_samples_of_one(tmp_path, random_student, make_
         run_generation(request, None, tmp_path / str(engines))
         outputs[engines] = output.read_bytes()
     assert outputs[1] == outputs[2]
-    assert len({sample.text for line in read_generations(request.output) for sample in line.samples}) > MANY
+    assert len({sample.text for line in read_generations(request) for sample in line.samples}) > MANY
 
 
 @pytest.mark.slow

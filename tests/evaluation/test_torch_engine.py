@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,20 @@ def test_greedy_equals_generate_of_transformers(torch_engine, model, prompts, pe
             eos_token_id=97, pad_token_id=95,
         )  # fmt: skip
         assert row == output[0, len(prompt) :].tolist()
+
+
+def test_batches_of_a_benchmark_are_the_same_whatever_else_is_asked(
+    torch_engine, random_student, make_request, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch_engine, "MAX_TOKENS", 700)
+    alone = make_request(random_student, tmp_path / "out.jsonl", "transformers", num_prompts=11, seeds=(5,))
+    other = tuple(replace(prompt, benchmark="c", tokens=prompt.tokens * 3) for prompt in alone.prompts[:3])
+    together = replace(alone, prompts=(*other, *alone.prompts), seeds=(0, 5))
+    found = torch_engine.batches(together)
+    assert [job for batch in found for job in batch] == list(together.jobs())
+    of_it = [batch for batch in found if batch[0].seed == 5 and batch[0].prompt.benchmark == "b"]
+    assert of_it == torch_engine.batches(alone)
+    assert len(of_it) > 1
 
 
 def test_a_row_depends_on_its_own_seed_only(torch_engine, model, prompts):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,49 +16,13 @@ import torch
 import transformers
 from flax import nnx
 
+from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.engines import WORKER, read_generations, run_generation
 from lark_jax.evaluation.worker.worker_request import read_request, write_request
 from lark_jax.students import export_student, load_student
 from lark_jax.students.parameters import flatten_parameters, replace_parameters
 
 MANY = 60  # prompts; more than one batch of the transformers engine
-
-
-@pytest.fixture
-def main(monkeypatch):
-    """The worker's main module, imported as it imports its siblings."""
-    monkeypatch.syspath_prepend(str(WORKER.parent))
-    sys.modules.pop("main", None)
-    import main as worker_main
-
-    yield worker_main
-    sys.modules.pop("main", None)
-
-
-class FakeEngine:
-    """Yields jobs last first, as an engine may; counts what it was asked for; can die halfway."""
-
-    def __init__(self, sample_type, die_after=None):
-        self.sample_type, self.die_after, self.asked = sample_type, die_after, []
-
-    def __call__(self, request, pending):
-        for count, job in enumerate(reversed(pending)):
-            if count == self.die_after:
-                raise RuntimeError("engine died")
-            self.asked.append(job.key)
-            texts = [f"{job.key} é {request.first_seed(job) + index}" for index in range(request.samples)]
-            yield job, [self.sample_type(text, "stop", len(text)) for text in texts]
-
-
-@pytest.fixture
-def run_fake(main, monkeypatch):
-    def run(request, die_after=None):
-        engine = FakeEngine(main.Sample, die_after)
-        monkeypatch.setattr(main, "engine_named", lambda name: engine)  # noqa: ARG005
-        main.run(request, Path(request.output).with_name("unread.json"))
-        return engine.asked
-
-    return run
 
 
 @pytest.fixture
@@ -76,7 +41,7 @@ def test_request_survives_the_file(tmp_path, random_student, make_request):
 
 def test_output_is_in_request_order_whatever_the_engine_finishes_first(finished):
     request, _ = finished
-    keys = [(line.benchmark, line.problem_id, line.seed) for line in read_generations(request.output)]
+    keys = [(line.benchmark, line.problem_id, line.seed) for line in read_generations(request)]
     assert keys == [job.key for job in request.jobs()]
     assert not Path(request.output + ".partial").exists()
 
@@ -122,7 +87,8 @@ def test_every_cut_of_the_file_is_completed_to_the_same_bytes(finished, run_fake
         lambda line: line.replace(b'"seed"', b'"sead"'),
         lambda line: b"[1, 2]",  # noqa: ARG005
         lambda line: json.dumps({**json.loads(line), "samples": json.loads(line)["samples"][:1]}).encode(),
-        lambda line: json.dumps({**json.loads(line), "problem_id": "of another benchmark"}).encode(),
+        lambda line: json.dumps({**json.loads(line), "seed": [5]}).encode(),
+        lambda line: json.dumps({name: value for name, value in json.loads(line).items() if name != "asked"}).encode(),
     ],
 )
 def test_a_damaged_line_is_generated_again(finished, run_fake, damage):
@@ -135,8 +101,69 @@ def test_a_damaged_line_is_generated_again(finished, run_fake, damage):
     assert Path(request.output).read_bytes() == expected
 
 
+def other_benchmark(request, name="c"):
+    """Its prompts, of other lengths."""
+    return tuple(replace(prompt, benchmark=name, tokens=(*prompt.tokens, 7)) for prompt in request.prompts[:3])
+
+
+def test_only_what_is_new_in_a_request_is_asked_and_what_is_taken_out_is_kept(finished, run_fake, tmp_path):
+    small, expected_small = finished
+    large = replace(small, prompts=(*other_benchmark(small), *small.prompts), seeds=(9, *small.seeds))
+    fresh = replace(large, output=str(tmp_path / "fresh" / "out.jsonl"))
+    run_fake(fresh)
+    new = {job.key for job in large.jobs()} - {job.key for job in small.jobs()}
+    assert set(run_fake(large)) == new
+    assert Path(large.output).read_bytes() == Path(fresh.output).read_bytes()
+    assert run_fake(small, die_after=0) == []
+    assert Path(small.output).read_bytes().startswith(expected_small)
+    assert [line.benchmark for line in read_generations(small)] == ["b"] * len(small.jobs())
+    assert run_fake(replace(large, tensor_parallel=4), die_after=0) == []
+    assert list(read_generations(large)) == list(read_generations(fresh))
+
+
+def test_what_is_kept_of_other_requests_survives_a_death(finished, run_fake):
+    request, expected = finished
+    other = replace(request, prompts=other_benchmark(request))
+    with pytest.raises(RuntimeError, match="engine died"):
+        run_fake(other, die_after=2)
+    assert len(run_fake(other)) == len(other.jobs()) - 2
+    assert run_fake(request, die_after=0) == []
+    assert Path(request.output).read_bytes().startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda prompt: replace(prompt, tokens=(*prompt.tokens, 7)),
+        lambda prompt: replace(prompt, index=prompt.index + 100),
+    ],
+)
+def test_a_problem_of_one_name_is_asked_again_where_its_prompt_or_place_changed(finished, run_fake, change):
+    request, expected = finished
+    changed = replace(request, prompts=(change(request.prompts[0]), *request.prompts[1:]))
+    assert set(run_fake(changed)) == {("b", "p0", 0), ("b", "p0", 5)}
+    assert run_fake(request, die_after=0) == []
+    assert Path(request.output).read_bytes().startswith(expected)
+
+
+def test_a_tighter_token_budget_asks_again_where_it_is_felt(finished, run_fake):
+    request, _ = finished
+    longest = max(len(prompt.tokens) for prompt in request.prompts)
+    tighter = replace(request, max_model_len=longest + request.max_tokens - 1)
+    assert {key[1] for key in run_fake(tighter)} == {
+        prompt.problem_id for prompt in request.prompts if len(prompt.tokens) == longest
+    }
+
+
+def test_an_output_of_an_unfinished_request_is_not_read(finished):
+    request, _ = finished
+    other = replace(request, prompts=(*request.prompts, *other_benchmark(request)))
+    with pytest.raises(EvaluationError, match=r"out\.jsonl: no samples of \('c', 'p0', 0\) in their place"):
+        list(read_generations(other))
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
-def test_samples_of_another_request_are_refused_and_kept(finished, run_fake, make_request, random_student, name):
+def test_samples_of_another_decoding_are_refused_and_kept(finished, run_fake, make_request, random_student, name):
     request, expected = finished
     other = make_request(random_student, Path(request.output), "transformers", temperature=0.9)
     Path(request.output).rename(Path(request.output).with_name(name))
@@ -178,7 +205,7 @@ def test_a_killed_worker_resumes_to_the_same_bytes(tmp_path, random_student, mak
     assert 0 < finished_before < len(killed.jobs())
     run_generation(killed, None, tmp_path / "resumed")
     assert Path(killed.output).read_bytes() == Path(whole.output).read_bytes()
-    texts = {sample.text for line in read_generations(whole.output) for sample in line.samples}
+    texts = {sample.text for line in read_generations(whole) for sample in line.samples}
     assert len(texts) > len(whole.jobs())  # samples, problems and seeds do differ
 
 
@@ -210,7 +237,7 @@ def test_greedy_answers_of_both_engines_agree(tmp_path, random_student, make_req
             temperature=0.0, samples=1, seeds=(0,), repetition_penalty=1.1,
         )  # fmt: skip
         run_generation(request, None, tmp_path / engine)
-        answers[engine] = [line.samples for line in read_generations(request.output)]
+        answers[engine] = [line.samples for line in read_generations(request)]
     assert answers["vllm"] == answers["transformers"]
     assert len({samples[0].text for samples in answers["vllm"]}) > 1
 
@@ -298,7 +325,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path, random_student, make_
         assert parent.poll() is None
         time.sleep(0.05)
     worker = int(children.read_text().split()[0])
-    time.sleep(1.5)  # its watcher is running
+    time.sleep(1.5)  # it has taken its first line
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 30

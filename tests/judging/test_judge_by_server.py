@@ -216,6 +216,26 @@ def test_many_long_texts_side_by_side_do_not_end_a_run(tmp_path):
     assert again.reasons == judged.reasons
 
 
+def test_a_text_that_a_gateway_forbids_is_one_failure_in_this_run_and_in_the_next(tmp_path):
+    def moderated(asked, _):
+        return json_reply({"error": "moderation"}, 403) if response_in(asked) == "bad" else good()
+
+    with serving(moderated) as server:
+        judged = judge(server, pool_of("bad", "a", "b"), tmp_path / "a", concurrency=1)
+        again = judge(server, pool_of("bad", "a", "b"), tmp_path / "a", concurrency=1)
+    assert scores_of(judged) == scores_of(again) == [None, 0.5, 0.5]
+    assert judged.reasons == {0: "HTTP 403: moderation"}
+    assert again.num_asked == 1
+
+
+@pytest.mark.parametrize("answered", [0, 1])
+def test_a_key_that_is_forbidden_everything_still_ends_the_run(tmp_path, answered):
+    with serving(lambda _, number: good() if number < answered else json_reply({"error": "no"}, 403)) as server:
+        with pytest.raises(JudgeError, match=f"{GIVE_UP_AFTER} requests in a row failed; the last: HTTP 403: no"):
+            judge(server, pool_of(*map(str, range(100))), tmp_path / "a", concurrency=1)
+        assert len(server.asked) <= GIVE_UP_AFTER + 2
+
+
 def test_answers_that_came_before_the_end_are_kept(tmp_path):
     with serving(lambda _, number: good() if number < 5 else Reply(401, b"")) as server:
         with pytest.raises(JudgeError, match="answers are kept"):

@@ -108,6 +108,29 @@ def test_scores_become_a_column_and_every_failure_a_line_of_the_manifest(tmp_pat
     assert [row["overall_score"] for row in rows] == [0.0, 0.2, 0.4, 0.5]
 
 
+def test_half_a_surrogate_pair_in_an_answer_costs_nothing(tmp_path: Path) -> None:
+    """No UTF-8 has one; the verdict is as good as another, and so is a server's excuse."""
+
+    def script(asked: Asked, _: int) -> Reply:
+        text = json.loads(good(0.5).body)["choices"][0]["message"]["content"]
+        odd = text.replace('"o"', r'"half \ud83d an emoji"')
+        replies = {1: chat_answer(odd), 2: json_reply({"error": {"message": "too \ud83d long"}}, 400)}
+        return replies.get(number_in(asked)) or good(0.5)
+
+    with serving(script) as server:
+        experiment = experiment_from_mapping(values_for(tmp_path, 4, server=server.url))
+        assert run_tasks([task_of(experiment)]) == 1
+        assert len(server.asked) == 4
+        assert run_tasks([task_of(experiment)]) == 0
+    folder = Layout.of(experiment).metric("judge")
+    rows = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["overall_reason"] for row in rows] == ["o", "half \ud83d an emoji", "o"]
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert manifest.outcome.skipped[0]["reason"].endswith("too \ud83d long")
+    assert read_metric(folder / "columns.parquet").values["judge"].tolist()[:2] == [0.5, 0.5]
+
+
 def test_speed_and_address_are_no_inputs_and_another_rubric_asks_anew(tmp_path: Path) -> None:
     with serving(lambda *_: good(0.5)) as server:
         experiment = experiment_from_mapping(values_for(tmp_path, 4, server=server.url))

@@ -1,4 +1,4 @@
-"""Generates samples for a list of prompts: python main.py REQUEST.json [--health-check | --share] [--parent=PID]
+"""Generates samples for a list of prompts: python main.py REQUEST.json [--health-check | --share] [--lifeline]
 
 Ends with status 0 when the output is complete. On an error the last line on stderr that starts with "[worker] error:"
 says what went wrong. What a sample becomes depends on the request only, so a run that was interrupted and started
@@ -9,14 +9,13 @@ import argparse
 import dataclasses
 import functools
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import lifeline
 import side_by_side
 from worker_output import OutputFile
 from worker_request import Job, Request, Sample, read_request
@@ -32,18 +31,17 @@ def main() -> int:
     parser.add_argument("request")
     parser.add_argument("--health-check", action="store_true", help="generate two tokens, write nothing")
     parser.add_argument("--share", action="store_true", help="generate the jobs named on standard input, write nothing")
-    parser.add_argument("--parent", type=int, help="process id of the parent: end when it is gone")
+    parser.add_argument("--lifeline", action="store_true", help="end when standard input does, after its first line")
     arguments = parser.parse_args()
-    if arguments.parent is not None:
-        threading.Thread(target=_end_with_parent, args=(arguments.parent,), daemon=True).start()
     _stay_offline()
     try:
+        line = lifeline.take_line() if arguments.lifeline or arguments.share else ""
         request = read_request(arguments.request)
         _limit_threads(request)
         if arguments.health_check:
             check_health(request)
         elif arguments.share:
-            run_share(request)
+            run_share(request, line)
         else:
             run(request, Path(arguments.request))
     except Exception as error:
@@ -66,9 +64,9 @@ def run(request: Request, request_file: Path) -> None:
         output.finish()
 
 
-def run_share(request: Request) -> None:
-    """One of several engines, started by `side_by_side`."""
-    share = side_by_side.Share(request)
+def run_share(request: Request, line: str) -> None:
+    """One of several engines, started by `side_by_side`, which says on a line what to generate."""
+    share = side_by_side.Share(request, line)
     try:
         share.tell(engine_named(request.engine)(request, share.jobs))
     except Exception as error:
@@ -177,15 +175,6 @@ def _limit_threads(request: Request) -> None:
     weight_bytes = sum(file.stat().st_size for file in Path(request.model).glob("*.safetensors"))
     if weight_bytes < TINY_BYTES:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def _end_with_parent(parent: int) -> None:
-    """An orphaned worker would hold the accelerator for hours."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    if os.getpgrp() == os.getpid():  # not when started by hand, in the group of something else
-        os.killpg(0, signal.SIGKILL)  # the engine's own processes too
-    os._exit(1)
 
 
 if __name__ == "__main__":

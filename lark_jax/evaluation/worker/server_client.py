@@ -27,10 +27,10 @@ FIRST_BACKOFF_S = 0.5  # doubled with each failure of a request
 LONGEST_BACKOFF_S = 30.0
 LONGEST_WAIT_S = 600.0  # that a server may ask for; a longer one ends the run, which continues when it is started again
 MOST_THROTTLED = 100  # times that one request is asked to wait
-SHOWN = 300  # characters of a server's own words in a message
+SHOWN = 300  # characters of a message with a server's own words
 CREDIT_S = 1.0  # the rate limit's bucket holds as many requests as it gets in this time
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-HOPELESS = (401, 402, 403, 404, 405)  # no request will fare better
+HOPELESS = (401, 402, 404, 405)  # no request will fare better
 
 
 class ServerError(Exception):
@@ -39,6 +39,10 @@ class ServerError(Exception):
 
 class RequestRefused(ServerError):
     """The server says no to this request; others may fare better."""
+
+
+class RequestForbidden(RequestRefused):
+    """Status 403: a gateway that moderates texts means this request alone, one that dislikes the key means all."""
 
 
 class RequestUnanswered(ServerError):
@@ -89,10 +93,10 @@ class ServerClient:
         Args:
           path: below the base URL, such as "completions".
           read: raises KeyError, IndexError, TypeError or ValueError when the answer is not what it should be; that
-            counts as a failure that may pass.
+            counts as a failure that may pass. It may repeat what it found, but not cut it: half a key is not found.
 
         Raises:
-          RequestRefused: the server does not want this request.
+          RequestRefused: the server does not want this request; with RequestForbidden perhaps none at all.
           RequestUnanswered: `retries` more attempts failed too.
           ServerUnusable: no other request would fare better.
         """
@@ -100,7 +104,7 @@ class ServerClient:
         while True:
             self._turnstile.wait()
             try:
-                return _read_checked(read, self._attempt(path, body))
+                return self._attempt_and_read(path, body, read)
             except _Passing as failure:
                 throttled += failure.throttled
                 failures += not failure.throttled
@@ -122,6 +126,14 @@ class ServerClient:
         else:
             self._sleep(backoff)
 
+    def _attempt_and_read(self, path: str, body: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
+        """One attempt. Every error that repeats words of the server leaves here, where they lose the key."""
+        try:
+            return _read_checked(read, self._attempt(path, body))
+        except (_Passing, ServerError) as error:
+            error.args = (self._said(str(error)),)
+            raise
+
     def _attempt(self, path: str, body: Mapping[str, Any]) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key is not None:
@@ -136,7 +148,7 @@ class ServerClient:
             self._raise_for_status(error)
         except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and resets are OSErrors
             reason = getattr(error, "reason", None) or error
-            raise _Passing(self._said(f"{url}: {type(error).__name__}: {reason}")) from None
+            raise _Passing(f"{url}: {type(error).__name__}: {reason}") from None
 
     def _read_body(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
         """The whole body; a server that drips bytes or never ends is given up."""
@@ -156,18 +168,22 @@ class ServerClient:
 
     def _raise_for_status(self, error: urllib.error.HTTPError) -> NoReturn:
         with error:
-            message = self._said(f"HTTP {error.code}: {_words_of(error)}")
+            message = f"HTTP {error.code}: {_words_of(error)}"
         if error.code in HOPELESS or 300 <= error.code < 400:
             raise ServerUnusable(f"{self._access.url}: {message}") from None
+        if error.code == 403:
+            raise RequestForbidden(message) from None
         if error.code in PASSING:
             wait_s = _retry_after(error.headers.get("Retry-After"))
             raise _Passing(message, throttled=error.code == 429 or wait_s is not None, wait_s=wait_s or 0.0) from None
         raise RequestRefused(message) from None
 
     def _said(self, text: str) -> str:
-        """One line in which the key, should a server repeat it, is not readable."""
+        """One line, cut, in which the key, should a server repeat it, is not readable: cut first, half would be."""
         line = " ".join(text.split())
-        return line.replace(self._key, "***") if self._key else line
+        for spelling in _spellings(self._key):
+            line = line.replace(spelling, "***")
+        return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
 
 
 @dataclass(frozen=True)
@@ -265,19 +281,28 @@ def _read_key(variable: str | None) -> str | None:
     return key
 
 
+def _spellings(key: str | None) -> list[str]:
+    """The key as it is, as JSON has it, and either as Python shows it, the longest first."""
+    if key is None:
+        return []
+    plain = {key, json.dumps(key)[1:-1]}
+    shown = {spelling.replace("\\", "\\\\") for spelling in plain}
+    quoted = {spelling.replace("'", "\\'") for spelling in shown}
+    return sorted(plain | shown | quoted, key=len, reverse=True)
+
+
 def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
-        start = " ".join(body[:SHOWN].decode(errors="replace").split())
-        raise _Passing(f"the answer is not JSON: {start!r}") from None
+        raise _Passing(f"the answer is not JSON: {body.decode(errors='replace')!r}") from None
 
 
 def _read_checked(read: Callable[[Any], Any], answer: Any) -> Any:
     try:
         return read(answer)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise _Passing(f"the answer is not as expected: {type(error).__name__}: {error}"[:SHOWN]) from None
+        raise _Passing(f"the answer is not as expected: {type(error).__name__}: {error}") from None
 
 
 def _words_of(error: urllib.error.HTTPError) -> str:
@@ -289,9 +314,9 @@ def _words_of(error: urllib.error.HTTPError) -> str:
     try:
         answer = json.loads(body)
         inner = answer.get("error", answer)
-        return str(inner["message"] if isinstance(inner, dict) else inner)[:SHOWN]
+        return str(inner["message"] if isinstance(inner, dict) else inner)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return body[:SHOWN].decode(errors="replace") or str(error.reason)
+        return body.decode(errors="replace") or str(error.reason)
 
 
 def _retry_after(header: str | None) -> float | None:

@@ -71,5 +71,5 @@ def _read_sample(answer: Any) -> Sample:
     (choice,) = answer["choices"]
     text, reason, num_tokens = choice["text"], choice["finish_reason"], answer["usage"]["completion_tokens"]
     if not isinstance(text, str) or reason not in ("stop", "length") or type(num_tokens) is not int or num_tokens < 1:
-        raise ValueError(f"text {text!r:.80}, finish_reason {reason!r}, completion_tokens {num_tokens!r}")
+        raise ValueError(f"text {text!r}, finish_reason {reason!r}, completion_tokens {num_tokens!r}")
     return Sample(text, reason, num_tokens)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -81,7 +82,10 @@ def generate(
 
 
 class _Engine:
-    """A process that generates a share, and a thread that passes on what it says; a context manager."""
+    """A process that generates a share, in a group of its own, and a thread that passes on what it says.
+
+    A context manager; nothing of the group outlives the process.
+    """
 
     def __init__(
         self,
@@ -94,20 +98,31 @@ class _Engine:
         self.name = f"{name} (GPU {', '.join(gpus)})" if gpus else name
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
         self._process = subprocess.Popen(
-            [sys.executable, str(MAIN), str(request_file), "--share", f"--parent={os.getpid()}"],
+            [sys.executable, str(MAIN), str(request_file), "--share"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, **visible},
+            start_new_session=True,
         )  # fmt: skip
         self._share, self._lines = share, lines
         threading.Thread(target=self._pass_on, daemon=True).start()
+        threading.Thread(target=self._end_what_it_leaves, daemon=True).start()
 
     def _pass_on(self) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as stream:
-            json.dump(self._share, stream)
+        with contextlib.suppress(BrokenPipeError):  # left open: its end is the end of this process
+            print(json.dumps(self._share), file=self._process.stdin, flush=True)
         for line in self._process.stdout:
             self._lines.put((self, line))
         self._lines.put((self, None))
+
+    def _end_what_it_leaves(self) -> None:
+        """A process that was forked by an engine may hold the pipe of its results."""
+        self._process.wait()
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def require_success(self) -> None:
         status = self._process.wait()
@@ -119,18 +134,22 @@ class _Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        self._kill_group()
         self._process.wait()
 
 
 class Share:
     """The other side: what this process is to generate, and where it says so."""
 
-    def __init__(self, request: Request) -> None:
-        """Takes standard output; what an engine prints goes to standard error from here on."""
+    def __init__(self, request: Request, line: str) -> None:
+        """Takes standard output; what an engine prints goes to standard error from here on.
+
+        Args:
+          line: indices into `request.jobs()`, as JSON.
+        """
         self._results: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        self._indices: list[int] = json.load(sys.stdin)
+        self._indices: list[int] = json.loads(line)
         self.jobs = [request.jobs()[index] for index in self._indices]
 
     def tell(self, finished: Iterable[Finished]) -> None:

@@ -1,9 +1,11 @@
 """Samples from transformers on torch: the engine that works anywhere. A plain decoding loop with a KV cache.
 
 Every row draws from its own generator, one uniform number per token, so that a sample does not depend on its
-neighbours in the batch; and batches are cut from the whole request, so that a resumed run has the same ones.
+neighbours in the batch; and batches are cut from all that is asked of a benchmark under a seed, so that a resumed run
+has the same ones, and so has one with further benchmarks and seeds.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,11 +58,14 @@ def pending_batches(request: Request, pending: Sequence[Job]) -> list[list[Job]]
 
 
 def batches(request: Request) -> list[tuple[Job, ...]]:
-    """All jobs of the request in order, as many together as the limits above allow (at least one)."""
-    jobs = request.jobs()
-    longest = max(len(prompt.tokens) + request.budget(prompt) for prompt in request.prompts)
-    size = max(1, min(MAX_ROWS, MAX_TOKENS // longest) // request.samples)
-    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    """All jobs of the request in order; those of a benchmark and seed, as many together as the limits above allow."""
+    found = []
+    for _, group in itertools.groupby(request.jobs(), lambda job: (job.seed, job.prompt.benchmark)):
+        jobs = tuple(group)
+        longest = max(len(job.prompt.tokens) + request.budget(job.prompt) for job in jobs)
+        size = max(1, min(MAX_ROWS, MAX_TOKENS // longest) // request.samples)
+        found += [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    return found
 
 
 @torch.inference_mode()

@@ -1,7 +1,9 @@
 """The worker's output file: appended line by line, resumed, and finished atomically.
 
-A header line {"format", "fingerprint"}, then one line per job: {"benchmark", "problem_id", "seed", "samples"}. Jobs go
-to OUTPUT.partial as they finish, each line flushed; OUTPUT appears once, complete and in request order.
+A header line {"format", "fingerprint"}, then one line per job: {"benchmark", "problem_id", "seed", "asked", "samples"},
+where "asked" is the job's mark. Jobs go to OUTPUT.partial as they finish, each line flushed; OUTPUT appears once,
+complete and in request order. Behind its jobs are those that other requests of this fingerprint had asked for: a
+benchmark that is taken out and put in again costs nothing.
 """
 
 import dataclasses
@@ -11,10 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from worker_request import Job, Request, Sample
+from worker_request import LINE_IDENTITY, Job, Request, Sample
 
-FORMAT = 1
-Key = tuple[str, str, int]
+Identity = tuple[str, str, int, str]  # a job's key and its mark
 
 
 class OutputFile:
@@ -22,11 +23,14 @@ class OutputFile:
 
     def __init__(self, request: Request) -> None:
         self._jobs = request.jobs()
+        self._identities: dict[tuple[str, str, int], Identity] = {
+            job.key: (*job.key, request.mark(job)) for job in self._jobs
+        }
         self._samples = request.samples
-        self._header = _dump({"format": FORMAT, "fingerprint": request.fingerprint})
+        self._header = request.header()
         self._final = Path(request.output)
         self._partial = Path(request.output + ".partial")
-        self._lines: dict[Key, str] = {}
+        self._lines: dict[Identity, str] = {}
 
     def __enter__(self) -> "OutputFile":
         self._partial.parent.mkdir(parents=True, exist_ok=True)
@@ -43,26 +47,27 @@ class OutputFile:
         self._stream.close()
 
     def pending(self) -> tuple[Job, ...]:
-        return tuple(job for job in self._jobs if job.key not in self._lines)
+        return tuple(job for job in self._jobs if self._identities[job.key] not in self._lines)
 
     def append(self, job: Job, samples: list[Sample]) -> None:
-        benchmark, problem_id, seed = job.key
-        record = {"benchmark": benchmark, "problem_id": problem_id, "seed": seed}
+        identity = self._identities[job.key]
+        record = dict(zip(LINE_IDENTITY, identity, strict=True))
         line = _dump({**record, "samples": [dataclasses.asdict(sample) for sample in samples]})
         self._stream.write(line + "\n")
         self._stream.flush()
-        self._lines[job.key] = line
+        self._lines[identity] = line
 
     def finish(self) -> None:
         """Writes the final file; every job must have been appended."""
-        _replace(self._final, [self._header, *(self._lines[job.key] for job in self._jobs)])
+        own = [self._lines.pop(identity) for identity in self._identities.values()]
+        _replace(self._final, [self._header, *own, *self._lines.values()])
         self._partial.unlink()
 
-    def _intact_lines(self, path: Path) -> dict[Key, str]:
-        """Complete lines of jobs of this request.
+    def _intact_lines(self, path: Path) -> dict[Identity, str]:
+        """Complete lines, of jobs of this request and of others.
 
         Raises:
-          ValueError: the file belongs to another request.
+          ValueError: other weights or another decoding made the file.
         """
         if not path.exists():
             return {}
@@ -71,20 +76,19 @@ class OutputFile:
             return {}
         if header.decode(errors="replace") != self._header:
             raise ValueError(f"{path} holds samples of another request; move it away or choose another folder")
-        known = {job.key for job in self._jobs}
         intact = {}
         for line in lines[:-1]:  # after the last newline: nothing, or a line cut short
-            key = self._key_if_intact(line)
-            if key is not None and key in known:
-                intact[key] = line.decode()
+            identity = self._identity_if_intact(line)
+            if identity is not None:
+                intact[identity] = line.decode()
         return intact
 
-    def _key_if_intact(self, line: bytes) -> Key | None:
+    def _identity_if_intact(self, line: bytes) -> Identity | None:
         try:
             record = json.loads(line)
             samples = [Sample(**sample) for sample in record["samples"]]
-            complete = len(samples) == self._samples
-            return (record["benchmark"], record["problem_id"], record["seed"]) if complete else None
+            identity = (str(record["benchmark"]), str(record["problem_id"]), int(record["seed"]), str(record["asked"]))
+            return identity if len(samples) == self._samples else None
         except (ValueError, TypeError, KeyError):
             return None
 

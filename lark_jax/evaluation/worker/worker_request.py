@@ -1,9 +1,12 @@
 """What the parent asks of the worker. Standard library only; used on both sides."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
+OUTPUT_FORMAT = 2
+LINE_IDENTITY = ("benchmark", "problem_id", "seed", "asked")  # of a line of it: a job's key and mark
 SEED_STRIDE = 1_000_003  # between decoding seeds
 SEED_MODULUS = 1 << 32  # torch's CPU generator reads only the low 32 bits of a seed
 
@@ -30,7 +33,7 @@ class Server:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    fingerprint: str  # of everything that decides the samples; guards against resuming other work
+    fingerprint: str  # of what decides any sample, whatever else is asked; guards against resuming other work
     engine: str  # "vllm", "transformers" or "openai"
     model: str  # folder with weights and tokenizer
     output: str
@@ -57,6 +60,15 @@ class Request:
     def jobs(self) -> tuple["Job", ...]:
         """In the order of the output file: by decoding seed, then by prompt."""
         return tuple(Job(prompt, seed) for seed in self.seeds for prompt in self.prompts)
+
+    def header(self) -> str:
+        """The first line of the output file."""
+        return json.dumps({"format": OUTPUT_FORMAT, "fingerprint": self.fingerprint})
+
+    def mark(self, job: "Job") -> str:
+        """What a job's samples depend on beside the fingerprint, as 16 hexadecimal digits."""
+        own = [job.prompt.tokens, self.first_seed(job), self.budget(job.prompt)]
+        return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
 
     def first_seed(self, job: "Job") -> int:
         """Sample i of a job draws with `first_seed + i`, whatever else runs or has run.
