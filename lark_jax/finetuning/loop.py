@@ -1,6 +1,7 @@
 """Weighted supervised fine-tuning from the first step to the last, across interruptions."""
 
 import dataclasses
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +124,7 @@ def finetune(
         restored = store.restore_latest(abstract_state(model, optimizer, mesh))
         state, completed = restored or (initial_state(student, optimizer, mesh), 0)
         del student, restored  # a second copy of the weights, unless the caller keeps the student
+        gc.collect()  # what flattens a model in newer flax leaves it in a cycle
         sums = zero_sums(state.parameters, mesh)
         seen = Seen.after(data, completed)
         upcoming = prepared(completed) if completed < total_steps else None

@@ -64,7 +64,7 @@ def test_a_download_is_announced_first_and_leaves_pickles_out(tmp_path, monkeypa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert local_folder("some-org/some-student") == tmp_path
     assert "some-org/some-student" in announced[0]
-    assert "fetching" in announced[0]
+    assert "from the Hugging Face hub" in announced[0]
 
 
 def test_a_process_resolves_a_hub_id_once(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_offline_says_so_and_downloads_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set and it is not in the cache"):
         local_folder("some-org/some-student")
-    assert "fetching" not in capsys.readouterr().err
+    assert "Hugging Face" not in capsys.readouterr().err
 
 
 def test_a_failed_download_is_one_line(monkeypatch):
