@@ -55,5 +55,5 @@ def _write_weighted(pool_file: Path, directory: Path) -> None:
         for group in pool.by_problem().values()
         for rank, (item, weight) in enumerate(zip(group, rng.dirichlet(np.ones(BUDGET)), strict=False), start=1)
     )
-    counts = SelectionCounts(PROBLEMS, len(pool.trajectories), 0, (), 0, len(choices), 0)
+    counts = SelectionCounts(PROBLEMS, len(pool.trajectories), 0, (), (), 0, len(choices), 0)
     write_selection(Selection("lark", BUDGET, choices, counts), pool, directory, resampled_counts(choices, COPIES, 0))

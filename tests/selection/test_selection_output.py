@@ -16,7 +16,7 @@ AWKWARD = 'tab\t "quotes" \\boxed{½}\r\nnext\u2028line \u0000 \x85 𝒙 trailin
 
 
 def _selection(choices: list[Choice]) -> Selection:
-    counts = SelectionCounts(1, len(choices), 0, (), 0, len(choices), 0)
+    counts = SelectionCounts(1, len(choices), 0, (), (), 0, len(choices), 0)
     return Selection("lark", 3, tuple(choices), counts)
 
 
