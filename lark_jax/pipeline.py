@@ -44,6 +44,7 @@ class Task:
     run: Callable[[Path], Outcome]
     scratch: tuple[str, ...] = ()  # folders inside that may be deleted once finished; while there, they save work
     everywhere: bool = False  # all processes of the run take part in it; else the first alone
+    environment: tuple[str, ...] = ()  # inputs that say what is installed: of no matter to stages that build on it
 
     @property
     def stage(self) -> str:
@@ -120,7 +121,11 @@ def require_current(task: Task) -> None:
     existing = read_manifest(task.directory)
     if existing is None:
         return
-    changed = ", ".join(_changed_keys(existing.inputs, _as_json(task.inputs())))
+    found, now = (
+        {key: value for key, value in inputs.items() if key not in task.environment}
+        for inputs in (existing.inputs, _as_json(task.inputs()))
+    )
+    changed = ", ".join(_changed_keys(found, now))
     if changed:
         raise PipelineError(
             f"{task.directory}: {changed} changed since this was computed; add {task.stage!r} to config.stages, or "

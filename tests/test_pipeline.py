@@ -197,3 +197,17 @@ def test_a_broken_manifest_says_what_to_delete(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(PipelineError, match="delete"):
         read_manifest(tmp_path)
+
+
+def test_another_installation_is_no_matter_to_stages_that_build_on_a_task(worker: Worker) -> None:
+    def task() -> Task:
+        return dataclasses.replace(worker.task(), environment=("installed",))
+
+    worker.inputs = {"seed": 1, "installed": {"engine": "1.0"}}
+    run_tasks([task()])
+    worker.inputs = {"seed": 1, "installed": {"engine": "2.0"}}
+    require_current(task())
+    assert run_tasks([task()]) == 1  # it is to the stage itself
+    worker.inputs = {"seed": 2, "installed": {"engine": "2.0"}}
+    with pytest.raises(PipelineError, match="seed changed"):
+        require_current(task())

@@ -22,6 +22,7 @@ from lark_jax.evaluation.spelling import choice_letter
 from lark_jax.files import sha256_of_json
 
 KINDS = ("number", "letter", "expression")
+READING = 2  # raised when the same file is read into other problems or golds
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 ID_FIELDS = ("problem_id", "unique_id", "id")
 

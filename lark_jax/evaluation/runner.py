@@ -10,6 +10,7 @@ Results of a student, which follow from them:
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ from lark_jax.evaluation.engines import (
 from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, THOUGHT, Grader, grader_identity
 from lark_jax.evaluation.samples import SAMPLES, SampleRow, write_sample_table
 from lark_jax.evaluation.worker.worker_request import Prompt, Request
-from lark_jax.files import read_json, sha256_of_json, sha256_of_path, write_json, write_jsonl
+from lark_jax.files import read_json, sha256_of_bytes, sha256_of_json, sha256_of_path, write_json, write_jsonl
 from lark_jax.pool.chat import ChatFormat, RenderRefusal, opens_thought, render_prompt
 from lark_jax.pool.records import Message
 
@@ -83,7 +84,7 @@ def evaluate_student(
       model_dir: local folder with weights, config.json and tokenizer.
       out_dir: where results go.
       generations_dir: where samples go before they are graded. Those of an earlier call are kept and taken where they
-        are asked for again; all are removed when other weights or another decoding made them.
+        are asked for again; all are set aside when other weights, another decoding or engine made them.
       engine: from `engine_for`, so that all students of an experiment run under the same one; None: choose here.
       model_fingerprint: hash of the weights where the caller knows it; None: hash `model_dir`.
 
@@ -102,7 +103,7 @@ def evaluate_student(
         return read_student_result(out_dir)
     engine = engine or choose_engine(config, request, generations_dir)
     request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, generations_dir)
-    _discard_other_generations(request)
+    _set_other_generations_aside(request)
     run_generation(request, config.python, generations_dir)
     results = _grade_all(benchmarks, request, chat, config, out_dir)
     result = StudentResult(student, engine, results, fingerprint)
@@ -199,12 +200,24 @@ def _by_k(entries: list[dict[str, Any]]) -> tuple[Accuracy, ...]:
     return tuple(Accuracy(**{**entry, "per_seed": tuple(entry["per_seed"])}) for entry in entries)
 
 
-def _discard_other_generations(request: Request) -> None:
-    """Generations made under other settings or by other weights are in the way of this request."""
+def _set_other_generations_aside(request: Request) -> None:
+    """Samples of other weights, another decoding or engine make way, and come back when they are asked for again."""
+    header = request.header().encode() + b"\n"
     for path in (Path(request.output), Path(request.output + ".partial")):
-        if path.exists() and _first_line(path) != request.header().encode() + b"\n":
-            print(f"{path}: made under other settings or by other weights; generating anew", file=sys.stderr)
-            path.unlink()
+        if path.exists() and (first_line := _first_line(path)) != header:
+            aside = _aside(path, first_line)
+            print(
+                f"{path}: made by other weights, another decoding or another engine (or version of it); kept as "
+                f"{aside.name}, generating anew",
+                file=sys.stderr,
+            )
+            os.replace(path, aside)
+        if not path.exists() and _aside(path, header).exists():
+            os.replace(_aside(path, header), path)
+
+
+def _aside(path: Path, first_line: bytes) -> Path:
+    return path.with_name(f"{path.name}.{sha256_of_bytes(first_line)[:8]}")
 
 
 def _first_line(path: Path) -> bytes:

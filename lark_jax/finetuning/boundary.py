@@ -2,11 +2,11 @@
 
 from lark_jax import processes
 from lark_jax.config import FinetuneConfig
-from lark_jax.errors import StoppedBySignal
+from lark_jax.errors import StoppedBySignal, TrainingError
 from lark_jax.finetuning.checkpoints import CheckpointStore
 from lark_jax.finetuning.held_out import HeldOutLoss
 from lark_jax.finetuning.measuring import Seen
-from lark_jax.finetuning.metrics import HeldOutMetrics, TrainingLog
+from lark_jax.finetuning.metrics import HELD_OUT, HeldOutMetrics, TrainingLog
 from lark_jax.finetuning.step import TrainState
 
 
@@ -40,7 +40,17 @@ class StepBoundary:
         return self._losses[max(self._losses)] if self._losses else None
 
     def begin(self, state: TrainState, completed: int, seen: Seen) -> None:
-        """Where a run starts or goes on."""
+        """Where a run starts or goes on.
+
+        Raises:
+          TrainingError: a loss that was measured before is lost; what is left would look like the whole.
+        """
+        lost = [step for step in range(completed) if self._is_measured_after(step) and step not in self._losses]
+        if lost:
+            raise TrainingError(
+                f"{HELD_OUT}: no loss of step {lost[0]}, but the checkpoint beside it is at step {completed}; restore "
+                "the file, or delete the folder of this run to start again"
+            )
         if self._is_measured_after(completed) and completed not in self._losses:
             self._measure(state, completed, seen)
 

@@ -33,8 +33,9 @@ class OfflineJudge:
         work: Path,
         python: str | None,
         tensor_parallel: int,
+        engines: int | None,
     ) -> None:
-        """`work` is where the worker's files go.
+        """`work` is where the worker's files go; `engines` run side by side, None: as many as there are GPUs for.
 
         Raises:
           JudgeError: the tokenizer cannot be read or has no chat template.
@@ -44,7 +45,7 @@ class OfflineJudge:
         self.decoding = decoding.as_json()
         self._decoding = decoding
         self._folder, self._work = folder, work
-        self._python, self._tensor_parallel = python, tensor_parallel
+        self._python, self._tensor_parallel, self._engines = python, tensor_parallel, engines
         self._tokenizer = _load_tokenizer(folder)
         self._config = read_model_json(folder / "config.json")
         self._stop_ids = stop_ids_of(folder, self._config, self._tokenizer.eos_token_id)
@@ -118,6 +119,7 @@ class OfflineJudge:
             repetition_penalty=1.0,
             prompts=prompts,
             answer_schema=json.dumps(schema) if schema is not None else None,
+            engines=self._engines,
         )
 
     @property

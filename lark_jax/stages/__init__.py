@@ -1,5 +1,6 @@
 """The six stages of the main job, and `prepare` of the embedded experiment: configuration and files in, tasks out."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,10 @@ def check_paths(experiment: Experiment) -> None:
     for field, path in paths:
         if path is not None and root not in Path(path).resolve().parents and not Path(path).exists():
             raise ConfigError(f"config.{field}: {path}: no such file")
+    key = judge.key_variable
+    asks = "score" in experiment.stages and "judge" in experiment.score.metrics and judge.engine == "openai"
+    if asks and key is not None and not os.environ.get(key, "").strip():
+        raise ConfigError(f"config.score.judge.key_variable: the environment variable {key} is not set")
     if evaluating and processes.is_first():  # which alone evaluates
         check_evaluation(experiment)
 

@@ -10,6 +10,7 @@ from typing import Any
 from lark_jax import files
 from lark_jax.config import EvaluateConfig, Experiment
 from lark_jax.errors import ConfigError, EvaluationError
+from lark_jax.evaluation.benchmark_records import READING
 from lark_jax.evaluation.benchmark_sources import find_source
 from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, read_benchmark, require_distinct
 from lark_jax.evaluation.engine_versions import engine_versions
@@ -68,7 +69,7 @@ def _benchmarks_task(experiment: Experiment, layout: Layout) -> Task:
     """Leaves every problem as it is asked, and in the manifest what the benchmarks are."""
 
     def inputs() -> dict[str, Any]:
-        return {"benchmarks": _hashed_benchmarks(experiment, layout)}
+        return {"benchmarks": _hashed_benchmarks(experiment, layout), "reading": READING}
 
     def record(directory: Path) -> Outcome:
         benchmarks = benchmarks_of(experiment)
@@ -119,7 +120,7 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
         versions = engine_versions(choice.engine, config.python)
         return Outcome(counts={}, notes={**dataclasses.asdict(choice), "versions": versions})
 
-    return Task("evaluate/engine", layout.evaluation("engine"), inputs, choose)
+    return Task("evaluate/engine", layout.evaluation("engine"), inputs, choose, environment=("installed",))
 
 
 def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Callable[[], Path]) -> Task:
@@ -163,7 +164,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
         }
         return Outcome(counts=counts, skipped=ungraded_samples(result))
 
-    return Task(f"evaluate/{name}", layout.evaluation(name), inputs, evaluate)
+    return Task(f"evaluate/{name}", layout.evaluation(name), inputs, evaluate, environment=("engine_versions",))
 
 
 def ungraded_samples(result: StudentResult) -> list[dict[str, str]]:

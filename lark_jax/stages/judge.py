@@ -77,6 +77,7 @@ def _engine(experiment: Experiment, layout: Layout, rubric: Rubric) -> Engine:
         work=layout.judge,
         python=experiment.evaluate.python,
         tensor_parallel=config.tensor_parallel,
+        engines=experiment.evaluate.engines,
     )
 
 

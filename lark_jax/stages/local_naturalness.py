@@ -27,6 +27,7 @@ from lark_jax.stages.student import open_chat, student_inputs
 from lark_jax.students import local_folder, read_architecture
 
 NAME = "local_naturalness"
+TOKENS_OF_STEPS = 2  # raised when tokens go to other steps under the same rule
 NOT_FINITE = "not_finite: a log-likelihood under the student is not finite"
 
 
@@ -36,6 +37,7 @@ def _inputs(experiment: Experiment, layout: Layout) -> Mapping[str, Any]:
         **student_inputs(experiment, layout),
         "dtype": score.dtype,
         "context": score.natural_context,
+        "tokens": TOKENS_OF_STEPS,
         "split": SENTENCES if score.natural_split is None else score.natural_split,
     }
 

@@ -18,6 +18,7 @@ from lark_jax.stages.metrics import metric_tasks
 from lark_jax.stages.score import STATISTICS, THROUGHPUT, statistics_task
 
 SCORES = "scores.parquet"
+VERSIONS = "versions"  # note: of what made the forward pass, which a later metric does not change
 
 
 def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -54,7 +55,7 @@ def joined_outcome(statistics: Manifest, metrics: Mapping[str, Manifest]) -> Out
     for name, manifest in metrics.items():
         counts[f"without {name}"] = len(manifest.outcome.skipped)
         skipped += [{**record, "reason": f"{name}: {record['reason']}"} for record in manifest.outcome.skipped]
-    return Outcome(counts, skipped, statistics.outcome.notes)
+    return Outcome(counts, skipped, {**statistics.outcome.notes, VERSIONS: statistics.versions})
 
 
 def _hash_of_what_was_found(outcome: Outcome) -> str:

@@ -13,7 +13,7 @@ from lark_jax.scoring import read_score_table
 from lark_jax.selection import Method, Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.pool import open_pool, pool_inputs
-from lark_jax.stages.score_table import SCORES
+from lark_jax.stages.score_table import SCORES, VERSIONS
 from lark_jax.stages.student import SCORED_WITH
 
 
@@ -48,11 +48,12 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callabl
 
 
 def provenance(score: Manifest) -> dict[str, Any]:
-    """What made the scores, for the selection's own manifest: its folder may be taken to another trainer.
+    """What made the forward pass, for the selection's own manifest: its folder may be taken to another trainer.
 
     Null where the manifest of the score stage does not say it.
     """
-    return {**{name: score.outcome.notes.get(name) for name in SCORED_WITH}, "versions": score.versions}
+    notes = score.outcome.notes
+    return {**{name: notes.get(name) for name in SCORED_WITH}, "versions": notes.get(VERSIONS, score.versions)}
 
 
 def outcome_of(selection: Selection, method: Method) -> Outcome:

@@ -139,12 +139,19 @@ def test_another_grader_grades_the_same_samples_in_an_empty_folder(copied, bigra
     assert regraded.fingerprint != result.fingerprint
 
 
-def test_other_weights_or_settings_discard_old_samples(copied, bigram_student, benchmarks, chat, capsys):
+def test_samples_of_other_weights_make_way_and_come_back(copied, bigram_student, benchmarks, chat, capsys):
     folder, result = copied
+    path = folder / "generations" / "generations.jsonl"
+    old = path.read_bytes()
     again = evaluate(folder, bigram_student, benchmarks, chat, model_fingerprint="other")
-    assert "made under other settings or by other weights" in capsys.readouterr().err
+    assert "made by other weights, another decoding or another engine" in capsys.readouterr().err
     assert again.benchmarks == result.benchmarks
     assert again.fingerprint != result.fingerprint
+    assert path.read_bytes() != old
+
+    shutil.rmtree(folder / "results")
+    assert evaluate(folder, bigram_student, benchmarks, chat).fingerprint == result.fingerprint
+    assert path.read_bytes() == old
 
 
 @pytest.mark.parametrize("damage", [lambda header: header.replace("2", "1", 1), lambda header: header[:9]])
@@ -157,7 +164,7 @@ def test_samples_in_another_form_are_discarded(copied, bigram_student, benchmark
     path.write_text(damage(header) + "\n" + rest)
     with pytest.raises(AssertionError, match="the worker was started"):
         evaluate(folder, bigram_student, benchmarks, chat)
-    assert "made under other settings or by other weights; generating anew" in capsys.readouterr().err
+    assert "another engine (or version of it); kept as generations.jsonl." in capsys.readouterr().err
     assert not path.exists()
 
 

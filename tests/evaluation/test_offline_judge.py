@@ -22,7 +22,7 @@ def question(number, text="q"):
 
 @pytest.fixture
 def judge(random_student, tmp_path):
-    return OfflineJudge(random_student, "hash", DECODING, tmp_path / "work", None, tensor_parallel=1)
+    return OfflineJudge(random_student, "hash", DECODING, tmp_path / "work", None, tensor_parallel=1, engines=None)
 
 
 @pytest.fixture
@@ -104,4 +104,4 @@ def test_what_an_interrupted_worker_had_finished_is_not_asked_again(judge, reque
 def test_a_folder_without_tokenizer_is_refused_by_field(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(JudgeError, match=r"score\.judge\.model: .* cannot read the tokenizer"):
-        OfflineJudge(tmp_path, "hash", DECODING, tmp_path / "work", None, tensor_parallel=1)
+        OfflineJudge(tmp_path, "hash", DECODING, tmp_path / "work", None, tensor_parallel=1, engines=None)

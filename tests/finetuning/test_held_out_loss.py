@@ -102,6 +102,18 @@ def test_a_resumed_run_writes_the_same_measurements(
     assert resumed.metrics.read_bytes() == result.metrics.read_bytes()
 
 
+def test_a_lost_loss_is_refused_and_not_taken_for_the_whole(
+    measured: tuple[Path, FinetuneResult], tmp_path: Path
+) -> None:
+    directory, result = measured
+    shutil.copytree(directory, tmp_path / "run")
+    (first, *others) = result.held_out.read_text().splitlines(keepends=True)
+    for kept in (others, [first], []):
+        (tmp_path / "run" / "held_out.jsonl").write_text("".join(kept))
+        with pytest.raises(TrainingError, match=r"held_out\.jsonl: no loss of step \d+.* restore the file"):
+            run(tmp_path / "run", MEASURED, held_out=HELD_OUT)
+
+
 def test_another_held_out_set_is_another_run(measured: tuple[Path, FinetuneResult], tmp_path: Path) -> None:
     directory, _ = measured
     shutil.copytree(directory, tmp_path / "run")

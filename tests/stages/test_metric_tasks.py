@@ -120,7 +120,9 @@ def test_the_table_s_manifest_counts_and_lists_what_every_task_left_out(
     joined = read_manifest(Layout.of(experiment).score)
     assert joined is not None
     assert joined.outcome.counts == {"trajectories": 6, "without rule_quality": 1}
-    assert joined.outcome.notes == {"tokenizer": "abc"}
+    statistics = read_manifest(Layout.of(experiment).statistics)
+    assert statistics is not None
+    assert joined.outcome.notes == {"tokenizer": "abc", "versions": statistics.versions}
     (record,) = joined.outcome.skipped
     location = f"{experiment.pool.path}:2"
     expected = {

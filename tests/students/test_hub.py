@@ -37,6 +37,14 @@ def test_what_a_student_says_is_decided_by_weights_configuration_and_tokenizer(t
     assert [file.name for file in loaded_files(tmp_path)] == loaded
 
 
+@pytest.mark.parametrize("folder", ["additional_chat_templates", "chat_templates"])
+def test_named_chat_templates_count(tmp_path, folder):
+    for name in ("model.safetensors", f"{folder}/default.jinja", f"{folder}/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert loaded_files(tmp_path) == (tmp_path / folder / "default.jinja", tmp_path / "model.safetensors")
+
+
 def test_of_a_folder_without_safetensors_every_file_counts(tmp_path):
     for name in ("config.json", "judge.gguf"):
         (tmp_path / name).touch()

@@ -74,7 +74,7 @@ def generate(
             if line is None:
                 engine.require_success()
                 running -= 1
-            else:
+            elif line.endswith("\n"):  # else it was killed in the middle of it, and `None` comes next
                 message = json.loads(line)
                 if "error" in message:
                     raise RuntimeError(f"{engine.name}: {message['error']}")

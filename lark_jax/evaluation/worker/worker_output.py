@@ -67,7 +67,7 @@ class OutputFile:
         """Complete lines, of jobs of this request and of others.
 
         Raises:
-          ValueError: other weights or another decoding made the file.
+          ValueError: other weights, another decoding or another engine made the file.
         """
         if not path.exists():
             return {}

@@ -29,7 +29,6 @@ def score_local_naturalness(
 
     Raises:
       ConfigError: the mesh does not fit the student.
-      PipelineError: see `work.render_part`.
     """
     options = work.options
     programs = WindowPrograms(student, mesh, options.vocab_chunk, parameter_axes=options.parameter_axes)
