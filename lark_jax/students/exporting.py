@@ -17,7 +17,7 @@ from lark_jax.files import atomic_directory
 from lark_jax.students.architecture import read_architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.hf_names import EMBEDDING_KEY, Slot, check_keys, hf_slots, is_ignored, is_repeated_head, slots_of
-from lark_jax.students.hub import local_folder
+from lark_jax.students.hub import TEMPLATE_FOLDERS, local_folder
 from lark_jax.students.lora import Lora, factors_of, is_factor
 from lark_jax.students.parameters import flatten_parameters
 from lark_jax.students.safetensors_folder import SINGLE_FILE, CheckpointFiles, TensorHeader, open_checkpoint
@@ -26,7 +26,6 @@ GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 _PEFT_PREFIX = "base_model.model."  # PEFT's wrapper around the model
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")  # named templates: transformers, older folders
 # Everything beside the weights that loading a model or its tokenizer can need; weights of other formats stay behind.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 

@@ -10,7 +10,7 @@ from lark_jax.hub_files import Unavailable, snapshot
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-_TEMPLATES = ("additional_chat_templates/*.jinja", "chat_templates/*.jinja")  # named ones: transformers, older folders
+TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")  # named templates: transformers, older folders
 
 
 def loaded_files(folder: Path) -> tuple[Path, ...]:
@@ -18,7 +18,8 @@ def loaded_files(folder: Path) -> tuple[Path, ...]:
 
     All files where there are no safetensors: an engine may read weights in another form, and this program none.
     """
-    found = {file for pattern in (*_PATTERNS, *_TEMPLATES) for file in folder.glob(pattern) if file.is_file()}
+    templates = (f"{name}/*.jinja" for name in TEMPLATE_FOLDERS)
+    found = {file for pattern in (*_PATTERNS, *templates) for file in folder.glob(pattern) if file.is_file()}
     if not any(file.suffix == ".safetensors" for file in found):
         return tuple(files_below(folder))
     return tuple(sorted(file for file in found if not file.name.startswith(".")))

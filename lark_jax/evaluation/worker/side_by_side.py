@@ -57,7 +57,8 @@ def generate(
     Raises:
       RuntimeError: an engine failed; the others are ended.
     """
-    index_of = {job.key: index for index, job in enumerate(request.jobs())}
+    jobs = request.jobs()
+    index_of = {job.key: index for index, job in enumerate(jobs)}
     shares = [
         [index_of[job.key] for group in groups[first :: len(devices)] for job in group] for first in range(len(devices))
     ]
@@ -68,7 +69,6 @@ def generate(
             if share:
                 engines.enter_context(_Engine(f"engine {number} of {len(devices)}", gpus, request_file, share, lines))
                 running += 1
-        jobs = request.jobs()
         while running:
             engine, line = lines.get()
             if line is None:
@@ -150,7 +150,8 @@ class Share:
         self._results: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         self._indices: list[int] = json.loads(line)
-        self.jobs = [request.jobs()[index] for index in self._indices]
+        jobs = request.jobs()
+        self.jobs = [jobs[index] for index in self._indices]
 
     def tell(self, finished: Iterable[Finished]) -> None:
         index_of = {job.key: index for index, job in zip(self._indices, self.jobs, strict=True)}
