@@ -18,6 +18,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(VENV)/ready
 	$(BIN)/python scripts/bench_token_statistics.py --out build/bench_token_statistics.json

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lark_jax import files
 from lark_jax.errors import LarkError
 from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
 from lark_jax.evaluation.contamination import Audit, audit_benchmarks, pool_problems
@@ -24,6 +23,7 @@ from lark_jax.report.contamination import contamination_section, contamination_t
 from lark_jax.report.table import markdown_table, text_table
 from lark_jax.report.table_files import csv_table, latex_table
 from lark_jax.report.templates import render
+from lark_jax.runtime import files
 
 EXIT_USER_ERROR = 2
 

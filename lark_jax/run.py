@@ -13,11 +13,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lark_jax import files, processes, runtime
-from lark_jax.clusters import ALONE, find_place
 from lark_jax.config import Experiment, distributed_from_mapping, experiment_from_mapping
 from lark_jax.errors import LarkError, StoppedBySignal
-from lark_jax.pipeline import require_current, run_tasks
+from lark_jax.runtime import environment, files, processes, terminal
+from lark_jax.runtime.clusters import ALONE, find_place
+from lark_jax.runtime.pipeline import require_current, run_tasks
 from lark_jax.stages import (
     ACCELERATOR_STAGES,
     Layout,
@@ -25,7 +25,7 @@ from lark_jax.stages import (
     check_stages,
     earlier_tasks,
     plan_tasks,
-    say_what_will_stop,
+    warn_blocked_stages,
 )
 from lark_jax.stages.report import TABLE
 
@@ -84,7 +84,7 @@ def execute(values: Mapping[str, Any], only: tuple[str, ...] = ()) -> int:
             check_stages(experiment, place.count)
             ran = _run(experiment)
     except StoppedBySignal as stopped:
-        runtime.say(str(stopped))
+        terminal.say(str(stopped))
         return stopped.exit_status
     except (LarkError, OSError) as error:
         return _fail(str(error))
@@ -95,7 +95,7 @@ def execute(values: Mapping[str, Any], only: tuple[str, ...] = ()) -> int:
             print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     if ran == 0:
-        runtime.say(f"nothing to do: {', '.join(experiment.stages)} up to date")
+        terminal.say(f"nothing to do: {', '.join(experiment.stages)} up to date")
     if "report" in experiment.stages and processes.is_first():
         print((Layout.of(experiment).report / TABLE).read_text(encoding="utf-8"))
     return 0
@@ -121,11 +121,11 @@ def _run(experiment: Experiment) -> int:
     workdir = Path(experiment.workdir)
     lock = files.exclusive(workdir / ".lock", f"config.workdir {workdir}") if processes.is_first() else nullcontext()
     with lock:
-        runtime.start(compilation_cache=workdir / ".xla_cache")
+        environment.start(compilation_cache=workdir / ".xla_cache")
         if processes.is_first():
             for task in earlier_tasks(experiment):
                 require_current(task)
-        say_what_will_stop(experiment)
+        warn_blocked_stages(experiment)
         return run_tasks(plan_tasks(experiment))
 
 

@@ -33,7 +33,7 @@ from finetuning_request import Request, Result
 from measuring import matmul_rate, random_checkpoint, run_contestant, versions
 from shapes import SHAPES
 
-from lark_jax import files, runtime
+from lark_jax.runtime import environment, files
 from lark_jax.students import read_architecture
 from lark_jax.students.flops import forward_flops
 
@@ -49,7 +49,7 @@ def main() -> None:
         student = Path(options.student or random_checkpoint(options.shape, "float32", scratch))
         lengths = write_trajectories(student, scratch / "trajectories.npz", options)
         rate = matmul_rate(options.dtype)
-        print(f"{runtime.hardware()}; {options.dtype} matmul {rate / 1e12:.3f} TFLOP/s; {json.dumps(versions())}")
+        print(f"{environment.hardware()}; {options.dtype} matmul {rate / 1e12:.3f} TFLOP/s; {json.dumps(versions())}")
         results = [run(name, student, scratch, options) for name in options.contestants.split(",")]
         flops = 3 * sum(forward_flops(read_architecture(student), length) for length in lengths)
     print_results(results, sum(lengths), flops, rate)
@@ -59,8 +59,8 @@ def main() -> None:
             for r in results
         ]
         document = {
-            "hardware": runtime.hardware(),
-            "versions": runtime.package_versions(),
+            "hardware": environment.hardware(),
+            "versions": environment.package_versions(),
             "options": vars(options),
             "matmul_flops_per_second": rate,
             "tokens": sum(lengths),

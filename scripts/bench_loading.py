@@ -39,7 +39,7 @@ import numpy as np
 from make_random_student import write_random_weights
 from shapes import SHAPES
 
-from lark_jax import files, runtime
+from lark_jax.runtime import environment, files, terminal
 
 SMALL_BUFFER, LARGE_BUFFER = 1 << 20, 8 << 20
 SAMPLE_SECONDS = 0.005
@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         student = Path(options.student or random_checkpoint(options, Path(scratch) / "student"))
         num_bytes = sum(file.stat().st_size for file in weight_files(student))
-        print(f"{runtime.hardware()}; {json.dumps(runtime.package_versions())}")
+        print(f"{environment.hardware()}; {json.dumps(environment.package_versions())}")
         print(f"{len(weight_files(student))} files, {num_bytes / 1e9:.2f} GB, cache {options.cache}")
         rounds = [
             [run_contestant(name, student, options) for name in CONTESTANTS if name not in options.without]
@@ -76,8 +76,8 @@ def main() -> None:
     print_report(report)
     if options.out:
         document = {
-            "hardware": runtime.hardware(),
-            "versions": runtime.package_versions(),
+            "hardware": environment.hardware(),
+            "versions": environment.package_versions(),
             "options": vars(options),
             "file_bytes": num_bytes,
             "results": report,
@@ -112,7 +112,7 @@ def random_checkpoint(options: argparse.Namespace, folder: Path) -> Path:
     config = dict(SHAPES[options.shape])
     config["num_hidden_layers"] = options.layers or config["num_hidden_layers"]
     config["vocab_size"] = options.vocab or config["vocab_size"]
-    runtime.say(f"writing random weights, {options.shape}, {config['num_hidden_layers']} layers")
+    terminal.say(f"writing random weights, {options.shape}, {config['num_hidden_layers']} layers")
     shard_bytes = int(options.shard_gib * 2**30)
     write_random_weights(config, folder, dtype=options.dtype, shard_bytes=shard_bytes, seed=0)
     return folder
@@ -131,7 +131,7 @@ def run_contestant(name: str, student: Path, options: argparse.Namespace) -> Res
     if done.returncode:
         sys.exit(f"error: {name}: exit status {done.returncode}, see its message above")
     result = Result(**json.loads(done.stdout.splitlines()[-1]))
-    runtime.say(f"{name}: {result.seconds:.2f} s")
+    terminal.say(f"{name}: {result.seconds:.2f} s")
     return result
 
 
@@ -222,7 +222,7 @@ def ours(student: Path, options: argparse.Namespace) -> Callable[[], int]:
     from flax import nnx
 
     from lark_jax.config import MeshConfig
-    from lark_jax.sharding import make_mesh
+    from lark_jax.runtime.sharding import make_mesh
     from lark_jax.students import load_student
 
     mesh = make_mesh(MeshConfig())
@@ -240,8 +240,8 @@ def ours(student: Path, options: argparse.Namespace) -> Callable[[], int]:
 def ours_read_alone(student: Path, options: argparse.Namespace) -> Callable[[], int]:
     import jax
 
-    from lark_jax.students import loading
-    from lark_jax.students.placement import DeviceDestination, Piece, Target
+    from lark_jax.students.checkpoint import loading
+    from lark_jax.students.checkpoint.placement import DeviceDestination, Piece, Target
 
     class Dropped(DeviceDestination):
         def __init__(self, target: Target) -> None:

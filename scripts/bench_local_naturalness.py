@@ -22,19 +22,19 @@ from flax import nnx
 from measuring import versions
 from shapes import SHAPES
 
-from lark_jax import files, runtime
 from lark_jax.config import MeshConfig
 from lark_jax.pool import read_pool
-from lark_jax.pool.batching import TokenRows, assemble
-from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, load_chat_format, render_trajectories
 from lark_jax.pool.records import Message, Pool, Trajectory
+from lark_jax.rendering.batching import TokenRows, assemble
+from lark_jax.rendering.chat import ChatFormat, RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.runtime import environment, files
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.scoring import token_statistics
 from lark_jax.scoring.local_naturalness import NaturalnessOptions, Work, plan_work
 from lark_jax.scoring.local_naturalness.cost import windows_over_one_pass
 from lark_jax.scoring.local_naturalness.programs import WindowPrograms
 from lark_jax.scoring.local_naturalness.work import Sizes, render_part
 from lark_jax.scoring.workload import plan_pool
-from lark_jax.sharding import make_mesh
 from lark_jax.students import Decoder, random_student
 from lark_jax.students.architecture import architecture_from_config
 
@@ -50,15 +50,15 @@ def main() -> None:
     chat = load_chat_format(options.tokenizer, options.chat_template)
     pool = some_of(read_pool(options.pool), options.problems, options.answers, options.join)
     limits = NaturalnessOptions(options.max_length, options.tokens_per_batch, options.vocab_chunk, options.context)
-    work = plan_work(pool, chat, limits, row_multiple=1, directory=Path("not-written"))
+    work = plan_work(pool, chat, limits, data_shards=1, directory=Path("not-written"))
     report = {**describe(work), "options": vars(options), "flops": flop_ratios(work)}
-    print(f"{runtime.hardware()}; {work}")
+    print(f"{environment.hardware()}; {work}")
     print("FLOPs over one pass: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in report["flops"].items()))
     if options.rounds:
         report["measured"] = measured(work, chat, options)
         print("measured: {seconds_over_one_pass:.2f} times the seconds of one pass".format(**report["measured"]))
     if options.out:
-        files.write_json(options.out, {"hardware": runtime.hardware(), "versions": versions("jaxlib"), **report})
+        files.write_json(options.out, {"hardware": environment.hardware(), "versions": versions("jaxlib"), **report})
 
 
 def parse_arguments() -> argparse.Namespace:

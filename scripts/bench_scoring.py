@@ -28,10 +28,10 @@ from measuring import matmul_rate, random_checkpoint, run_contestant, versions
 from scoring_contestants import CONTESTANTS, Request, Result
 from shapes import SHAPES
 
-from lark_jax import files, runtime
 from lark_jax.pool import read_pool
-from lark_jax.pool.batching import assemble, plan_batches
-from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.rendering.batching import assemble, plan_batches
+from lark_jax.rendering.chat import RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.runtime import environment, files
 from lark_jax.students import read_architecture
 from lark_jax.students.flops import forward_flops
 
@@ -45,12 +45,12 @@ def main() -> None:
         student = Path(options.student or random_checkpoint(options.shape, CHECKPOINT_DTYPE, Path(scratch)))
         cases = pool_case(student, options) if options.pool else random_cases(student, options)
         rate = matmul_rate(options.dtype)
-        print(f"{runtime.hardware()}; {options.dtype} matmul {rate / 1e12:.2f} TFLOP/s; {json.dumps(versions())}")
+        print(f"{environment.hardware()}; {options.dtype} matmul {rate / 1e12:.2f} TFLOP/s; {json.dumps(versions())}")
         reports = [run_case(name, arrays, student, Path(scratch), rate, options) for name, arrays in cases]
     if options.out:
         document = {
-            "hardware": runtime.hardware(),
-            "versions": runtime.package_versions(),
+            "hardware": environment.hardware(),
+            "versions": environment.package_versions(),
             "options": vars(options),
             "matmul_flops_per_second": rate,
             "cases": reports,

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from measuring import versions
 
-from lark_jax import files, runtime
 from lark_jax.config import SelectConfig
+from lark_jax.runtime import environment, files
 from lark_jax.scoring.table import SCHEMA, STATISTICS, ScoreTable
 from lark_jax.scoring.text_rules import COLUMNS
 from lark_jax.selection import METHODS, WEIGHTINGS, Method, resolve_methods, select_trajectories
@@ -114,7 +114,7 @@ def main() -> None:
     methods = [*METHODS.values(), *pairs] if arguments.methods == "all" else [METHODS["lark"]]
     sizes = [int(size) for size in arguments.problems.split(",")]
     results = [measure(size, arguments.budget, arguments.repeats, methods) for size in sizes]
-    machine = {"hardware": runtime.hardware(), "versions": versions("jaxlib", "numpy")}
+    machine = {"hardware": environment.hardware(), "versions": versions("jaxlib", "numpy")}
     report = {**machine, "budget": arguments.budget, "results": results}
     print(json.dumps(report, indent=2))
     if arguments.out is not None:

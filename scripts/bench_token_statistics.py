@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from jax import lax
 
-from lark_jax.scoring.token_statistics import token_statistics
+from lark_jax.ops.token_statistics import token_statistics
 
 _TOKENS = flags.DEFINE_integer("tokens", 1024, "target tokens", lower_bound=1)
 _HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 896, "width of the hidden states", lower_bound=1)

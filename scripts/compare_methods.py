@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lark_jax.errors import SelectionError
-from lark_jax.files import write_json, write_text
 from lark_jax.report.selection_figure import selection_figure
 from lark_jax.report.style import png_bytes
 from lark_jax.report.table import selection_table, text_table
+from lark_jax.runtime.files import write_json, write_text
 from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, select_trajectories
 from lark_jax.selection.comparison import Pick

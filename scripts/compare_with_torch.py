@@ -21,11 +21,11 @@ import torch
 from flax import nnx
 from transformers import AutoModelForCausalLM
 
-from lark_jax import files, runtime
 from lark_jax.errors import LarkError, PoolError
 from lark_jax.pool import read_pool
-from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
 from lark_jax.pool.records import Pool, SkippedRecord
+from lark_jax.rendering.chat import RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.runtime import environment, files, terminal
 from lark_jax.scoring import CandidateScore, token_statistics
 from lark_jax.scoring.reductions import MAX_RANK
 from lark_jax.scoring.table import skipped_score
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     report = [compare(name, compared, pool, options.budget) for name in names]
     print_report(report, options.budget)
     if options.out:
-        document = {"versions": runtime.package_versions(), "hardware": runtime.hardware(), "rows": report}
+        document = {"versions": environment.package_versions(), "hardware": environment.hardware(), "rows": report}
         files.write_json(options.out, document)
 
 
@@ -97,7 +97,7 @@ def score_all(rendered: Sequence[RenderedTrajectory | SkippedRecord], options: a
         from_logits[PUBLISHED] = published_scores
     ours = {dtype: our_scorer(options.student, dtype) for dtype in ("float32", "bfloat16")}
     compared: list[Scored | SkippedRecord] = []
-    for item in runtime.progress(rendered, what="compare", total=len(rendered), unit="trajectory"):
+    for item in terminal.progress(rendered, what="compare", total=len(rendered), unit="trajectory"):
         if isinstance(item, SkippedRecord):
             compared.append(item)
             continue

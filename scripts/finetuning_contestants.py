@@ -37,8 +37,8 @@ def our_contestant(request: Request, trajectories: Trajectories, packing: bool) 
     from lark_jax.finetuning.loop import run_step
     from lark_jax.finetuning.optimizer import make_optimizer
     from lark_jax.finetuning.step import initial_state, make_train_step, zero_sums
-    from lark_jax.pool.chat import RenderedTrajectory
-    from lark_jax.sharding import make_mesh
+    from lark_jax.rendering.chat import RenderedTrajectory
+    from lark_jax.runtime.sharding import make_mesh
     from lark_jax.students import load_student
     from lark_jax.students.parameters import abstract_decoder
 
@@ -72,7 +72,7 @@ def our_contestant(request: Request, trajectories: Trajectories, packing: bool) 
     for number in range(config.epochs):
         start = time.perf_counter()
         batch = data.batch(number)
-        micro_batches = cut(data, batch, config, row_multiple=1, pad_id=PAD_ID)
+        micro_batches = cut(data, batch, config, data_shards=1, pad_id=PAD_ID)
         applied, cross_entropies = run_step(step, state, sums, micro_batches, mesh)
         state, sums = applied.state, applied.sums
         of_members: dict[int, float] = {}

@@ -26,8 +26,8 @@ from flax import nnx
 from lark_jax.config import FinetuneConfig, MeshConfig
 from lark_jax.errors import StoppedBySignal
 from lark_jax.finetuning import CHECKPOINTS, Example, finetune
-from lark_jax.pool.chat import RenderedTrajectory
-from lark_jax.sharding import make_mesh
+from lark_jax.rendering.chat import RenderedTrajectory
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students import random_student
 from lark_jax.students.architecture import Architecture, RopeScaling
 from lark_jax.students.parameters import flatten_parameters

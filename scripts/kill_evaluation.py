@@ -29,9 +29,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from vllm_server import serving
 
-from lark_jax import files
 from lark_jax.evaluation.benchmarks import BenchmarkProblem, load_system_prompts, prompt_messages
 from lark_jax.evaluation.runner import GENERATIONS
+from lark_jax.runtime import files
 
 LONGEST_WAIT_S = 1_800.0  # without another problem
 MAX_MODEL_LEN = 4_096  # of the server

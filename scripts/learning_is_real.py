@@ -17,13 +17,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lark_jax import files
 from lark_jax.config import Experiment, experiment_from_mapping
 from lark_jax.finetuning import Example, FinetuneResult, finetune, read_held_out
-from lark_jax.pipeline import run_tasks
 from lark_jax.report import ReportContent, write_report
 from lark_jax.report.table import loss_table, text_table
-from lark_jax.sharding import make_mesh
+from lark_jax.runtime import files
+from lark_jax.runtime.pipeline import run_tasks
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.stages import plan_tasks
 from lark_jax.stages.finetune import training_data
 from lark_jax.stages.layout import Layout

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lark_jax import files
-from lark_jax.pool.chat import load_chat_format
+from lark_jax.rendering.chat import load_chat_format
+from lark_jax.runtime import files
 from lark_jax.students import random_student, read_architecture, save_new_student
-from lark_jax.students.hf_names import hf_slots
-from lark_jax.students.safetensors_folder import INDEX_FILE
+from lark_jax.students.checkpoint.hf_names import hf_slots
+from lark_jax.students.checkpoint.safetensors_folder import INDEX_FILE
 
 HEAD_DIM = 32
 VOCAB_MULTIPLE = 64

@@ -13,7 +13,7 @@ from typing import Any
 
 from shapes import SHAPES
 
-from lark_jax import files
+from lark_jax.runtime import files
 
 MATMUL_SIZE = 8_192
 
@@ -52,11 +52,11 @@ def matmul_rate(dtype: str) -> float:
 
 def run_contestant(script: Path, request: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     """Runs `script --request=FILE` in a process of its own; the last line that it prints is its result, as JSON."""
-    from lark_jax import runtime
+    from lark_jax.runtime import terminal
 
     path = scratch / "request.json"
     files.write_json(path, request)
-    runtime.say(f"{request['contestant']} ...")
+    terminal.say(f"{request['contestant']} ...")
     command = [sys.executable, str(script), f"--request={path}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -65,9 +65,9 @@ def run_contestant(script: Path, request: Mapping[str, Any], scratch: Path) -> d
 
 
 def versions(*names: str) -> dict[str, str]:
-    from lark_jax import runtime
+    from lark_jax.runtime import environment
 
-    recorded = runtime.package_versions()
+    recorded = environment.package_versions()
     return {name: recorded[name] for name in ("python", "jax", "torch", "transformers", *names) if name in recorded}
 
 

@@ -72,9 +72,9 @@ def ours(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
     import jax.numpy as jnp
 
     from lark_jax.config import MeshConfig
-    from lark_jax.pool.batching import TokenRows
+    from lark_jax.rendering.batching import TokenRows
+    from lark_jax.runtime.sharding import make_mesh
     from lark_jax.scoring.step import make_score_step
-    from lark_jax.sharding import make_mesh
     from lark_jax.students import load_student, lossless_dtype
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

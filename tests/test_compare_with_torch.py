@@ -6,9 +6,9 @@ from types import ModuleType
 
 import pytest
 
-from lark_jax import files
 from lark_jax.config import SyntheticConfig
 from lark_jax.pool.synthetic import write_synthetic
+from lark_jax.runtime import files
 
 torch = pytest.importorskip("torch")
 

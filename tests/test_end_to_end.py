@@ -18,8 +18,8 @@ import pytest
 from html_pages import faults_of_pages
 from safetensors.numpy import load_file
 
-from lark_jax.files import read_json, sha256_of_path
-from lark_jax.pool.chat import load_chat_format
+from lark_jax.rendering.chat import load_chat_format
+from lark_jax.runtime.files import read_json, sha256_of_path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MINIATURE = {

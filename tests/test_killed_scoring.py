@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lark_jax.config import SyntheticConfig
-from lark_jax.pipeline import read_manifest
 from lark_jax.pool.synthetic import write_synthetic
+from lark_jax.runtime.pipeline import read_manifest
 from lark_jax.students import random_student, read_architecture, save_new_student
 
 pytestmark = pytest.mark.slow

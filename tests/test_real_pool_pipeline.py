@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lark_jax.finetuning.metrics import read_metrics
-from lark_jax.pipeline import read_manifest
 from lark_jax.run import execute
+from lark_jax.runtime.pipeline import read_manifest
 from lark_jax.scoring import read_scores
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

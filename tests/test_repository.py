@@ -17,26 +17,9 @@ SOURCES = sorted(path for folder in ("lark_jax", "scripts", "configs") for path 
 MODULES = [path for path in SOURCES if PACKAGE in path.parents]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "third_party_notes").glob("*.md")])
 
-# From the bottom to the top: a module imports from its own layer and from those before it.
-LAYERS = (
-    ("errors", "files", "config_checks", "config_values", "judge_config", "config", "recipe"),
-    ("runtime", "hub_files", "clusters", "processes", "sharding"),
-    ("pool",),
-    ("students",),
-    ("scoring",),
-    ("selection",),
-    ("finetuning",),
-    ("evaluation",),
-    ("judging",),
-    ("report",),
-    ("pipeline",),
-    ("stages",),
-    ("run", "preflight", "audit", "table_one"),
-)
-LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 WORKER = PACKAGE / "evaluation" / "worker"  # programs for another virtualenv: siblings import each other by bare name
 WORKER_SIBLINGS = {path.stem for path in WORKER.glob("*.py")}
-WITHOUT_JAX = ("errors", "files", "config", "pool.records", "pool.readers", "pool.chat", "evaluation", "report")
+WITHOUT_JAX = ("errors", "files", "config", "pool.records", "pool.readers", "rendering.chat", "evaluation", "report")
 OPTIONAL = (
     "torch",
     "vllm",
@@ -82,11 +65,6 @@ def _imports(node: ast.AST, at_top: bool) -> Iterator[Import]:
             yield from _imports(child, at_top and not inside_function)
 
 
-def layer_name(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if parts[0] == "lark_jax" and len(parts) > 1 else None
-
-
 def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -95,29 +73,6 @@ def requirement_name(requirement: str) -> str:
     match = re.match(r"[A-Za-z0-9_.\-]+(\[[a-z0-9,]+\])?", requirement)
     assert match
     return match.group()
-
-
-def test_every_module_belongs_to_a_layer() -> None:
-    names = {layer_name(dotted_name(path)) for path in MODULES} - {None}
-    assert names <= set(LAYER_OF), f"not in LAYERS: {sorted(names - set(LAYER_OF))}"
-
-
-@pytest.mark.parametrize("path", MODULES, ids=dotted_name)
-def test_nothing_imports_upwards(path: Path) -> None:
-    own = layer_name(dotted_name(path))
-    if own is None:  # lark_jax/__init__.py belongs to no layer and imports none
-        assert not [item for item in imports_of(path) if item.module.startswith("lark_jax")]
-        return
-    for item in imports_of(path):
-        other = layer_name(item.module)
-        if other in LAYER_OF:
-            assert LAYER_OF[other] <= LAYER_OF[own], f"{path.name}:{item.line} imports {item.module}, a higher layer"
-
-
-def test_the_documented_layers_are_the_enforced_ones() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`[^|]+) \|", text.split("## Layers")[1].split("\n## ")[0], flags=re.MULTILINE)
-    assert tuple(tuple(re.findall(r"`([a-z_]+)`", row)) for row in rows) == LAYERS
 
 
 @pytest.mark.parametrize("prefix", WITHOUT_JAX)

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lark_jax import files
 from lark_jax.config import SyntheticConfig
-from lark_jax.pipeline import read_manifest
 from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.run import execute
+from lark_jax.runtime import files
+from lark_jax.runtime.pipeline import read_manifest
 from lark_jax.scoring import CandidateScore, read_scores
 from lark_jax.stages.metric_task import COLUMNS
 from lark_jax.students import random_student, read_architecture, save_new_student

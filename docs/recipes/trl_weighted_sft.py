@@ -27,8 +27,8 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lark_jax.pool.chat import ChatFormat, load_chat_format, render_trajectories
 from lark_jax.pool.records import Message, SkippedRecord, Trajectory
+from lark_jax.rendering.chat import ChatFormat, load_chat_format, render_trajectories
 
 NOT_A_TARGET = -100  # label of tokens without loss
 REQUIRED = {

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from lark_jax.errors import EvaluationError, one_line
 from lark_jax.evaluation.multiple_choice import is_multiple_choice, with_lettered_options
 from lark_jax.evaluation.spelling import choice_letter
-from lark_jax.files import sha256_of_json
+from lark_jax.runtime.files import sha256_of_json
 
 KINDS = ("number", "letter", "expression")
 READING = 2  # raised when the same file is read into other problems or golds

@@ -15,7 +15,7 @@ from pathlib import Path
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.benchmark_records import FILE_KINDS
 from lark_jax.evaluation.standard_benchmarks import STANDARD
-from lark_jax.hub_files import Unavailable, snapshot
+from lark_jax.runtime.hub import Unavailable, snapshot
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:]+))?")

@@ -31,7 +31,7 @@ from lark_jax.evaluation.worker.worker_request import (
     Server,
     write_request,
 )
-from lark_jax.files import read_json, sha256_of_json
+from lark_jax.runtime.files import read_json, sha256_of_json
 
 WORKER = Path(__file__).with_name("worker") / "main.py"
 HEALTH_CHECK_TIMEOUT_S = 1_800.0  # a large checkpoint on a slow disk

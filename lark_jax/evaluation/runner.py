@@ -49,9 +49,9 @@ from lark_jax.evaluation.engines import (
 from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, THOUGHT, Grader, grader_identity
 from lark_jax.evaluation.samples import SAMPLES, SampleRow, write_sample_table
 from lark_jax.evaluation.worker.worker_request import Prompt, Request
-from lark_jax.files import read_json, sha256_of_bytes, sha256_of_json, sha256_of_path, write_json, write_jsonl
-from lark_jax.pool.chat import ChatFormat, RenderRefusal, opens_thought, render_prompt
 from lark_jax.pool.records import Message
+from lark_jax.rendering.chat import ChatFormat, RenderRefusal, opens_thought, render_prompt
+from lark_jax.runtime.files import read_json, sha256_of_bytes, sha256_of_json, sha256_of_path, write_json, write_jsonl
 
 GENERATIONS = "generations.jsonl"
 SUMMARY = "summary.json"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.benchmarks import Benchmark
-from lark_jax.files import atomic_path
+from lark_jax.runtime.files import atomic_path
 
 SAMPLES = "samples.jsonl"
 SAMPLE_TABLE = "samples.parquet"

@@ -8,7 +8,7 @@ from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
 from lark_jax.evaluation.ngrams import normalize_problem
 from lark_jax.evaluation.paper_rules import number_value
-from lark_jax.files import sha256_of_json
+from lark_jax.runtime.files import sha256_of_json
 
 
 @dataclass(frozen=True)

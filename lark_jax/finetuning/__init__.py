@@ -1,7 +1,6 @@
 """Weighted supervised fine-tuning (Eq. 1 of the paper)."""
 
 from lark_jax.finetuning.data import Example, weighted_examples
-from lark_jax.finetuning.identity import deciding_settings
 from lark_jax.finetuning.loggers import LOGS
 from lark_jax.finetuning.loop import CHECKPOINTS, FinetuneResult, finetune
 from lark_jax.finetuning.metrics import (
@@ -12,7 +11,8 @@ from lark_jax.finetuning.metrics import (
     read_metrics,
     read_timings,
 )
-from lark_jax.finetuning.objective import weighted_cross_entropy
+from lark_jax.finetuning.run_fingerprint import deciding_settings
+from lark_jax.ops.weighted_cross_entropy import weighted_cross_entropy
 
 __all__ = [
     "CHECKPOINTS",

@@ -14,15 +14,15 @@ import numpy as np
 
 from lark_jax.config import FinetuneConfig
 from lark_jax.errors import TrainingError
-from lark_jax.finetuning.packing import (
+from lark_jax.rendering.batching import BatchPlan
+from lark_jax.rendering.chat import RenderedTrajectory
+from lark_jax.rendering.packing import (
     PackedPlan,
     packed_row_lengths,
     padding_of_full_rows,
     plan_packed_micro_batches,
 )
-from lark_jax.finetuning.row_plans import choose_row_lengths, plan_micro_batches
-from lark_jax.pool.batching import BatchPlan
-from lark_jax.pool.chat import RenderedTrajectory
+from lark_jax.rendering.row_plans import choose_row_lengths, plan_micro_batches
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class TrainingSet:
         return StepBatch(step, epoch, tuple(members.tolist()))
 
     def micro_batches(
-        self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int, pad_id: int
+        self, batch: StepBatch, *, tokens_per_batch: int, data_shards: int, pad_id: int
     ) -> Iterator[MicroBatch]:
         """Cuts one optimizer step into micro-batches of one trajectory a row, longest rows first.
 
@@ -129,26 +129,26 @@ class TrainingSet:
 
         Args:
           tokens_per_batch: most tokens per device, padding included; a single row may exceed it.
-          row_multiple: devices that the rows are split over.
+          data_shards: devices that the rows are split over.
         """
-        for plan in self.plans(batch, tokens_per_batch=tokens_per_batch, row_multiple=row_multiple):
+        for plan in self.plans(batch, tokens_per_batch=tokens_per_batch, data_shards=data_shards):
             yield self.micro_batch(plan, len(batch.members), pad_id)
 
     def packed_micro_batches(
-        self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int, pad_id: int
+        self, batch: StepBatch, *, tokens_per_batch: int, data_shards: int, pad_id: int
     ) -> Iterator[MicroBatch]:
         """As `micro_batches`, with several trajectories in a row, kept apart by segment ids."""
-        for plan in self.packed_plans(batch, tokens_per_batch=tokens_per_batch, row_multiple=row_multiple):
+        for plan in self.packed_plans(batch, tokens_per_batch=tokens_per_batch, data_shards=data_shards):
             yield self.packed_micro_batch(plan, len(batch.members), pad_id)
 
-    def plans(self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int) -> tuple[BatchPlan, ...]:
+    def plans(self, batch: StepBatch, *, tokens_per_batch: int, data_shards: int) -> tuple[BatchPlan, ...]:
         """What `micro_batches` fills."""
-        return plan_micro_batches(self._lengths_of(batch), self._row_lengths, tokens_per_batch, row_multiple)
+        return plan_micro_batches(self._lengths_of(batch), self._row_lengths, tokens_per_batch, data_shards)
 
-    def packed_plans(self, batch: StepBatch, *, tokens_per_batch: int, row_multiple: int) -> tuple[PackedPlan, ...]:
+    def packed_plans(self, batch: StepBatch, *, tokens_per_batch: int, data_shards: int) -> tuple[PackedPlan, ...]:
         """What `packed_micro_batches` fills."""
         row_lengths = packed_row_lengths(self._paddings, tokens_per_batch)
-        return plan_packed_micro_batches(self._lengths_of(batch), row_lengths, tokens_per_batch, row_multiple)
+        return plan_packed_micro_batches(self._lengths_of(batch), row_lengths, tokens_per_batch, data_shards)
 
     def micro_batch(self, plan: BatchPlan, trajectories: int, pad_id: int) -> MicroBatch:
         """The rows of `plan`, in a step of `trajectories`."""
@@ -193,11 +193,11 @@ class TrainingSet:
 
 
 def cut(
-    data: TrainingSet, batch: StepBatch, config: FinetuneConfig, *, row_multiple: int, pad_id: int
+    data: TrainingSet, batch: StepBatch, config: FinetuneConfig, *, data_shards: int, pad_id: int
 ) -> tuple[MicroBatch, ...]:
     """The micro-batches of one step, in the form that `config.packing` asks for."""
     form = data.packed_micro_batches if config.packing else data.micro_batches
-    return tuple(form(batch, tokens_per_batch=config.tokens_per_batch, row_multiple=row_multiple, pad_id=pad_id))
+    return tuple(form(batch, tokens_per_batch=config.tokens_per_batch, data_shards=data_shards, pad_id=pad_id))
 
 
 def hash_of_examples(examples: Sequence[Example]) -> str:

@@ -11,10 +11,10 @@ from lark_jax.errors import TrainingError
 from lark_jax.finetuning.data import Example
 from lark_jax.finetuning.optimizer import Parameters
 from lark_jax.finetuning.parameter_sets import NOTHING_FROZEN
-from lark_jax.finetuning.row_plans import plan_micro_batches
-from lark_jax.pool.batching import TokenRows, assemble, bucket_lengths
+from lark_jax.rendering.batching import TokenRows, assemble, bucket_lengths
+from lark_jax.rendering.row_plans import plan_micro_batches
+from lark_jax.runtime.sharding import DATA, TENSOR, split_rows
 from lark_jax.scoring.step import jitted_score_step
-from lark_jax.sharding import DATA, TENSOR, split_rows
 from lark_jax.students.decoder import Decoder
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lark_jax import files
 from lark_jax.errors import ConfigError, one_line
+from lark_jax.runtime import files
 
 LOGS = "logs"  # folder beside metrics.jsonl
 

@@ -11,19 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lark_jax import runtime
 from lark_jax.config import FinetuneConfig
-from lark_jax.finetuning.boundary import StepBoundary
 from lark_jax.finetuning.checkpoints import CheckpointStore
 from lark_jax.finetuning.data import Example, MicroBatch, TrainingSet, check_examples, cut
 from lark_jax.finetuning.held_out import HeldOutLoss
-from lark_jax.finetuning.identity import run_identity
 from lark_jax.finetuning.loggers import loggers_of, require_installed
 from lark_jax.finetuning.measuring import PreparedStep, Seen, describe, rates_of, read_step_metrics, timing_of
 from lark_jax.finetuning.metrics import HELD_OUT, METRICS, TIMINGS, TrainingLog
 from lark_jax.finetuning.optimizer import learning_rate_schedule, make_optimizer
 from lark_jax.finetuning.parameter_sets import frozen_parameters, lora_of
 from lark_jax.finetuning.preemption import StopRequest
+from lark_jax.finetuning.run_fingerprint import run_identity
 from lark_jax.finetuning.step import (
     Applied,
     StepSums,
@@ -36,8 +34,10 @@ from lark_jax.finetuning.step import (
     trained_student,
     zero_sums,
 )
-from lark_jax.sharding import DATA
-from lark_jax.students.adapters import with_fresh_adapter
+from lark_jax.finetuning.step_hooks import StepBoundary
+from lark_jax.runtime import terminal
+from lark_jax.runtime.sharding import DATA
+from lark_jax.students.checkpoint.adapters import with_fresh_adapter
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.flops import peak_flops_of
 from lark_jax.students.parameters import abstract_decoder
@@ -112,7 +112,7 @@ def finetune(
 
     def prepared(step: int) -> PreparedStep:
         batch = data.batch(step)
-        return PreparedStep(batch, cut(data, batch, config, row_multiple=mesh.shape[DATA], pad_id=pad_id))
+        return PreparedStep(batch, cut(data, batch, config, data_shards=mesh.shape[DATA], pad_id=pad_id))
 
     identity = run_identity(student, examples, held_out, config, seed)
     if lora is not None:
@@ -132,7 +132,7 @@ def finetune(
         with (
             StopRequest() as stop,
             TrainingLog(directory, completed, loggers) as log,
-            runtime.progress_bar(what=what, total=total_steps, unit="step", initial=completed) as bar,
+            terminal.progress_bar(what=what, total=total_steps, unit="step", initial=completed) as bar,
         ):
             boundary = StepBoundary(config, total_steps, store, log, held_out_loss)
             boundary.begin(state, completed, seen)

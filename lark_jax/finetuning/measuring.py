@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lark_jax import runtime
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning.data import MicroBatch, StepBatch, TrainingSet
 from lark_jax.finetuning.metrics import StepMetrics, StepTiming
 from lark_jax.finetuning.step import Applied
+from lark_jax.runtime import environment
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.flops import Rates, training_flops
 
@@ -97,7 +97,7 @@ def timing_of(step: int, seconds: float, rates: Rates) -> StepTiming:
         tokens_per_second=round(rates.tokens_per_second, 1),
         gflops_per_second=round(rates.flops_per_second / 1e9, 3),
         model_flop_utilization=None if utilization is None else round(utilization, 5),
-        peak_memory_bytes=runtime.peak_memory_bytes(),
+        peak_memory_bytes=environment.peak_memory_bytes(),
     )
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from lark_jax import files, processes
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning.loggers import Logger
+from lark_jax.runtime import files, processes
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"

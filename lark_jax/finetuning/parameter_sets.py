@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lark_jax.config import FinetuneConfig
 from lark_jax.finetuning.optimizer import Parameters
-from lark_jax.sharding import parameter_sharding
+from lark_jax.runtime.sharding import parameter_sharding
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.lora import Lora, is_factor
 from lark_jax.students.parameters import flatten_parameters, shapes_of

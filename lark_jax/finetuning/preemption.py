@@ -6,7 +6,7 @@ import socket
 import threading
 from types import TracebackType
 
-from lark_jax import processes, runtime
+from lark_jax.runtime import processes, terminal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REQUEST = "finetune: stop"
@@ -85,9 +85,9 @@ class StopRequest:
                 continue
             name = signal.Signals(number).name
             if self._number is not None:
-                runtime.warn(f"{name} again: ending at once; the last checkpoint stays")
+                terminal.warn(f"{name} again: ending at once; the last checkpoint stays")
                 os._exit(128 + number)
-            runtime.warn(f"{name}: stopping after this step; a second one ends at once")
+            terminal.warn(f"{name}: stopping after this step; a second one ends at once")
             self._number = number
 
 

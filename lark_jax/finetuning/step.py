@@ -3,8 +3,8 @@
 What is trained (see `parameter_sets`), Adam's moments and gradient sums are float32; what is not is in the compute
 dtype. All of it lies on the devices as `sharding.PARAMETER_SPECS` says, split over `data` (FSDP) and `tensor`. Rows
 are split over `data`. Gradients come out of one `shard_map`: attention kernels see the arrays of one device, and every
-collective is written down, in `students.parallel` and `finetuning.objective`. Each layer is gathered where it is used,
-in the compute dtype; the gradient of what is trained is added up over devices in float32.
+collective is written down, in `students.parallel` and `ops.weighted_cross_entropy`. Each layer is gathered where it is
+used, in the compute dtype; the gradient of what is trained is added up over devices in float32.
 """
 
 import functools
@@ -22,12 +22,12 @@ from jax.typing import DTypeLike
 
 from lark_jax.errors import ConfigError
 from lark_jax.finetuning.data import MicroBatch
-from lark_jax.finetuning.objective import weighted_cross_entropy
 from lark_jax.finetuning.optimizer import Parameters
 from lark_jax.finetuning.parameter_sets import NOTHING_FROZEN, abstract_frozen, abstract_parameters, is_trained
+from lark_jax.ops.weighted_cross_entropy import weighted_cross_entropy
+from lark_jax.runtime.sharding import DATA, parameter_sharding, parameter_spec, replicated, split_rows
+from lark_jax.runtime.sharding import rows as rows_sharding
 from lark_jax.scoring.parameter_axes import check_tensor_axis
-from lark_jax.sharding import DATA, parameter_sharding, parameter_spec, replicated, split_rows
-from lark_jax.sharding import rows as rows_sharding
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.lora import Lora

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from lark_jax.errors import JudgeError
-from lark_jax.files import sha256_of_json
 from lark_jax.pool.records import Message
+from lark_jax.runtime.files import sha256_of_json
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 from lark_jax.errors import JudgeError, one_line
 from lark_jax.evaluation.engines import read_model_json, run_generation, stop_ids_of
 from lark_jax.evaluation.worker.worker_request import Prompt, Request
-from lark_jax.files import sha256_of_json
 from lark_jax.judging.answers import Answer, AnswerFile
 from lark_jax.judging.decoding import Decoding, seed_of
 from lark_jax.judging.judge import Question
+from lark_jax.runtime.files import sha256_of_json
 
 TOKENS_PER_CALL = 16_000_000  # of prompts handed to one worker: about 100 MB of JSON, an hour or so of a large judge
 NAME = "judge"  # in the place of a benchmark's

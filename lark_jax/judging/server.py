@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lark_jax import runtime
 from lark_jax.errors import JudgeError
 from lark_jax.evaluation.worker.server_client import (
     RequestForbidden,
@@ -17,6 +16,7 @@ from lark_jax.evaluation.worker.server_client import (
 from lark_jax.judging.answers import Answer, AnswerFile
 from lark_jax.judging.decoding import Decoding, seed_of
 from lark_jax.judging.judge import Question
+from lark_jax.runtime import terminal
 
 GIVE_UP_AFTER = 20  # failures with no success between them
 
@@ -48,7 +48,7 @@ class ServerJudge:
 
         failures: dict[str, str] = {}
         in_a_row = 0
-        with runtime.progress_bar(what="judging", total=count, unit="question") as bar:
+        with terminal.progress_bar(what="judging", total=count, unit="question") as bar:
             for finished in in_parallel(answer_to, questions, self._concurrency):
                 if finished.value is not None:
                     answers.add(finished.item.key, finished.value)

@@ -12,13 +12,14 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from lark_jax import files, runtime
 from lark_jax.config import PoolConfig, StudentConfig, pool_from_mapping, student_from_mapping
 from lark_jax.errors import ConfigError, LarkError
-from lark_jax.pool.chat import load_chat_format
 from lark_jax.pool.readers import load_pool, source_size
-from lark_jax.pool.summary import PoolSummary, as_json, as_text, count_tokens, summarise
+from lark_jax.pool.summary import PoolSummary, as_json, as_text, summarise
 from lark_jax.recipe import paper_recipe
+from lark_jax.rendering.chat import load_chat_format
+from lark_jax.rendering.token_counts import summarise_tokens
+from lark_jax.runtime import files, terminal
 
 EXIT_BAD_RECORDS = 1
 EXIT_USER_ERROR = 2
@@ -52,16 +53,16 @@ def look_at(config: PoolConfig, student: StudentConfig | None) -> PoolSummary:
         duplicate_answers="keep" if config.duplicate_answers == "error" else config.duplicate_answers,
     )
     delay = SECONDS_WITHOUT_A_BAR
-    with runtime.progress_bar(what="read", total=source_size(lenient), unit="B", delay=delay) as bar:
+    with terminal.progress_bar(what="read", total=source_size(lenient), unit="B", delay=delay) as bar:
         pool = load_pool(lenient, bar.update)
     total = len(pool.trajectories)
-    with runtime.progress_bar(what="measure", total=total, unit="trajectory", delay=delay) as bar:
+    with terminal.progress_bar(what="measure", total=total, unit="trajectory", delay=delay) as bar:
         summary = summarise(pool, bar.update)
     if student is None:
         return summary
     chat = load_chat_format(student.path, student.chat_template)
-    with runtime.progress_bar(what="count tokens", total=total, unit="trajectory", delay=delay) as bar:
-        tokens = count_tokens(pool, chat, student.path, student.max_length, bar.update)
+    with terminal.progress_bar(what="count tokens", total=total, unit="trajectory", delay=delay) as bar:
+        tokens = summarise_tokens(pool, chat, student.path, student.max_length, bar.update)
     return dataclasses.replace(summary, tokens=tokens)
 
 

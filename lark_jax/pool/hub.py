@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 from lark_jax.errors import PoolError
-from lark_jax.hub_files import Unavailable, snapshot
 from lark_jax.pool.sources import KINDS, SUPPORTED
+from lark_jax.runtime.hub import Unavailable, snapshot
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PATTERNS = tuple(f"*{kind}" for kind in KINDS)

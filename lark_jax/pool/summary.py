@@ -1,14 +1,13 @@
 """What a pool holds and what of it would be left out, before an accelerator is paid for."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
-from lark_jax.pool.records import DuplicateAnswer, Pool, SkippedRecord, Trajectory
+from lark_jax.pool.records import DuplicateAnswer, Pool, SkippedRecord
 
 LISTED = 20  # records by name in the text; all are in the JSON
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -72,28 +71,13 @@ def summarise(pool: Pool, advance: Callable[[int], object] = lambda _: None) -> 
         teachers=dict(sorted(teachers.items(), key=lambda item: (-item[1], item[0]))),
         correct=verdicts[True],
         wrong=verdicts[False],
-        prompt_characters=_lengths(prompts),
-        answer_characters=_lengths(answers),
+        prompt_characters=lengths_of(prompts),
+        answer_characters=lengths_of(answers),
         skipped=pool.skipped,
         filtered=pool.filtered,
         duplicates=pool.duplicates,
         files_left_out=pool.files_left_out,
     )
-
-
-def count_tokens(
-    pool: Pool, chat: ChatFormat, student: str, max_length: int, advance: Callable[[int], object] = lambda _: None
-) -> Tokens:
-    """Tokenizes every text, as scoring will."""
-    prompts, targets, refused, truncated = [], [], [], 0
-    for item in render_trajectories(chat, _heard(pool.trajectories, advance), max_length):
-        if isinstance(item, RenderedTrajectory):
-            prompts.append(len(item.prompt_tokens))
-            targets.append(len(item.target_tokens))
-            truncated += item.truncated
-        else:
-            refused.append(item)
-    return Tokens(student, max_length, _lengths(prompts), _lengths(targets), truncated, tuple(refused))
 
 
 def as_json(summary: PoolSummary) -> dict[str, Any]:
@@ -131,13 +115,8 @@ def as_text(summary: PoolSummary) -> str:
     return "\n".join(lines)
 
 
-def _heard(trajectories: Iterable[Trajectory], advance: Callable[[int], object]) -> Iterator[Trajectory]:
-    for trajectory in trajectories:
-        yield trajectory
-        advance(1)
-
-
-def _lengths(values: Sequence[int]) -> Lengths:
+def lengths_of(values: Sequence[int]) -> Lengths:
+    """Total, mean and quantiles; zeros without values."""
     if not values:
         return Lengths(0, 0.0, (0,) * len(QUANTILES))
     quantiles = np.quantile(values, QUANTILES, method="nearest")

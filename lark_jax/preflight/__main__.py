@@ -7,7 +7,6 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from lark_jax import files
 from lark_jax.config import STAGES, Experiment, experiment_from_mapping
 from lark_jax.errors import ConfigError, LarkError
 from lark_jax.preflight.check import check
@@ -18,6 +17,7 @@ from lark_jax.preflight.topologies import parse_topology
 from lark_jax.preflight.training import check_training
 from lark_jax.preflight.training_report import training_as_json, training_as_text
 from lark_jax.run import CONFIG, parse_flags
+from lark_jax.runtime import files
 from lark_jax.students import read_architecture
 
 COMPILED = ("score", "finetune")  # stages

@@ -2,7 +2,6 @@
 
 import functools
 
-from lark_jax import runtime
 from lark_jax.config import Experiment
 from lark_jax.preflight.cost import Assumptions, PoolTime, pool_time, step_cost, step_time
 from lark_jax.preflight.findings import Finding, Findings
@@ -17,6 +16,7 @@ from lark_jax.preflight.requests import (
     mesh_in_child,
 )
 from lark_jax.preflight.topologies import Topology
+from lark_jax.runtime import terminal
 from lark_jax.students.architecture import Architecture
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -123,7 +123,7 @@ def _pool_time(
 
 
 def _compile(request: CompileRequest) -> CompileAnswer:
-    runtime.say(
+    terminal.say(
         f"compiling {request.step} for {request.topology}: {request.rows_per_device} x {request.length:,} tokens"
     )
     return compile_in_child(request)

@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
-from lark_jax import files
 from lark_jax.config import Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.pool import files_read, load_pool
-from lark_jax.pool.chat import load_chat_format
 from lark_jax.pool.hub import local_source
-from lark_jax.processes import EVERYTHING
-from lark_jax.scoring.lengths import count_inputs
+from lark_jax.rendering.chat import load_chat_format
+from lark_jax.rendering.token_counts import count_inputs
+from lark_jax.runtime import files
+from lark_jax.runtime.processes import EVERYTHING
 from lark_jax.scoring.workload import plan_pool
 
 ASSUMED_TRAJECTORIES = 165_000  # 5,000 problems x 33, the paper's pool
@@ -67,14 +67,14 @@ def find_lengths(experiment: Experiment, given: str | None) -> Lengths:
     return _counted(experiment)
 
 
-def plan_steps(lengths: Lengths, tokens_per_batch: int, row_multiple: int) -> tuple[Steps, ...]:
+def plan_steps(lengths: Lengths, tokens_per_batch: int, data_shards: int) -> tuple[Steps, ...]:
     """The steps of a pool by their shape, longest rows first.
 
     Args:
-      row_multiple: devices along which rows are split.
+      data_shards: devices along which rows are split.
     """
-    plans = plan_pool(lengths.inputs, tokens_per_batch, row_multiple)
-    counts = collections.Counter((plan.length, plan.rows // row_multiple) for plan in plans)
+    plans = plan_pool(lengths.inputs, tokens_per_batch, data_shards)
+    counts = collections.Counter((plan.length, plan.rows // data_shards) for plan in plans)
     return tuple(Steps(rows, length, times) for (length, rows), times in sorted(counts.items(), reverse=True))
 
 

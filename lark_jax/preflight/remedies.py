@@ -9,7 +9,7 @@ from lark_jax.config import Experiment
 from lark_jax.preflight.hardware import GPU_SHARE_VARIABLES, Card
 from lark_jax.preflight.requests import CompileAnswer, CompileRequest
 from lark_jax.preflight.topologies import Topology
-from lark_jax.sharding import DATA
+from lark_jax.runtime.sharding import DATA
 from lark_jax.students.architecture import Architecture
 
 RequestsOf = Callable[[Experiment], tuple[CompileRequest, ...]]

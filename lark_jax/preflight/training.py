@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from lark_jax import runtime
 from lark_jax.config import REMAT_CHOICES, Experiment
-from lark_jax.finetuning.largest import MicroBatchShape, largest_micro_batches
 from lark_jax.finetuning.parameter_sets import lora_of
+from lark_jax.finetuning.worst_case_shapes import MicroBatchShape, largest_micro_batches
 from lark_jax.preflight.cost import Assumptions, StepTime, step_time, training_cost
 from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileAnswer, CompileRequest, compile_in_child
 from lark_jax.preflight.topologies import Topology
+from lark_jax.runtime import terminal
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.lora import Lora
 
@@ -136,5 +136,5 @@ def training_requests(
 
 def _compiled(request: CompileRequest) -> CompileAnswer:
     shape = f"{request.rows_per_device} x {request.length:,} tokens"
-    runtime.say(f"compiling finetune for {request.topology}: {shape}, remat={request.remat}")
+    terminal.say(f"compiling finetune for {request.topology}: {shape}, remat={request.remat}")
     return compile_in_child(request)

@@ -30,6 +30,7 @@ from lark_jax.preflight.requests import (
     request_from_json,
 )
 from lark_jax.preflight.topologies import Topology, parse_topology
+from lark_jax.runtime.sharding import DATA, TENSOR, make_mesh
 from lark_jax.scoring.mesh_choice import fits_one_process
 from lark_jax.scoring.parameter_axes import (
     bytes_per_device,
@@ -38,8 +39,7 @@ from lark_jax.scoring.parameter_axes import (
     parameter_bytes_per_device,
 )
 from lark_jax.scoring.step import trace_score_step
-from lark_jax.sharding import DATA, TENSOR, make_mesh
-from lark_jax.students.attention import default_backend, describe_backend
+from lark_jax.students.attention.dispatch import default_backend, describe_backend
 from lark_jax.students.parameters import abstract_decoder
 
 SHORT_LENGTH = 128

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from lark_jax.files import write_text
 from lark_jax.report.comparison import PROBLEMS_SHOWN, Comparison
 from lark_jax.report.templates import render
+from lark_jax.runtime.files import write_text
 
 FOLDER = "comparisons"  # beside the report's page
 

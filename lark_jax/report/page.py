@@ -6,7 +6,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lark_jax.files import atomic_path, write_text
 from lark_jax.report.comparison_pages import FOLDER, write_comparison_pages
 from lark_jax.report.contamination import contamination_section
 from lark_jax.report.content import Landscape, ReportContent
@@ -17,6 +16,7 @@ from lark_jax.report.style import method_styles, png_bytes, svg_text
 from lark_jax.report.table import MISSING, Table, accuracy_detail_table, accuracy_table, loss_table, selection_table
 from lark_jax.report.table_one import difference_table
 from lark_jax.report.templates import render
+from lark_jax.runtime.files import atomic_path, write_text
 
 FIGURE_NAMES = ("accuracy", "loss", "selections", "landscape")
 

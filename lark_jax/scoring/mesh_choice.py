@@ -6,8 +6,8 @@ import jax
 from jax.typing import DTypeLike
 
 from lark_jax.config import MeshConfig
+from lark_jax.runtime.sharding import DATA, TENSOR, make_mesh
 from lark_jax.scoring.parameter_axes import REPLICATED_SHARE, parameter_bytes_per_device
-from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students.architecture import Architecture
 
 

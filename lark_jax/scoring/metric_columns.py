@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark_jax.errors import PipelineError
-from lark_jax.files import atomic_path
+from lark_jax.runtime.files import atomic_path
 from lark_jax.scoring.table import SCHEMA, read_score_table
 
 KEYS = ("problem_id", "candidate_id")

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lark_jax.errors import ConfigError
-from lark_jax.sharding import DATA, TENSOR, parameter_sharding
+from lark_jax.runtime.sharding import DATA, TENSOR, parameter_sharding
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.parameters import parameter_shapes
 

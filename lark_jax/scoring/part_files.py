@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lark_jax import runtime
 from lark_jax.errors import PipelineError, SelectionError
-from lark_jax.processes import Share
+from lark_jax.runtime import terminal
+from lark_jax.runtime.processes import Share
 from lark_jax.scoring.table import CandidateScore, read_scores, skipped_score, write_scores
 from lark_jax.scoring.workload import Part, RenderedPart, Workload
 
@@ -144,7 +144,7 @@ def _is_finished(workload: Workload, part: Part) -> bool:
     try:
         read_part(workload, part)
     except (SelectionError, PipelineError) as error:
-        runtime.warn(f"{error}; scoring this part again")
+        terminal.warn(f"{error}; scoring this part again")
         return False
     return True
 
@@ -156,7 +156,7 @@ def _read_fragments(folder: Path, workload: Workload, part: Part) -> dict[int, S
         try:
             by_batch |= _read_fragment(path, workload, part)
         except (SelectionError, PipelineError) as error:
-            runtime.warn(f"{error}; scoring these batches again")
+            terminal.warn(f"{error}; scoring these batches again")
     return by_batch
 
 

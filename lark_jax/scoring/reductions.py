@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lark_jax.scoring.token_statistics import TokenStatistics
+from lark_jax.ops.token_statistics import TokenStatistics
 
 MAX_RANK = 100.0  # r_max of the rank-surprisal ratio, Appendix C.2
 

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lark_jax import processes, runtime
 from lark_jax.errors import PipelineError, SelectionError
-from lark_jax.pool.batching import TokenRows, assemble
-from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory
 from lark_jax.pool.records import Pool, Trajectory
-from lark_jax.processes import EVERYTHING, Share
+from lark_jax.rendering.batching import TokenRows, assemble
+from lark_jax.rendering.chat import ChatFormat, Prompts, RenderedTrajectory
+from lark_jax.runtime import processes, terminal
+from lark_jax.runtime.processes import EVERYTHING, Share
+from lark_jax.runtime.sharding import DATA
 from lark_jax.scoring.ahead import computed_ahead
 from lark_jax.scoring.part_files import Finished, NoRecord, PartRecord, read_finished, read_part
 from lark_jax.scoring.reductions import TrajectoryMeans
@@ -24,7 +25,6 @@ from lark_jax.scoring.step import make_score_step
 from lark_jax.scoring.table import CandidateScore
 from lark_jax.scoring.throughput import Progress, Stopwatch, Throughput
 from lark_jax.scoring.workload import RenderedPart, ScoreOptions, Workload, plan_workload, render_part
-from lark_jax.sharding import DATA
 from lark_jax.students.decoder import Decoder
 
 BATCHES_IN_FLIGHT = 2  # dispatched before the oldest result is fetched
@@ -46,9 +46,9 @@ def score_pool(
     `parts_directory`. A trajectory that cannot be rendered, or whose loss is not finite, has status "skipped" and its
     reason. Several workers: `plan_workload`, then `score_share` in each, then `assemble_scores`.
     """
-    workload = plan_workload(pool, chat, options, row_multiple=mesh.shape[DATA], directory=parts_directory)
-    runtime.say(f"to score: {workload}")
-    runtime.say(f"scored {score_share(student, workload, mesh=mesh)}")
+    workload = plan_workload(pool, chat, options, data_shards=mesh.shape[DATA], directory=parts_directory)
+    terminal.say(f"to score: {workload}")
+    terminal.say(f"scored {score_share(student, workload, mesh=mesh)}")
     return assemble_scores(workload)
 
 

@@ -13,12 +13,12 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from lark_jax.pool.batching import TokenRows
+from lark_jax.ops.token_statistics import token_statistics
+from lark_jax.rendering.batching import TokenRows
+from lark_jax.runtime.sharding import DATA, parameter_sharding, parameter_spec, split_rows
+from lark_jax.runtime.sharding import rows as rows_sharding
 from lark_jax.scoring.parameter_axes import check_tensor_axis
 from lark_jax.scoring.reductions import TrajectoryMeans, trajectory_means
-from lark_jax.scoring.token_statistics import token_statistics
-from lark_jax.sharding import DATA, parameter_sharding, parameter_spec, split_rows
-from lark_jax.sharding import rows as rows_sharding
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parallel import ParameterSplit

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lark_jax.errors import SelectionError
-from lark_jax.files import atomic_path
+from lark_jax.runtime.files import atomic_path
 
 OK = "ok"
 SKIPPED = "skipped"

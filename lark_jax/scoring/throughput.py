@@ -7,9 +7,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lark_jax import runtime
-from lark_jax.pool.batching import BatchPlan, TokenRows
-from lark_jax.processes import Share
+from lark_jax.rendering.batching import BatchPlan, TokenRows
+from lark_jax.runtime import terminal
+from lark_jax.runtime.processes import Share
 from lark_jax.scoring.part_files import Finished
 from lark_jax.scoring.reductions import TrajectoryMeans
 from lark_jax.scoring.step import ScoreStep
@@ -127,7 +127,7 @@ class Progress:
                 else:
                     self._flops_left += sum(self._flops_of(part, batch))
         self._start = time.monotonic()
-        self._bar = runtime.progress_bar(what="score", total=total, unit="trajectory", initial=already)
+        self._bar = terminal.progress_bar(what="score", total=total, unit="trajectory", initial=already)
         self._bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} trajectories [{elapsed}{postfix}]"
 
     def __enter__(self) -> "Progress":

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lark_jax import files
 from lark_jax.errors import PipelineError
-from lark_jax.pool.batching import BatchPlan, plan_batches
-from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories
-from lark_jax.pool.ladder import choose_ladder, useful_budget
 from lark_jax.pool.records import Pool, SkippedRecord, Trajectory
-from lark_jax.processes import EVERYTHING, Share
-from lark_jax.scoring.lengths import count_inputs
+from lark_jax.rendering.batching import BatchPlan, plan_batches
+from lark_jax.rendering.buckets import choose_ladder, useful_budget
+from lark_jax.rendering.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories
+from lark_jax.rendering.token_counts import count_inputs
+from lark_jax.runtime import files
+from lark_jax.runtime.processes import EVERYTHING, Share
 
 MOST_PADDING = 0.05  # of all tokens that go through the student
 
@@ -105,19 +105,19 @@ def plan_workload(
     chat: ChatFormat,
     options: ScoreOptions,
     *,
-    row_multiple: int,
+    data_shards: int,
     directory: Path,
     share: Share = EVERYTHING,
 ) -> Workload:
     """Plans the scoring of `pool`; lengths are kept below `directory`, so that they are counted once.
 
     Args:
-      row_multiple: devices along which rows are split.
+      data_shards: devices along which rows are split.
       share: this worker's; workers that plan at the same time count different texts first.
     """
     texts = hash_of_texts(pool, chat, options.max_length)
     lengths = count_inputs(pool, chat, options.max_length, folder=directory / f"lengths-{texts}", share=share)
-    parts = _parts(lengths, options, row_multiple)
+    parts = _parts(lengths, options, data_shards)
     plan = files.sha256_of_json([texts, [asdict(part) for part in parts]])[:16]
     return Workload(pool, chat, options, lengths, parts, directory / f"parts-{plan}")
 
@@ -137,10 +137,10 @@ def render_part(workload: Workload, part: Part, prompts: Prompts) -> RenderedPar
     return RenderedPart(part, rows, skipped)
 
 
-def _parts(lengths: Sequence[int], options: ScoreOptions, row_multiple: int) -> tuple[Part, ...]:
+def _parts(lengths: Sequence[int], options: ScoreOptions, data_shards: int) -> tuple[Part, ...]:
     scorable = [index for index, length in enumerate(lengths) if length > 0]
     unscorable = [index for index, length in enumerate(lengths) if length == 0]
-    batches = plan_pool([lengths[index] for index in scorable], options.tokens_per_batch, row_multiple)
+    batches = plan_pool([lengths[index] for index in scorable], options.tokens_per_batch, data_shards)
     size = options.batches_per_part
     groups = [batches[start : start + size] for start in range(0, len(batches), size)] or [()]
     parts = []
@@ -152,16 +152,16 @@ def _parts(lengths: Sequence[int], options: ScoreOptions, row_multiple: int) -> 
     return tuple(part for part in parts if part.members)
 
 
-def plan_pool(lengths: Sequence[int], tokens_per_batch: int, row_multiple: int) -> tuple[BatchPlan, ...]:
+def plan_pool(lengths: Sequence[int], tokens_per_batch: int, data_shards: int) -> tuple[BatchPlan, ...]:
     """The batches in which a pool is scored whose trajectories have so many inputs each; arguments of `plan_batches`.
 
     Padding is at most `MOST_PADDING`, but for pools so small that their batches cannot be filled evenly.
     """
     if not lengths:
         return ()
-    budget = useful_budget(sum(lengths), tokens_per_batch, row_multiple)
-    ladder = choose_ladder(lengths, budget, row_multiple, MOST_PADDING)
-    return plan_batches(lengths, budget, row_multiple, ladder)
+    budget = useful_budget(sum(lengths), tokens_per_batch, data_shards)
+    ladder = choose_ladder(lengths, budget, data_shards, MOST_PADDING)
+    return plan_batches(lengths, budget, data_shards, ladder)
 
 
 def _renumbered(batches: Sequence[BatchPlan]) -> tuple[BatchPlan, ...]:

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark_jax.errors import SelectionError
-from lark_jax.files import atomic_path, write_json, write_jsonl, write_text
 from lark_jax.pool.records import ROLES, Message, Pool, Trajectory
+from lark_jax.runtime.files import atomic_path, write_json, write_jsonl, write_text
 from lark_jax.selection.selector import Choice, Selection
 
 TRAIN_JSONL = "train.jsonl"

@@ -4,15 +4,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lark_jax import processes
 from lark_jax.config import STAGES, Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.evaluation.benchmark_sources import find_source
 from lark_jax.evaluation.benchmarks import BUILT_IN_PROMPTS
 from lark_jax.finetuning.loggers import require_installed
-from lark_jax.pipeline import Task
 from lark_jax.pool.hub import is_hub_id
-from lark_jax.runtime import say
+from lark_jax.runtime import processes
+from lark_jax.runtime.pipeline import Task
+from lark_jax.runtime.terminal import say
 from lark_jax.stages.evaluate import check_evaluation, evaluate_tasks
 from lark_jax.stages.export import export_tasks
 from lark_jax.stages.finetune import finetune_tasks
@@ -30,7 +30,7 @@ __all__ = [
     "check_stages",
     "earlier_tasks",
     "plan_tasks",
-    "say_what_will_stop",
+    "warn_blocked_stages",
 ]
 
 PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
@@ -115,7 +115,7 @@ def check_stages(experiment: Experiment, num_processes: int) -> None:
         )
 
 
-def say_what_will_stop(experiment: Experiment) -> None:
+def warn_blocked_stages(experiment: Experiment) -> None:
     """Announces a stop that no setting avoids, before hours of work lead to it."""
     if "score" in experiment.stages and waits_for_the_accelerator(experiment):
         say(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lark_jax import files
 from lark_jax.config import EvaluateConfig, Experiment
 from lark_jax.errors import ConfigError, EvaluationError
 from lark_jax.evaluation.benchmark_records import READING
@@ -18,9 +17,10 @@ from lark_jax.evaluation.engines import EngineChoice, require_separate_seeds, se
 from lark_jax.evaluation.grading import grader_identity
 from lark_jax.evaluation.runner import StudentResult, engine_for, evaluate_student
 from lark_jax.evaluation.standard_benchmarks import content_fingerprint, edition_of
-from lark_jax.pipeline import Outcome, Task, require_manifest
-from lark_jax.pool.chat import load_chat_format
-from lark_jax.runtime import say
+from lark_jax.rendering.chat import load_chat_format
+from lark_jax.runtime import files
+from lark_jax.runtime.pipeline import Outcome, Task, require_manifest
+from lark_jax.runtime.terminal import say
 from lark_jax.stages.layout import BASE, Layout, Run
 from lark_jax.stages.student import student_hash
 from lark_jax.students import local_folder

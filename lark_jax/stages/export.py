@@ -9,7 +9,7 @@ from typing import Any
 from lark_jax.config import Experiment
 from lark_jax.errors import PipelineError
 from lark_jax.finetuning import CHECKPOINTS
-from lark_jax.pipeline import Outcome, Task, require_manifest
+from lark_jax.runtime.pipeline import Outcome, Task, require_manifest
 from lark_jax.stages.finetune import finetuned, training_data
 from lark_jax.stages.layout import ADAPTER, STUDENT, Layout, Run
 from lark_jax.stages.student import open_chat

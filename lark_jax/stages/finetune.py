@@ -8,7 +8,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lark_jax import processes, runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import TrainingError
 from lark_jax.finetuning import (
@@ -22,19 +21,20 @@ from lark_jax.finetuning import (
     read_timings,
     weighted_examples,
 )
-from lark_jax.finetuning.row_use import report_rows
-from lark_jax.pipeline import Outcome, Task, require_manifest
-from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, render_trajectories
+from lark_jax.finetuning.padding_report import report_rows
 from lark_jax.pool.records import SkippedRecord, Trajectory
+from lark_jax.rendering.chat import ChatFormat, RenderedTrajectory, render_trajectories
+from lark_jax.runtime import processes, terminal
+from lark_jax.runtime.pipeline import Outcome, Task, require_manifest
+from lark_jax.runtime.sharding import DATA, make_mesh
 from lark_jax.scoring import read_score_table
 from lark_jax.selection import METHODS, TRAIN_JSONL, choose_held_out, read_training_set
-from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score import STATISTICS
 from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
 from lark_jax.students import local_folder, read_architecture
-from lark_jax.students.attention import describe_backend, kernel_platform
+from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,10 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
             data.examples,
             experiment.finetune,
             seed=experiment.seed,
-            row_multiple=make_mesh(experiment.mesh).shape[DATA],
+            data_shards=make_mesh(experiment.mesh).shape[DATA],
         )
-        runtime.say(f"{run.name}: {rows}")
-        runtime.say(describe_attention(experiment, rows.used.row_lengths))
+        terminal.say(f"{run.name}: {rows}")
+        terminal.say(describe_attention(experiment, rows.used.row_lengths))
         result = finetuned(experiment, chat, data, directory, what=run.name)
         if not processes.is_first():
             return Outcome(counts={})  # the first process reports for all

@@ -12,11 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lark_jax import runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import JudgeError
 from lark_jax.evaluation.worker.server_client import ServerAccess
-from lark_jax.files import write_jsonl
 from lark_jax.judging.answers import AnswerFile
 from lark_jax.judging.decoding import Decoding
 from lark_jax.judging.judge import Engine, Judgements, judge_trajectories
@@ -25,6 +23,8 @@ from lark_jax.judging.rubric import Rubric, read_rubric
 from lark_jax.judging.server import ServerJudge
 from lark_jax.judging.verdict import answer_schema
 from lark_jax.pool import Pool
+from lark_jax.runtime import terminal
+from lark_jax.runtime.files import write_jsonl
 from lark_jax.scoring.metric_columns import MetricColumns
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import Metric, MetricResult
@@ -52,7 +52,7 @@ def _compute(experiment: Experiment, layout: Layout, pool: Pool, directory: Path
     rubric = read_rubric(config.prompt_file)
     engine = _engine(experiment, layout, rubric)
     with AnswerFile(layout.judge / ANSWERS) as answers:
-        runtime.say(f"judge: {config.model} by {config.engine}, {len(answers):,} answers known")
+        terminal.say(f"judge: {config.model} by {config.engine}, {len(answers):,} answers known")
         judged = judge_trajectories(pool.trajectories, rubric, engine, answers, config.attempts)
     _refuse_if_nothing_judged(judged)
     write_jsonl(directory / VERDICTS, _verdict_rows(pool, judged))

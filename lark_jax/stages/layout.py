@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from lark_jax.config import Experiment
-from lark_jax.files import ContentHashes
+from lark_jax.runtime.files import ContentHashes
 from lark_jax.selection import Method, require_metrics, resolve_methods
 
 BASE = "base"  # the student before fine-tuning, among the evaluated

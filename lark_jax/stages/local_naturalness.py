@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from lark_jax import processes, runtime
 from lark_jax.config import Experiment
 from lark_jax.pool import Pool
+from lark_jax.runtime import processes, terminal
+from lark_jax.runtime.sharding import DATA
 from lark_jax.scoring.local_naturalness import (
     NaturalnessOptions,
     Work,
@@ -19,7 +20,6 @@ from lark_jax.scoring.local_naturalness import (
 from lark_jax.scoring.local_naturalness.cost import windows_over_one_pass
 from lark_jax.scoring.local_naturalness.steps import SENTENCES
 from lark_jax.scoring.metric_columns import MetricColumns
-from lark_jax.sharding import DATA
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import Metric, MetricResult
 from lark_jax.stages.score import PARTS, assembled_when_seen, choose_place, open_scoring_student, require_one_plan
@@ -54,11 +54,11 @@ def _compute(experiment: Experiment, layout: Layout, pool: Pool, directory: Path
         split=experiment.score.natural_split,
         parameter_axes=place.parameter_axes,
     )
-    row_multiple = place.mesh.shape[DATA]
-    work = plan_work(pool, open_chat(experiment), options, row_multiple=row_multiple, directory=directory / PARTS)
+    data_shards = place.mesh.shape[DATA]
+    work = plan_work(pool, open_chat(experiment), options, data_shards=data_shards, directory=directory / PARTS)
     require_one_plan(work.folder)
     times = windows_over_one_pass(architecture, work)
-    runtime.say(f"local naturalness: {work}; {times:.2f} times the FLOPs of one pass per trajectory")
+    terminal.say(f"local naturalness: {work}; {times:.2f} times the FLOPs of one pass per trajectory")
     student = open_scoring_student(experiment, place)
     score_local_naturalness(student, work, mesh=place.mesh, share=place.share, writes=place.writes)
     processes.barrier("local naturalness: all parts are written")

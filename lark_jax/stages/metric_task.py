@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
-from lark_jax.pipeline import Outcome, Task
 from lark_jax.pool import Pool
+from lark_jax.runtime.pipeline import Outcome, Task
 from lark_jax.scoring.metric_columns import MetricColumns, write_metric
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.pool import open_pool, pool_inputs

@@ -4,7 +4,7 @@ To add one, write a `Metric` in a module of its own, give it a line here, and ad
 """
 
 from lark_jax.config import Experiment
-from lark_jax.pipeline import Task
+from lark_jax.runtime.pipeline import Task
 from lark_jax.stages.judge import JUDGE
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.local_naturalness import LOCAL_NATURALNESS

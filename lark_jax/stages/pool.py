@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from lark_jax import runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import PoolError
 from lark_jax.pool import Pool, files_read, load_pool
 from lark_jax.pool.hub import local_source
 from lark_jax.pool.readers import source_size
+from lark_jax.runtime import terminal
 from lark_jax.stages.layout import Layout
 
 SECONDS_WITHOUT_A_BAR = 10.0
@@ -33,7 +33,7 @@ def open_pool(experiment: Experiment) -> Pool:
     Raises:
       PoolError: as `read_pool`.
     """
-    with runtime.progress_bar(
+    with terminal.progress_bar(
         what="read the pool", total=source_size(experiment.pool), unit="B", delay=SECONDS_WITHOUT_A_BAR
     ) as bar:
         return load_pool(experiment.pool, bar.update)
@@ -42,14 +42,14 @@ def open_pool(experiment: Experiment) -> Pool:
 def say_what_is_left_out(pool: Pool) -> None:
     """One line each about files that are not read, records that are filtered, and answers that are there twice."""
     if pool.files_left_out:
-        runtime.say(f"not part of the pool: {', '.join(pool.files_left_out)}")
+        terminal.say(f"not part of the pool: {', '.join(pool.files_left_out)}")
     if pool.filtered:
-        runtime.say(
+        terminal.say(
             f"left out: {len(pool.filtered):,} records, listed in the manifest; first: {pool.filtered[0].reason}"
         )
     if pool.duplicates:
         first = pool.duplicates[0]
-        runtime.say(
+        terminal.say(
             f"{len(pool.duplicates):,} answers are word for word those of another candidate of their problem, first "
             f"{first.location} and {first.earlier}; see config.pool.duplicate_answers"
         )

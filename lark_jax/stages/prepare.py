@@ -7,12 +7,12 @@ from typing import Any
 from lark_jax.config import Experiment, FinetuneConfig, SyntheticConfig
 from lark_jax.errors import ConfigError
 from lark_jax.finetuning import CHECKPOINTS, Example, finetune
-from lark_jax.pipeline import Outcome, Task, require_manifest
 from lark_jax.pool import read_pool
-from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.pool.synthetic import write_synthetic
-from lark_jax.sharding import make_mesh
+from lark_jax.rendering.chat import RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.runtime.pipeline import Outcome, Task, require_manifest
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.stages.layout import STUDENT, Layout
 from lark_jax.students import random_student, read_architecture, save_new_student
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from lark_jax import files, runtime
 from lark_jax.config import Experiment
 from lark_jax.evaluation.accuracy import CONFIDENCE, RESAMPLES
 from lark_jax.evaluation.contamination import Audit, audit_benchmarks, pool_problems
@@ -15,7 +14,6 @@ from lark_jax.evaluation.runner import StudentResult, read_student_result
 from lark_jax.evaluation.samples import SampleRow, read_samples
 from lark_jax.finetuning import HeldOutMetrics, StepMetrics, read_held_out, read_metrics
 from lark_jax.finetuning.metrics import HELD_OUT, METRICS
-from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.report import ReportContent, terminal_report, write_report
 from lark_jax.report.comparison import Comparison, excerpt
@@ -32,6 +30,8 @@ from lark_jax.report.content import (
     StageSummary,
     settings_from,
 )
+from lark_jax.runtime import environment, files
+from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
 from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
 from lark_jax.stages.comparison import comparison_of_students
@@ -98,7 +98,7 @@ def _environment(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, 
     asked = [layout.evaluation(name) for name in ("benchmarks", "engine")]
     manifests = _manifests([layout.statistics, *metrics, *_counted(layout), *asked])
     ran = [(manifest.name, manifest.versions) for manifest in manifests]
-    yield from software_of([*ran, ("report", runtime.package_versions())])  # differences and intervals are made here
+    yield from software_of([*ran, ("report", environment.package_versions())])
     for directory in (layout.statistics, *(layout.finetune(run) for run in layout.runs)):
         if (manifest := read_manifest(directory)) is not None:
             yield f"hardware of {manifest.name}", manifest.hardware

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lark_jax import processes, runtime
 from lark_jax.config import Experiment
 from lark_jax.errors import PipelineError, PoolError
-from lark_jax.pipeline import SECONDS_TO_BE_SEEN, Outcome, Task
 from lark_jax.pool import Pool
-from lark_jax.processes import EVERYTHING, Share
+from lark_jax.runtime import processes, terminal
+from lark_jax.runtime.pipeline import SECONDS_TO_BE_SEEN, Outcome, Task
+from lark_jax.runtime.processes import EVERYTHING, Share
+from lark_jax.runtime.sharding import DATA, make_mesh
 from lark_jax.scoring import (
     CandidateScore,
     ScoreOptions,
@@ -28,13 +29,12 @@ from lark_jax.scoring import (
 )
 from lark_jax.scoring.mesh_choice import fits_one_process
 from lark_jax.scoring.parameter_axes import choose_parameter_axes, smallest_device_memory
-from lark_jax.sharding import DATA, make_mesh
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.pool import open_pool, pool_inputs, say_what_is_left_out
 from lark_jax.stages.student import open_chat, scored_with, student_inputs
 from lark_jax.students import Decoder, load_student, local_folder, lossless_dtype, read_architecture
 from lark_jax.students.architecture import Architecture
-from lark_jax.students.attention import describe_backend, kernel_platform
+from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
 
 STATISTICS = "statistics.parquet"
 PARTS = "parts"
@@ -67,20 +67,20 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
             pool,
             chat,
             options,
-            row_multiple=place.mesh.shape[DATA],
+            data_shards=place.mesh.shape[DATA],
             directory=directory / PARTS,
             share=Share(processes.index(), processes.count()),
         )
         require_one_plan(workload.folder)
-        runtime.say(f"to score: {workload}")
-        runtime.say(_attention(experiment, architecture, place, workload.ladder))
-        runtime.say(f"parameters: {_describe_parameters(place)}")
+        terminal.say(f"to score: {workload}")
+        terminal.say(_attention(experiment, architecture, place, workload.ladder))
+        terminal.say(f"parameters: {_describe_parameters(place)}")
         student = open_scoring_student(experiment, place)
         throughput = score_share(student, workload, mesh=place.mesh, share=place.share, writes=place.writes)
         own = f" (the share of process {processes.label()})" if place.share.count > 1 else ""
-        runtime.say(f"scored {throughput}{own}")
+        terminal.say(f"scored {throughput}{own}")
         if own:
-            runtime.say("waiting for the other processes")
+            terminal.say("waiting for the other processes")
         processes.barrier("score: all parts are written")
         if not processes.is_first():
             return Outcome(counts={})  # the first process reports for all

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lark_jax import files
 from lark_jax.config import Experiment
-from lark_jax.pipeline import Manifest, Outcome, Task, require_manifest
+from lark_jax.runtime import files
+from lark_jax.runtime.pipeline import Manifest, Outcome, Task, require_manifest
 from lark_jax.scoring.metric_columns import join
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import COLUMNS

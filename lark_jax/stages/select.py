@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
-from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, require_manifest
 from lark_jax.pool import Pool
+from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome, Task, require_manifest
 from lark_jax.scoring import read_score_table
 from lark_jax.selection import Method, Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run

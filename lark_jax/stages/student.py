@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from lark_jax.config import Experiment
 from lark_jax.errors import CheckpointError, LarkError, PipelineError
-from lark_jax.pool.chat import ChatFormat, load_chat_format
+from lark_jax.rendering.chat import ChatFormat, load_chat_format
 from lark_jax.stages.layout import Layout
 from lark_jax.students import Decoder, load_student, loaded_files, local_folder, read_architecture
 

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lark_jax import files
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import paired_difference
 from lark_jax.evaluation.runner import read_student_result
 from lark_jax.evaluation.samples import read_verdicts
-from lark_jax.pipeline import read_manifest, require_manifest
 from lark_jax.report.content import PairedDifference, student_label
 from lark_jax.report.table import markdown_table
 from lark_jax.report.table_files import csv_table
@@ -22,6 +20,8 @@ from lark_jax.report.table_one import (
     table_one,
     table_one_latex,
 )
+from lark_jax.runtime import files
+from lark_jax.runtime.pipeline import read_manifest, require_manifest
 from lark_jax.selection import METHODS
 from lark_jax.stages.layout import BASE
 

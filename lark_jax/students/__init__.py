@@ -1,11 +1,11 @@
 """Students: `config.json` -> architecture, one decoder, HF checkpoints in and out."""
 
 from lark_jax.students.architecture import Architecture, read_architecture
+from lark_jax.students.checkpoint.exporting import export_adapter, export_student, save_new_student
+from lark_jax.students.checkpoint.hub import loaded_files, local_folder
+from lark_jax.students.checkpoint.loading import load_student, lossless_dtype
 from lark_jax.students.decoder import Decoder
-from lark_jax.students.exporting import export_adapter, export_student, save_new_student
-from lark_jax.students.hub import loaded_files, local_folder
 from lark_jax.students.initialization import random_student
-from lark_jax.students.loading import load_student, lossless_dtype
 
 __all__ = [
     "Architecture",

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from lark_jax.errors import ConfigError
 from lark_jax.students.architecture import Architecture
-from lark_jax.students.attention import attend, matmul_precision
+from lark_jax.students.attention.dispatch import attend, matmul_precision
 from lark_jax.students.lora import Lora
 from lark_jax.students.mixed_precision import add_bias, project, scale
 from lark_jax.students.parallel import LOCAL, ParameterSplit
@@ -140,16 +140,16 @@ class DecoderLayer(nnx.Module):
         self, hidden_btd: jax.Array, rotation: tuple[jax.Array, jax.Array], split: ParameterSplit
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `SelfAttention.heads`."""
-        normed_btd = split.shared("layers.self_attn.q_proj.weight", self.input_layernorm(hidden_btd))
+        normed_btd = split.copy_to_tensor("layers.self_attn.q_proj.weight", self.input_layernorm(hidden_btd))
         return self.self_attn.heads(normed_btd, rotation)
 
     def with_attention(self, hidden_td: jax.Array, out_thd: jax.Array, split: ParameterSplit) -> jax.Array:
         """Hidden states [..., hidden_size] with what the heads found for them, [..., num_heads, head_dim]."""
-        return hidden_td + split.total("layers.self_attn.o_proj.weight", self.self_attn.output(out_thd))
+        return hidden_td + split.reduce_from_tensor("layers.self_attn.o_proj.weight", self.self_attn.output(out_thd))
 
     def with_mlp(self, hidden_td: jax.Array, split: ParameterSplit, mlp_block: int | None = None) -> jax.Array:
-        normed_td = split.shared("layers.mlp.gate_proj.weight", self.post_attention_layernorm(hidden_td))
-        return hidden_td + split.total("layers.mlp.down_proj.weight", self.mlp(normed_td, mlp_block))
+        normed_td = split.copy_to_tensor("layers.mlp.gate_proj.weight", self.post_attention_layernorm(hidden_td))
+        return hidden_td + split.reduce_from_tensor("layers.mlp.down_proj.weight", self.mlp(normed_td, mlp_block))
 
 
 class Decoder(nnx.Module):

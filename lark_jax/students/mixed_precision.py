@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lark_jax.students.attention import matmul_precision
+from lark_jax.students.attention.dispatch import matmul_precision
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from lark_jax.sharding import DATA, TENSOR
+from lark_jax.runtime.sharding import DATA, TENSOR
 from lark_jax.students.lora import adapted_weight, is_factor
 
 
@@ -69,14 +69,14 @@ class ParameterSplit:
             hidden_btd = lax.all_to_all(hidden_btd, DATA, split_axis=0, concat_axis=2, tiled=True)
         return hidden_btd
 
-    def shared(self, name: str, x: jax.Array) -> jax.Array:
+    def copy_to_tensor(self, name: str, x: jax.Array) -> jax.Array:
         """`x` on its way into products with weight `name` [out, in], of which each device has its own rows.
 
         Backward, the gradients by way of all rows are added up, in the dtype of `x`.
         """
         return x if self._dimension(name, TENSOR) is None else _summed_backward(x)
 
-    def total(self, name: str, out: jax.Array) -> jax.Array:
+    def reduce_from_tensor(self, name: str, out: jax.Array) -> jax.Array:
         """The product with weight `name` [out, in], from those with its columns; added up in the dtype of `out`."""
         return out if self._dimension(name, TENSOR) is None else _summed(out)
 

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lark_jax.students.attention import attend
+from lark_jax.students.attention.dispatch import attend
+from lark_jax.students.attention.prefix import RowLayout, SharedKeys, attend_with_prefix
 from lark_jax.students.decoder import Decoder, DecoderLayer, layer_at
 from lark_jax.students.parallel import LOCAL, ParameterSplit
-from lark_jax.students.prefix_attention import RowLayout, SharedKeys, attend_with_prefix
 from lark_jax.students.rope import rotation_tables
 
 

@@ -16,7 +16,7 @@ from lark_jax.evaluation.engines import EngineChoice, Generation
 from lark_jax.evaluation.runner import engine_for, evaluate_student, read_student_result
 from lark_jax.evaluation.samples import read_samples, read_verdicts
 from lark_jax.evaluation.worker.worker_request import Sample
-from lark_jax.pool.chat import load_chat_format
+from lark_jax.rendering.chat import load_chat_format
 from lark_jax.stages.evaluate import ungraded_samples
 
 CONFIG = EvaluateConfig(

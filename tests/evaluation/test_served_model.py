@@ -12,8 +12,8 @@ import pytest
 from lark_jax.config import experiment_from_mapping
 from lark_jax.errors import JudgeError
 from lark_jax.evaluation.engines import run_generation
-from lark_jax.files import write_jsonl
-from lark_jax.pipeline import read_manifest, run_tasks
+from lark_jax.runtime.files import write_jsonl
+from lark_jax.runtime.pipeline import read_manifest, run_tasks
 from lark_jax.scoring.metric_columns import read_metric
 from lark_jax.stages.judge import JUDGE
 from lark_jax.stages.layout import Layout

@@ -14,13 +14,13 @@ from scripted_server import Reply, json_reply, serving
 from lark_jax.evaluation.worker import server_client
 from lark_jax.evaluation.worker.server_client import (
     MOST_THROTTLED,
+    RateLimiter,
     RequestRefused,
     RequestUnanswered,
     ServerAccess,
     ServerClient,
     ServerError,
     ServerUnusable,
-    Turnstile,
 )
 
 KEY = "sk-very-secret-1234"
@@ -280,7 +280,7 @@ def test_an_answer_of_another_shape_counts_as_a_failure_that_may_pass():
 
 def test_the_rate_limit_holds_over_many_threads_and_lends_a_second():
     times = []
-    turnstile = Turnstile(per_minute=1_200, clock=time.monotonic, sleep=time.sleep)
+    turnstile = RateLimiter(per_minute=1_200, clock=time.monotonic, sleep=time.sleep)
 
     def go(_):
         turnstile.wait()
@@ -291,7 +291,7 @@ def test_the_rate_limit_holds_over_many_threads_and_lends_a_second():
         list(pool.map(go, range(20)))
     assert 19 / 20 - 0.01 <= max(times) - started < 3.0
     clock = FakeTime()
-    turnstile = Turnstile(per_minute=60, clock=clock.clock, sleep=clock.sleep)
+    turnstile = RateLimiter(per_minute=60, clock=clock.clock, sleep=clock.sleep)
     clock.now += 1_000.0  # a long rest is worth one second's requests, not sixteen minutes'
     for _ in range(12):
         turnstile.wait()

@@ -14,7 +14,7 @@ from tiny_run import ARCHITECTURE
 from lark_jax.config import MeshConfig
 from lark_jax.finetuning.step import trace_accumulate
 from lark_jax.preflight.topologies import parse_topology
-from lark_jax.sharding import make_mesh
+from lark_jax.runtime.sharding import make_mesh
 
 DEVICES, LAYERS, LENGTH, HIDDEN_SIZE = 4, 6, 384, 256
 ON_HOST = re.compile(r"(\w+)\[([\d,]+)\]\{[^}]*S\(5\)")  # as XLA writes an array in memory space 5

@@ -21,7 +21,7 @@ from lark_jax.errors import TrainingError
 from lark_jax.finetuning.checkpoints import CheckpointStore, Restored, checksums
 from lark_jax.finetuning.loop import CHECKPOINTS
 from lark_jax.finetuning.step import TrainState
-from lark_jax.sharding import make_mesh, parameter_sharding, replicated
+from lark_jax.runtime.sharding import make_mesh, parameter_sharding, replicated
 
 IDENTITY = {"seed": 3, "finetune.b1": 0.9}
 NAME = "embed_tokens.weight"

@@ -14,7 +14,7 @@ from lark_jax.errors import TrainingError
 from lark_jax.finetuning import Example, FinetuneResult, read_held_out, read_metrics
 from lark_jax.finetuning.held_out import HeldOutLoss
 from lark_jax.finetuning.loop import CHECKPOINTS
-from lark_jax.sharding import make_mesh
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import abstract_decoder
 

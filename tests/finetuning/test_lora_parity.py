@@ -21,9 +21,9 @@ from lark_jax.finetuning.data import TrainingSet, cut
 from lark_jax.finetuning.optimizer import make_optimizer
 from lark_jax.finetuning.parameter_sets import frozen_parameters, lora_of
 from lark_jax.finetuning.step import initial_state, make_train_step, put_rows, zero_sums
-from lark_jax.sharding import DATA
+from lark_jax.runtime.sharding import DATA
 from lark_jax.students import Decoder, export_adapter, export_student, load_student
-from lark_jax.students.adapters import with_fresh_adapter
+from lark_jax.students.checkpoint.adapters import with_fresh_adapter
 from lark_jax.students.lora import FACTOR_B, is_factor
 from lark_jax.students.parameters import flatten_parameters, replace_parameters
 
@@ -177,7 +177,7 @@ def test_loss_and_gradient_are_those_of_peft_in_every_layout(
     step = make_train_step(theirs.adapted, optimizer, mesh, vocab_chunk=48, frozen=frozen)
     parameters = initial_state(theirs.adapted, optimizer, mesh).parameters
     sums = zero_sums(parameters, mesh)
-    for micro_batch in cut(data, data.batch(0), config, row_multiple=mesh.shape[DATA], pad_id=PAD_ID):
+    for micro_batch in cut(data, data.batch(0), config, data_shards=mesh.shape[DATA], pad_id=PAD_ID):
         sums, _ = step.accumulate(parameters, sums, put_rows(micro_batch, mesh))
     assert float(sums.loss) == pytest.approx(theirs.loss, rel=1e-5)
     assert all(is_factor(name) for name in sums.gradients)

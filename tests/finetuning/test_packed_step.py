@@ -15,13 +15,16 @@ from tiny_run import ARCHITECTURE, CONFIG, PAD_ID, VOCAB_SIZE, tiny_student, wei
 from lark_jax.config import MeshConfig
 from lark_jax.finetuning.data import Example, MicroBatch, TrainingSet
 from lark_jax.finetuning.optimizer import Parameters, make_optimizer
-from lark_jax.finetuning.packing import PackedPlan, best_fit
 from lark_jax.finetuning.step import TrainStep, initial_state, make_train_step, put_rows, trained_student, zero_sums
-from lark_jax.pool.batching import BatchPlan
-from lark_jax.pool.chat import RenderedTrajectory
-from lark_jax.sharding import make_mesh
-from lark_jax.students import attention, blockwise_attention, splash_attention, triton_attention
-from lark_jax.students.attention import BACKENDS, Backend, no_refusal
+from lark_jax.rendering.batching import BatchPlan
+from lark_jax.rendering.chat import RenderedTrajectory
+from lark_jax.rendering.packing import PackedPlan, best_fit
+from lark_jax.runtime.sharding import make_mesh
+from lark_jax.students.attention import blockwise as blockwise_attention
+from lark_jax.students.attention import dispatch as attention
+from lark_jax.students.attention import splash as splash_attention
+from lark_jax.students.attention import triton as triton_attention
+from lark_jax.students.attention.dispatch import BACKENDS, Backend, no_refusal
 from lark_jax.students.decoder import Decoder
 
 INPUTS = (129, 100, 64, 57, 33, 32, 31, 17, 2, 1)  # around the blocks of 32 and 128; packed into two rows of 256
@@ -185,7 +188,7 @@ def _pieces(micro: MicroBatch) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarr
 def test_rows_packed_for_eight_devices_have_the_gradient_of_single_rows_on_one() -> None:
     examples = examples_of(INPUTS)
     data = TrainingSet(examples, len(examples), seed=0)
-    packed = data.packed_micro_batches(data.batch(0), tokens_per_batch=1, row_multiple=8, pad_id=PAD_ID)
+    packed = data.packed_micro_batches(data.batch(0), tokens_per_batch=1, data_shards=8, pad_id=PAD_ID)
     expected = outcome([single_rows(examples)], "dense")
     actual = outcome(tuple(packed), "dense", num_devices=8)
     assert actual.keys() == expected.keys()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tiny_run import PAD_ID, random_examples
 
 from lark_jax.finetuning.data import TrainingSet
-from lark_jax.finetuning.packing import (
+from lark_jax.rendering.batching import BatchPlan
+from lark_jax.rendering.packing import (
     MOST_PADDING,
     PackedPlan,
     best_fit,
@@ -18,18 +19,17 @@ from lark_jax.finetuning.packing import (
     padding_of_full_rows,
     plan_packed_micro_batches,
 )
-from lark_jax.finetuning.row_plans import MICRO_BATCH_OVERHEAD, plan_micro_batches
-from lark_jax.pool.batching import BatchPlan
+from lark_jax.rendering.row_plans import MICRO_BATCH_OVERHEAD, plan_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=70)
 BUDGETS = st.integers(1, 3_000)
 DEVICES = st.sampled_from([1, 2, 8])
 
 
-def packed(lengths: list[int], tokens_per_batch: int, row_multiple: int):
+def packed(lengths: list[int], tokens_per_batch: int, data_shards: int):
     row_lengths = packed_row_lengths(padding_of_full_rows(lengths), tokens_per_batch)
     by_member = {100 + index: length for index, length in enumerate(lengths)}
-    return by_member, row_lengths, plan_packed_micro_batches(by_member, row_lengths, tokens_per_batch, row_multiple)
+    return by_member, row_lengths, plan_packed_micro_batches(by_member, row_lengths, tokens_per_batch, data_shards)
 
 
 def naive_best_fit(lengths: dict[int, int], capacity: int) -> list[list[int]]:
@@ -135,7 +135,7 @@ def test_an_epoch_of_packed_rows_is_an_epoch_of_single_rows(
     seen: list[int] = []
     for step in range(data.steps_per_epoch):
         batch = data.batch(step)
-        arguments = {"tokens_per_batch": budget, "row_multiple": devices, "pad_id": PAD_ID}
+        arguments = {"tokens_per_batch": budget, "data_shards": devices, "pad_id": PAD_ID}
         totals = []
         for cut in (data.micro_batches, data.packed_micro_batches):
             micro_batches = tuple(cut(batch, **arguments))
@@ -152,7 +152,7 @@ def test_an_epoch_of_packed_rows_is_an_epoch_of_single_rows(
 def test_segments_hold_whole_trajectories_and_padding_is_segment_zero(seed: int, budget: int, devices: int) -> None:
     examples = random_examples(seed, 6, 2)
     data = TrainingSet(examples, 12, seed)
-    for micro in data.packed_micro_batches(data.batch(0), tokens_per_batch=budget, row_multiple=devices, pad_id=PAD_ID):
+    for micro in data.packed_micro_batches(data.batch(0), tokens_per_batch=budget, data_shards=devices, pad_id=PAD_ID):
         assert micro.segment_ids_bt is not None
         for row in range(len(micro.tokens_bt)):
             segments_t = micro.segment_ids_bt[row]
@@ -180,7 +180,7 @@ def test_segments_hold_whole_trajectories_and_padding_is_segment_zero(seed: int,
 def test_packing_depends_on_the_step_alone() -> None:
     examples = random_examples(4, 10, 3)
     one, other = TrainingSet(examples, 8, 5), TrainingSet(examples, 8, 5)
-    arguments = {"tokens_per_batch": 300, "row_multiple": 2}
+    arguments = {"tokens_per_batch": 300, "data_shards": 2}
     late_first = [one.packed_plans(one.batch(step), **arguments) for step in (5, 1, 3)]
     assert late_first == [other.packed_plans(other.batch(step), **arguments) for step in (5, 1, 3)]
 

@@ -31,7 +31,7 @@ from lark_jax.finetuning.step import (
     zero_sums,
 )
 from lark_jax.preflight.collectives import collectives_of
-from lark_jax.sharding import DATA, TENSOR
+from lark_jax.runtime.sharding import DATA, TENSOR
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.parameters import abstract_decoder
 

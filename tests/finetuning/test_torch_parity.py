@@ -96,7 +96,7 @@ def test_twenty_weighted_steps_follow_torch(family: str, packing: bool, tmp_path
 
 def test_runs_are_really_packed_and_rope_is_really_scaled() -> None:
     theirs = torch_run("llama")
-    data, cut = TrainingSet(theirs.examples, RECIPE.batch_size, SEED), {"tokens_per_batch": 64, "row_multiple": 1}
+    data, cut = TrainingSet(theirs.examples, RECIPE.batch_size, SEED), {"tokens_per_batch": 64, "data_shards": 1}
     plans = [plan for step in range(data.steps_per_epoch) for plan in data.packed_plans(data.batch(step), **cut)]
     assert max(len(row) for plan in plans for row in plan.members) > 1
     assert architecture_from_config(theirs.config).rope_scaling.rope_type == "llama3"

@@ -26,8 +26,8 @@ from lark_jax.finetuning.step import (
     trace_accumulate,
     zero_sums,
 )
-from lark_jax.pool.batching import BatchPlan
-from lark_jax.sharding import make_mesh
+from lark_jax.rendering.batching import BatchPlan
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import flatten_parameters
 
@@ -57,9 +57,7 @@ def summed(
 ) -> tuple[float, Gradients, dict[int, float]]:
     """Loss, gradient and loss of each trajectory of one step, before the optimizer sees them."""
     data, batch = TrainingSet(tuple(examples), len(members), seed=0), StepBatch(0, 0, tuple(members))
-    micro_batches = data.micro_batches(
-        batch, tokens_per_batch=tokens_per_batch, row_multiple=num_devices, pad_id=PAD_ID
-    )
+    micro_batches = data.micro_batches(batch, tokens_per_batch=tokens_per_batch, data_shards=num_devices, pad_id=PAD_ID)
     return accumulated(tuple(micro_batches), num_devices=num_devices, remat=remat, dtype=dtype)
 
 
@@ -234,7 +232,7 @@ def test_large_arrays_are_cut_over_the_devices_and_stay_so() -> None:
     state = initial_state(tiny_student(), OPTIMIZER, mesh)
     sums = zero_sums(state.parameters, mesh)
     data = TrainingSet(random_examples(0, 4, 4), 16, seed=0)
-    micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=1, row_multiple=8, pad_id=PAD_ID))
+    micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=1, data_shards=8, pad_id=PAD_ID))
     applied, _ = run_step(train_step, state, sums, micro_batches, mesh)
     moments = optax.tree_utils.tree_get(applied.state, "mu"), optax.tree_utils.tree_get(applied.state, "nu")
     trees = (applied.state.parameters, *moments, applied.sums.gradients)
@@ -254,7 +252,7 @@ def test_sums_are_zero_again_after_a_step_and_the_student_keeps_its_weights() ->
     train_step = compiled(1)
     state = initial_state(student, OPTIMIZER, mesh)
     data = TrainingSet(random_examples(0, 1, 2), 2, seed=0)
-    micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=1, row_multiple=1, pad_id=PAD_ID))
+    micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=1, data_shards=1, pad_id=PAD_ID))
     applied, _ = run_step(train_step, state, zero_sums(state.parameters, mesh), micro_batches, mesh)
     assert float(applied.grad_norm) > 0
     assert all(not np.any(value) for value in jax.tree.leaves(applied.sums))
@@ -287,6 +285,6 @@ def test_few_shapes_are_compiled() -> None:
     shapes = {
         micro.tokens_bt.shape
         for step in range(data.steps_per_epoch)
-        for micro in data.micro_batches(data.batch(step), tokens_per_batch=128, row_multiple=1, pad_id=PAD_ID)
+        for micro in data.micro_batches(data.batch(step), tokens_per_batch=128, data_shards=1, pad_id=PAD_ID)
     }
     assert len(shapes) <= 5

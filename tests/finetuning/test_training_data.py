@@ -61,7 +61,7 @@ def test_token_weights_are_divided_by_target_tokens_and_by_trajectories_of_the_s
     assert len(last.members) == 2
     found: dict[int, list[float]] = {}
     cut = getattr(data, form)
-    for micro in cut(last, tokens_per_batch=tokens_per_batch, row_multiple=2, pad_id=PAD_ID):
+    for micro in cut(last, tokens_per_batch=tokens_per_batch, data_shards=2, pad_id=PAD_ID):
         assert not micro.token_weights_bt[micro.members_bt == -1].any()
         for member in np.unique(micro.members_bt[micro.members_bt >= 0]).tolist():
             assert member not in found
@@ -78,7 +78,7 @@ def test_mean_losses_are_means_over_the_target_tokens_of_each_member() -> None:
     rng = np.random.default_rng()
     examples = random_examples(3, 3, 2)
     data = TrainingSet(examples, 6, 0)
-    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=10_000, row_multiple=4, pad_id=PAD_ID)
+    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=10_000, data_shards=4, pad_id=PAD_ID)
     cross_entropy_bt = rng.exponential(size=micro.tokens_bt.shape).astype(np.float32)
     cross_entropy_bt[micro.members_bt == -1] = np.nan
     found = micro.mean_losses(cross_entropy_bt)
@@ -91,7 +91,7 @@ def test_mean_losses_are_means_over_the_target_tokens_of_each_member() -> None:
 
 def test_a_loss_that_is_not_finite_is_that_of_its_member_alone() -> None:
     data = TrainingSet(random_examples(3, 3, 2), 6, 0)
-    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=10_000, row_multiple=1, pad_id=PAD_ID)
+    (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=10_000, data_shards=1, pad_id=PAD_ID)
     cross_entropy_bt = np.ones(micro.tokens_bt.shape, np.float32)
     cross_entropy_bt[tuple(np.argwhere(micro.members_bt == 4)[0])] = np.nan
     assert {member for member, loss in micro.mean_losses(cross_entropy_bt).items() if not np.isfinite(loss)} == {4}

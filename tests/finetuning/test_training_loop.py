@@ -18,7 +18,7 @@ from lark_jax.errors import TrainingError
 from lark_jax.finetuning import Example, FinetuneResult, finetune, loop, read_metrics
 from lark_jax.finetuning.data import TrainingSet
 from lark_jax.finetuning.loop import CHECKPOINTS, run_step
-from lark_jax.sharding import make_mesh
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import flatten_parameters
 

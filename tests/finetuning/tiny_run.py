@@ -10,8 +10,8 @@ from flax import nnx
 
 from lark_jax.config import FinetuneConfig, MeshConfig
 from lark_jax.finetuning import CHECKPOINTS, Example, FinetuneResult, finetune, weighted_examples
-from lark_jax.pool.chat import RenderedTrajectory
-from lark_jax.sharding import make_mesh
+from lark_jax.rendering.chat import RenderedTrajectory
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.architecture import Architecture, RopeScaling
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import flatten_parameters

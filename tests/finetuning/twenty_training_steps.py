@@ -16,8 +16,8 @@ from lark_jax.finetuning.data import TrainingSet
 from lark_jax.finetuning.loop import run_step
 from lark_jax.finetuning.optimizer import make_optimizer
 from lark_jax.finetuning.step import TrainState, initial_state, make_train_step, zero_sums
-from lark_jax.pool.batching import BatchPlan
-from lark_jax.sharding import make_mesh
+from lark_jax.rendering.batching import BatchPlan
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import flatten_parameters, replace_parameters

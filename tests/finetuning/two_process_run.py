@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tiny_run import CONFIG, run
 
-from lark_jax import processes
-from lark_jax.clusters import Place
 from lark_jax.config import DistributedConfig
 from lark_jax.errors import StoppedBySignal
+from lark_jax.runtime import processes
+from lark_jax.runtime.clusters import Place
 
 ROW_BY_ROW = dataclasses.replace(CONFIG, tokens_per_batch=1)  # two shapes to compile
 

@@ -5,8 +5,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lark_jax.pool import SkippedRecord, read_pool
-from lark_jax.pool.batching import assemble, plan_batches
-from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.rendering.batching import assemble, plan_batches
+from lark_jax.rendering.chat import RenderedTrajectory, load_chat_format, render_trajectories
 
 MAX_LENGTH = 384
 SAMPLED_PROBLEMS = 12
@@ -80,7 +80,7 @@ def test_batches_hold_every_target_token_of_the_sample_once(shared_data, sample)
     results = render_trajectories(chat, sample, 1024)
     rendered = [result for result in results if isinstance(result, RenderedTrajectory)]
     lengths = [result.num_inputs for result in rendered]
-    plans = plan_batches(lengths, tokens_per_batch=2048, row_multiple=2)
+    plans = plan_batches(lengths, tokens_per_batch=2048, data_shards=2)
     targets = sum(float(assemble(rendered, plan, chat.pad_id).mask_bt.sum()) for plan in plans)
     assert targets == sum(len(result.target_tokens) for result in rendered)
     assert 1 - sum(lengths) / sum(plan.rows * plan.length for plan in plans) < 0.3  # padding

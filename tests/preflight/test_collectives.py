@@ -8,8 +8,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from student_shapes import STUDENT_SHAPES
 
 from lark_jax.preflight.collectives import Collective, collectives_of
+from lark_jax.runtime.sharding import DATA, PARAMETER_SPECS, TENSOR
 from lark_jax.scoring.step import trace_score_step
-from lark_jax.sharding import DATA, PARAMETER_SPECS, TENSOR
 from lark_jax.students.architecture import architecture_from_config
 from lark_jax.students.parameters import parameter_shapes
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from lark_jax.config import Experiment, PoolConfig, StudentConfig, SyntheticConfig
 from lark_jax.errors import ConfigError
 from lark_jax.pool import read_pool
-from lark_jax.pool.chat import load_chat_format, render_trajectory
 from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.preflight.lengths import ASSUMED_MEAN, ASSUMED_TRAJECTORIES, Lengths, find_lengths, plan_steps
+from lark_jax.rendering.chat import load_chat_format, render_trajectory
 
 
 def experiment(
@@ -87,7 +87,7 @@ def test_a_pool_is_counted_once(material: Path, tmp_path: Path, monkeypatch: pyt
     (folder / "README.md").write_text("no part of the pool")
     assert first.longest > 99
     with monkeypatch.context() as patched:
-        patched.setattr("lark_jax.scoring.lengths.render_trajectories", lambda *_: pytest.fail("counted again"))
+        patched.setattr("lark_jax.rendering.token_counts.render_trajectories", lambda *_: pytest.fail("counted again"))
         assert find_lengths(own, None) == first
     shorter = dataclasses.replace(own, student=dataclasses.replace(own.student, max_length=100))
     assert find_lengths(shorter, None).longest == 99  # not what was kept for longer rows

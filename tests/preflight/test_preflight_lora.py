@@ -11,8 +11,8 @@ from lark_jax.preflight.requests import CompileRequest, request_from_json
 from lark_jax.preflight.topologies import parse_topology
 from lark_jax.preflight.training import training_requests
 from lark_jax.preflight.worker import held_in_micro_batch, held_in_update
+from lark_jax.runtime.sharding import DATA, make_mesh
 from lark_jax.scoring.parameter_axes import parameter_bytes_per_device
-from lark_jax.sharding import DATA, make_mesh
 from lark_jax.students.flops import adapter_parameter_count
 from lark_jax.students.lora import Lora
 

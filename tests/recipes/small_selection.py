@@ -7,8 +7,8 @@ import numpy as np
 
 from lark_jax.config import SyntheticConfig
 from lark_jax.pool import read_pool
-from lark_jax.pool.chat import load_chat_format, render_trajectories
 from lark_jax.pool.synthetic import write_synthetic
+from lark_jax.rendering.chat import load_chat_format, render_trajectories
 from lark_jax.selection import (
     Choice,
     Selection,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_selection import BUDGET, COPIES, PROBLEMS, Material
 
-from lark_jax.pool.chat import load_chat_format, render_trajectory
+from lark_jax.rendering.chat import load_chat_format, render_trajectory
 from lark_jax.selection import read_training_set
 
 PYTHON = os.environ.get("LLAMAFACTORY_PYTHON")

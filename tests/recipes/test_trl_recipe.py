@@ -18,11 +18,11 @@ from lark_jax.finetuning import weighted_examples
 from lark_jax.finetuning.data import TrainingSet, cut
 from lark_jax.finetuning.optimizer import make_optimizer
 from lark_jax.finetuning.step import initial_state, make_train_step, put_rows, zero_sums
-from lark_jax.pool.chat import load_chat_format, render_trajectories, render_trajectory
+from lark_jax.rendering.chat import load_chat_format, render_trajectories, render_trajectory
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.selection import read_training_set
-from lark_jax.sharding import make_mesh
 from lark_jax.students import load_student
-from lark_jax.students.hf_names import hf_slots
+from lark_jax.students.checkpoint.hf_names import hf_slots
 
 pytest.importorskip("torch")
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -50,7 +50,7 @@ def ours(material: Material) -> Gradient:
     step = make_train_step(student, make_optimizer(config, 1), mesh, vocab_chunk=200)
     state = initial_state(student, make_optimizer(config, 1), mesh)
     sums, data = zero_sums(state.parameters, mesh), TrainingSet(examples, len(examples), seed=0)
-    for micro_batch in cut(data, data.batch(0), config, row_multiple=1, pad_id=chat.pad_id):
+    for micro_batch in cut(data, data.batch(0), config, data_shards=1, pad_id=chat.pad_id):
         sums, _ = step.accumulate(state.parameters, sums, put_rows(micro_batch, mesh))
     host = {name: np.asarray(value) for name, value in sums.gradients.items()}
     return {

@@ -9,13 +9,13 @@ import numpy as np
 
 from lark_jax.config import MeshConfig, SyntheticConfig
 from lark_jax.pool import read_pool
-from lark_jax.pool.batching import TokenRows
-from lark_jax.pool.chat import ChatFormat, load_chat_format
 from lark_jax.pool.records import Message, Pool
 from lark_jax.pool.synthetic import write_synthetic
+from lark_jax.rendering.batching import TokenRows
+from lark_jax.rendering.chat import ChatFormat, load_chat_format
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.scoring import ScoreOptions, Workload, plan_workload
 from lark_jax.scoring.reductions import TrajectoryMeans
-from lark_jax.sharding import make_mesh
 from lark_jax.students import read_architecture
 
 SIZES = SyntheticConfig(num_problems=6, num_test_problems=2, num_pretrain_problems=60, rollouts=2)
@@ -29,8 +29,8 @@ class Material:
     chat: ChatFormat
     student: SimpleNamespace
 
-    def workload(self, directory: Path, row_multiple: int = ROW_MULTIPLE) -> Workload:
-        return plan_workload(self.pool, self.chat, OPTIONS, row_multiple=row_multiple, directory=directory)
+    def workload(self, directory: Path, data_shards: int = ROW_MULTIPLE) -> Workload:
+        return plan_workload(self.pool, self.chat, OPTIONS, data_shards=data_shards, directory=directory)
 
 
 def write_material(folder: Path) -> Material:

@@ -11,11 +11,12 @@ import pytest
 
 from lark_jax.config import MeshConfig, SyntheticConfig
 from lark_jax.errors import PipelineError
-from lark_jax.files import write_json
 from lark_jax.pool import read_pool
-from lark_jax.pool.chat import ChatFormat, load_chat_format, render_trajectory
 from lark_jax.pool.records import Message, Pool, Trajectory
 from lark_jax.pool.synthetic import write_synthetic
+from lark_jax.rendering.chat import ChatFormat, load_chat_format, render_trajectory
+from lark_jax.runtime.files import write_json
+from lark_jax.runtime.sharding import DATA, TENSOR, make_mesh
 from lark_jax.scoring.local_naturalness import (
     NaturalnessOptions,
     Work,
@@ -25,7 +26,6 @@ from lark_jax.scoring.local_naturalness import (
     scorer,
 )
 from lark_jax.scoring.local_naturalness.work import RenderedPart
-from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students import Decoder, load_student, random_student, read_architecture, save_new_student
 
 torch = pytest.importorskip("torch")
@@ -99,7 +99,7 @@ def _scores(
     setting: Setting, folder: Path, options: NaturalnessOptions = OPTIONS, data: int = 1, tensor: int = 1
 ) -> tuple[np.ndarray, Work]:
     mesh = make_mesh(MeshConfig(data, tensor), jax.devices()[: data * tensor])
-    work = plan_work(setting.pool, setting.chat, options, row_multiple=data, directory=folder)
+    work = plan_work(setting.pool, setting.chat, options, data_shards=data, directory=folder)
     score_local_naturalness(setting.student, work, mesh=mesh)
     return np.array(assemble_local_naturalness(work)), work
 
@@ -173,7 +173,7 @@ def test_every_layout_gives_the_scores_of_one_device(
 
 
 def test_prompts_are_encoded_once_each_and_every_answer_is_scored_once(setting: Setting, tmp_path: Path) -> None:
-    work = plan_work(setting.pool, setting.chat, OPTIONS, row_multiple=2, directory=tmp_path)
+    work = plan_work(setting.pool, setting.chat, OPTIONS, data_shards=2, directory=tmp_path)
     prompts = [answers for part in work.parts for answers in part.prompts]
     trajectories = setting.pool.trajectories
     assert {trajectories[answers[0]].prompt for answers in prompts} == {t.prompt for t in trajectories}
@@ -217,7 +217,7 @@ def test_a_killed_run_goes_on_with_the_parts_that_are_missing(
 )
 def test_what_decides_the_windows_names_their_folder(setting: Setting, tmp_path: Path, change: dict) -> None:
     def folder(options: NaturalnessOptions) -> Path:
-        return plan_work(setting.pool, setting.chat, options, row_multiple=1, directory=tmp_path).folder
+        return plan_work(setting.pool, setting.chat, options, data_shards=1, directory=tmp_path).folder
 
     assert folder(dataclasses.replace(OPTIONS, **change)) != folder(OPTIONS)
 

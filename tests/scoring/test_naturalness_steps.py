@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from lark_jax.pool import read_pool
-from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories, target_offsets
+from lark_jax.rendering.chat import RenderedTrajectory, load_chat_format, render_trajectories, target_offsets
 from lark_jax.scoring.local_naturalness.steps import compile_split, step_starts, steps_of_tokens
 
 SENTENCES = compile_split(None)

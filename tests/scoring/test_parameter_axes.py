@@ -7,13 +7,13 @@ import pytest
 
 from lark_jax.config import MeshConfig
 from lark_jax.errors import ConfigError
+from lark_jax.runtime.sharding import DATA, TENSOR, make_mesh
 from lark_jax.scoring.parameter_axes import (
     check_tensor_axis,
     choose_parameter_axes,
     parameter_bytes_per_device,
     smallest_device_memory,
 )
-from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students.architecture import Architecture, architecture_from_config
 from lark_jax.students.parameters import parameter_shapes
 

@@ -10,8 +10,8 @@ import pytest
 from small_work import OPTIONS, Material, costless_step, small_mesh, write_material
 
 from lark_jax.errors import PipelineError
-from lark_jax.pool.batching import TokenRows
-from lark_jax.processes import EVERYTHING, Share
+from lark_jax.rendering.batching import TokenRows
+from lark_jax.runtime.processes import EVERYTHING, Share
 from lark_jax.scoring import (
     CandidateScore,
     assemble_scores,
@@ -141,7 +141,7 @@ def test_a_run_that_has_finished_computes_and_tokenizes_nothing(
     first = run(material, tmp_path)
     steps.seen = []
     monkeypatch.setattr("lark_jax.scoring.workload.render_trajectories", None)
-    monkeypatch.setattr("lark_jax.scoring.lengths.render_trajectories", None)
+    monkeypatch.setattr("lark_jax.rendering.token_counts.render_trajectories", None)
     assert run(material, tmp_path) == first
     assert steps.seen == []
 
@@ -205,7 +205,7 @@ def test_a_process_that_does_not_write_computes_the_same_and_leaves_no_file(mate
 def test_another_number_of_devices_takes_over_no_scores(material: Material, tmp_path: Path, steps: Steps) -> None:
     run(material, tmp_path)
     computed, steps.seen = len(steps.seen), []
-    workload = material.workload(tmp_path, row_multiple=1)
+    workload = material.workload(tmp_path, data_shards=1)
     score_share(material.student, workload, mesh=small_mesh(1))
     assert len(steps.seen) > computed
 

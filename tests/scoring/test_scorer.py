@@ -11,11 +11,11 @@ from flax import nnx
 
 from lark_jax.config import MeshConfig, SyntheticConfig
 from lark_jax.pool import read_pool
-from lark_jax.pool.chat import ChatFormat, RenderedTrajectory, load_chat_format, render_trajectory
 from lark_jax.pool.records import Message, Pool
 from lark_jax.pool.synthetic import write_synthetic
+from lark_jax.rendering.chat import ChatFormat, RenderedTrajectory, load_chat_format, render_trajectory
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.scoring import CandidateScore, ScoreOptions, score_pool
-from lark_jax.sharding import make_mesh
 from lark_jax.students.architecture import read_architecture
 from lark_jax.students.decoder import Decoder
 

@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 
 from lark_jax.config import MeshConfig
 from lark_jax.errors import ConfigError
-from lark_jax.pool.batching import TokenRows
+from lark_jax.ops.reference import statistics_from_logits
+from lark_jax.rendering.batching import TokenRows
+from lark_jax.runtime.sharding import DATA, TENSOR, make_mesh
 from lark_jax.scoring.reductions import MAX_RANK, TrajectoryMeans
 from lark_jax.scoring.step import MLP_BLOCKS, jitted_score_step, make_score_step, trace_score_step
-from lark_jax.scoring.token_statistics.reference import statistics_from_logits
-from lark_jax.sharding import DATA, TENSOR, make_mesh
 from lark_jax.students import Decoder, load_student, random_student, save_new_student
 from lark_jax.students.architecture import Architecture, architecture_from_config
 from lark_jax.students.parameters import abstract_decoder, parameter_shapes
@@ -355,7 +355,7 @@ import json, sys
 from jax.experimental import topologies
 from lark_jax.config import MeshConfig
 from lark_jax.scoring.step import trace_score_step
-from lark_jax.sharding import make_mesh
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.architecture import architecture_from_config
 
 architecture = architecture_from_config(json.loads(sys.argv[1]))
@@ -388,9 +388,9 @@ import sys
 import jax, numpy as np
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 from lark_jax.config import MeshConfig
-from lark_jax.pool.batching import TokenRows
+from lark_jax.rendering.batching import TokenRows
 from lark_jax.scoring.step import make_score_step
-from lark_jax.sharding import make_mesh
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students import load_student
 
 mesh = make_mesh(MeshConfig(tensor=2))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from small_work import Material, costless_step, small_mesh, write_material
 
-from lark_jax.pool.batching import assemble
-from lark_jax.processes import EVERYTHING, Share
+from lark_jax.rendering.batching import assemble
+from lark_jax.runtime.processes import EVERYTHING, Share
 from lark_jax.scoring import score_share
 from lark_jax.scoring.part_files import Finished
 from lark_jax.scoring.throughput import Progress, Stopwatch, Throughput

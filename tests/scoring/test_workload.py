@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_work import OPTIONS, Material, write_material
 
-from lark_jax import files
 from lark_jax.errors import PipelineError
 from lark_jax.pool import read_pool
-from lark_jax.pool.batching import plan_batches
-from lark_jax.pool.chat import RenderedTrajectory, load_chat_format, render_trajectories
-from lark_jax.pool.ladder import choose_ladder
 from lark_jax.pool.records import Pool
-from lark_jax.processes import EVERYTHING, Share
+from lark_jax.rendering.batching import plan_batches
+from lark_jax.rendering.buckets import choose_ladder
+from lark_jax.rendering.chat import RenderedTrajectory, load_chat_format, render_trajectories
+from lark_jax.rendering.token_counts import count_inputs
+from lark_jax.runtime import files
+from lark_jax.runtime.processes import EVERYTHING, Share
 from lark_jax.scoring import ScoreOptions, Workload, plan_workload
-from lark_jax.scoring.lengths import count_inputs
 from lark_jax.scoring.workload import MOST_PADDING, render_part
 
 
@@ -29,7 +29,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lark_jax.scoring.lengths.CHARACTERS_PER_CHUNK", 500)
+    monkeypatch.setattr("lark_jax.rendering.token_counts.CHARACTERS_PER_CHUNK", 500)
 
 
 def padding_of(workload: Workload, lengths: list[int]) -> float:
@@ -63,7 +63,7 @@ def test_a_published_pool_is_padded_within_the_bound(
     chat = load_chat_format(shared_data / "tokenizers" / "minimind")
     options = ScoreOptions(max_length=32_768, tokens_per_batch=tokens_per_batch, vocab_chunk=4_096)
     counted = tmp_path_factory.getbasetemp() / "math_l5"  # shared by the three cases
-    workload = plan_workload(pool, chat, options, row_multiple=devices, directory=counted)
+    workload = plan_workload(pool, chat, options, data_shards=devices, directory=counted)
     sample = np.random.default_rng().choice(len(pool.trajectories), 200, replace=False)
     rendered = render_trajectories(chat, [pool.trajectories[index] for index in sample], 32_768)
     assert [workload.lengths[index] for index in sample] == [item.num_inputs for item in rendered]
@@ -109,15 +109,15 @@ def test_the_plan_is_the_same_again_and_in_another_folder(material: Material, tm
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: plan_workload(m.pool, m.chat, OPTIONS, row_multiple=4, directory=Path("unused")),
+        lambda m: plan_workload(m.pool, m.chat, OPTIONS, data_shards=4, directory=Path("unused")),
         lambda m: plan_workload(
-            m.pool, m.chat, dataclasses.replace(OPTIONS, tokens_per_batch=512), row_multiple=2, directory=Path("unused")
+            m.pool, m.chat, dataclasses.replace(OPTIONS, tokens_per_batch=512), data_shards=2, directory=Path("unused")
         ),
         lambda m: plan_workload(
-            Pool(m.pool.trajectories[::-1]), m.chat, OPTIONS, row_multiple=2, directory=Path("unused")
+            Pool(m.pool.trajectories[::-1]), m.chat, OPTIONS, data_shards=2, directory=Path("unused")
         ),
         lambda m: plan_workload(
-            Pool(m.pool.trajectories[1:]), m.chat, OPTIONS, row_multiple=2, directory=Path("unused")
+            Pool(m.pool.trajectories[1:]), m.chat, OPTIONS, data_shards=2, directory=Path("unused")
         ),
     ],
     ids=["devices", "tokens_per_batch", "order", "fewer"],
@@ -151,7 +151,7 @@ def test_a_killed_count_goes_on_and_workers_take_over_each_others_chunks(
         raise InterruptedError
 
     write_json = files.write_json
-    monkeypatch.setattr("lark_jax.files.write_json", write_one_and_die)
+    monkeypatch.setattr("lark_jax.runtime.files.write_json", write_one_and_die)
     for worker in range(len(chunks)):
         with pytest.raises(InterruptedError):
             count_inputs(*arguments, folder=tmp_path / "killed", share=Share(worker % 3, 3))

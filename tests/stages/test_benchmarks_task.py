@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lark_jax import pipeline
 from lark_jax.config import Experiment, experiment_from_mapping
 from lark_jax.errors import ConfigError, EvaluationError
+from lark_jax.runtime import pipeline
 from lark_jax.stages import check_paths
 from lark_jax.stages.evaluate import evaluate_tasks
 from lark_jax.stages.layout import Layout

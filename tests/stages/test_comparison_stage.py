@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lark_jax.evaluation.benchmarks import Benchmark, BenchmarkProblem
 from lark_jax.evaluation.samples import SampleRow
-from lark_jax.files import write_jsonl
 from lark_jax.report.comparison import END_SHOWN
+from lark_jax.runtime.files import write_jsonl
 from lark_jax.stages.comparison import comparison_of_students
 
 SEEDS, SAMPLES = (4, 9), 3

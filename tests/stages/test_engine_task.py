@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lark_jax import pipeline
 from lark_jax.config import Experiment, experiment_from_mapping
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import engine_versions
 from lark_jax.evaluation.engines import EngineChoice
+from lark_jax.runtime import pipeline
 from lark_jax.stages import evaluate
 from lark_jax.stages.evaluate import engine_of, evaluate_tasks
 from lark_jax.stages.layout import Layout

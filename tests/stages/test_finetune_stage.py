@@ -7,9 +7,9 @@ import pytest
 
 from lark_jax.config import Experiment, SyntheticConfig, experiment_from_mapping
 from lark_jax.errors import PipelineError
-from lark_jax.pipeline import MANIFEST, Outcome, Task, run_tasks
 from lark_jax.pool import read_pool
 from lark_jax.pool.synthetic import write_synthetic
+from lark_jax.runtime.pipeline import MANIFEST, Outcome, Task, run_tasks
 from lark_jax.scoring import CandidateScore, write_scores
 from lark_jax.stages.finetune import TrainingData, finetune_tasks, training_data
 from lark_jax.stages.layout import STUDENT, Layout

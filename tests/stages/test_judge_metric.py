@@ -17,18 +17,18 @@ from ml_collections import config_flags
 from scripted_server import Asked, Reply, ScriptedServer, chat_answer, json_reply, serving
 
 from lark_jax.config import Experiment, experiment_from_mapping
+from lark_jax.config.judge import JudgeConfig
 from lark_jax.errors import ConfigError, JudgeError
-from lark_jax.files import write_jsonl
-from lark_jax.judge_config import JudgeConfig
 from lark_jax.judging.answers import Answer, AnswerFile
 from lark_jax.judging.judge import Question
 from lark_jax.judging.rubric import read_rubric
-from lark_jax.pipeline import Outcome, Task, read_manifest, run_tasks
 from lark_jax.recipe import paper_recipe
 from lark_jax.run import without_stages
+from lark_jax.runtime.files import write_jsonl
+from lark_jax.runtime.pipeline import Outcome, Task, read_manifest, run_tasks
 from lark_jax.scoring import CandidateScore, write_scores
 from lark_jax.scoring.metric_columns import read_metric
-from lark_jax.stages import check_paths, plan_tasks, say_what_will_stop
+from lark_jax.stages import check_paths, plan_tasks, warn_blocked_stages
 from lark_jax.stages.judge import JUDGE
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import metric_task
@@ -158,7 +158,7 @@ def test_a_judge_of_no_use_at_all_ends_the_run(tmp_path: Path) -> None:
 PROGRAM = """
 import json, sys
 from lark_jax.config import experiment_from_mapping
-from lark_jax.pipeline import run_tasks
+from lark_jax.runtime.pipeline import run_tasks
 from lark_jax.stages.judge import JUDGE
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import metric_task
@@ -276,7 +276,7 @@ def test_the_command_that_goes_on_under_vllm_runs_the_judge_alone(
         config_flags.DEFINE_config_dict("config", paper_recipe(), "", own_flags, sys_argv=arguments)
         own_flags(arguments)
         experiment = experiment_from_mapping(own_flags["config"].value)
-        say_what_will_stop(experiment)
+        warn_blocked_stages(experiment)
         return [without_a_student(task) for task in plan_tasks(experiment)]
 
     with monkeypatch.context() as patched:

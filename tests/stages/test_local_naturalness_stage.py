@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lark_jax.config import Experiment, SyntheticConfig, experiment_from_mapping
-from lark_jax.files import write_jsonl
-from lark_jax.pipeline import read_manifest, run_tasks
 from lark_jax.pool.synthetic import write_synthetic
+from lark_jax.runtime.files import write_jsonl
+from lark_jax.runtime.pipeline import read_manifest, run_tasks
 from lark_jax.scoring.metric_columns import read_metric
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import COLUMNS, metric_task

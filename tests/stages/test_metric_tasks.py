@@ -12,11 +12,11 @@ import pytest
 
 from lark_jax.config import SCORE_METRICS, Experiment, ScoreConfig, experiment_from_mapping
 from lark_jax.errors import ConfigError, PipelineError
-from lark_jax.files import write_jsonl
-from lark_jax.finetuning.identity import FREE_FIELDS
-from lark_jax.pipeline import Outcome, Task, read_manifest, require_current, run_tasks
+from lark_jax.finetuning.run_fingerprint import FREE_FIELDS
 from lark_jax.pool import Pool, read_pool
 from lark_jax.pool.store import StoredTrajectories
+from lark_jax.runtime.files import write_jsonl
+from lark_jax.runtime.pipeline import Outcome, Task, read_manifest, require_current, run_tasks
 from lark_jax.scoring import CandidateScore, read_scores, write_scores
 from lark_jax.scoring.metric_columns import MetricColumns
 from lark_jax.stages.layout import Layout

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lark_jax import pipeline
 from lark_jax.config import Experiment, experiment_from_mapping
 from lark_jax.evaluation.samples import SampleRow, write_sample_table
-from lark_jax.files import write_jsonl
-from lark_jax.pipeline import Outcome, Task
+from lark_jax.runtime import pipeline
+from lark_jax.runtime.files import write_jsonl
+from lark_jax.runtime.pipeline import Outcome, Task
 from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.report import gather
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lark_jax import processes
 from lark_jax.errors import PipelineError
+from lark_jax.runtime import processes
 from lark_jax.stages.score import require_one_plan
 
 

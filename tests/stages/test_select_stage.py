@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lark_jax.config import experiment_from_mapping
-from lark_jax.files import read_json, write_jsonl
-from lark_jax.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest, run_tasks
-from lark_jax.runtime import code_hash
+from lark_jax.runtime.environment import code_hash
+from lark_jax.runtime.files import read_json, write_jsonl
+from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest, run_tasks
 from lark_jax.scoring import CandidateScore, write_scores
 from lark_jax.selection import METHODS, read_training_set, select_trajectories
 from lark_jax.stages.layout import Layout

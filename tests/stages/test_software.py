@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from lark_jax import runtime
 from lark_jax.config import experiment_from_mapping
-from lark_jax.files import write_json
-from lark_jax.pipeline import MANIFEST, Manifest, Outcome
+from lark_jax.runtime import environment
+from lark_jax.runtime.files import write_json
+from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.report import gather
 from lark_jax.stages.software import software_of
@@ -43,7 +43,7 @@ def test_the_report_takes_versions_from_manifests(tmp_path: Path) -> None:
             "evaluate": {"benchmarks": ("own.json",)},
         }
     )
-    layout, here = Layout.of(experiment), runtime.package_versions()
+    layout, here = Layout.of(experiment), environment.package_versions()
     earlier = {
         "score/statistics": layout.statistics,
         "export/lark_B3": layout.export(layout.runs[0]),

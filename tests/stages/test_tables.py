@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lark_jax import pipeline, table_one
+from lark_jax import table_one
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import BenchmarkResult, accuracies
 from lark_jax.evaluation.benchmarks import Benchmark, BenchmarkProblem
 from lark_jax.evaluation.engines import EngineChoice
 from lark_jax.evaluation.runner import SUMMARY, StudentResult
 from lark_jax.evaluation.samples import SampleRow, write_sample_table
-from lark_jax.files import write_json
-from lark_jax.pipeline import Outcome, Task
+from lark_jax.runtime import pipeline
+from lark_jax.runtime.files import write_json
+from lark_jax.runtime.pipeline import Outcome, Task
 from lark_jax.stages.tables import find_evaluations, in_order, paired_differences, read_students
 
 SEEDS, SAMPLES = (0, 1, 2), 3

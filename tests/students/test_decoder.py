@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lark_jax.config import REMAT_CHOICES
 from lark_jax.errors import ConfigError
-from lark_jax.sharding import parameter_sharding
+from lark_jax.runtime.sharding import parameter_sharding
 from lark_jax.students import random_student
 from lark_jax.students.architecture import architecture_from_config
 from lark_jax.students.decoder import Decoder

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lark_jax.sharding import PARAMETER_SPECS
+from lark_jax.runtime.sharding import PARAMETER_SPECS
 from lark_jax.students import random_student
 from lark_jax.students.architecture import architecture_from_config
-from lark_jax.students.hf_names import hf_slots
+from lark_jax.students.checkpoint.hf_names import hf_slots
 from lark_jax.students.parameters import abstract_decoder, flatten_parameters, parameter_shapes, replace_parameters
 
 MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral")

@@ -84,7 +84,7 @@ class ServerClient:
         self._access = access
         self._key = _read_key(access.key_variable)
         self._clock, self._sleep = clock, sleep
-        self._turnstile = Turnstile(access.requests_per_minute, clock, sleep)
+        self._turnstile = RateLimiter(access.requests_per_minute, clock, sleep)
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], Any] = lambda answer: answer) -> Any:
@@ -235,7 +235,7 @@ def in_parallel(call: Callable[[Item], Value], items: Iterable[Item], threads: i
             tasks.put(None)  # type: ignore[arg-type]  # wakes a thread, which then ends
 
 
-class Turnstile:
+class RateLimiter:
     """Lets requests through: at most so many a minute (a token bucket), and none while it is closed."""
 
     def __init__(self, per_minute: float | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from lark_jax.files import write_json
+from lark_jax.runtime.files import write_json
 
 VOCAB_SIZE = 512
 END_OF_TEXT, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

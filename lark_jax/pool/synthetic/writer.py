@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import SyntheticConfig
-from lark_jax.files import write_json, write_jsonl
 from lark_jax.pool.records import Trajectory
 from lark_jax.pool.synthetic.corpus import benchmark_records, pool_trajectories, pretraining_trajectories
 from lark_jax.pool.synthetic.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, TURN_END, train_tokenizer, write_tokenizer
+from lark_jax.runtime.files import write_json, write_jsonl
 
 MAX_POSITIONS = 1_024  # tokens; the longest pool record has a few hundred
 

@@ -13,14 +13,14 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from lark_jax.ops.token_statistics import token_statistics
+from lark_jax.runtime.sharding import DATA, TENSOR, parameter_sharding, parameter_spec, split_rows
 from lark_jax.scoring.local_naturalness.windows import WindowBatch
 from lark_jax.scoring.parameter_axes import check_tensor_axis
-from lark_jax.scoring.token_statistics import token_statistics
-from lark_jax.sharding import DATA, TENSOR, parameter_sharding, parameter_spec, split_rows
+from lark_jax.students.attention.prefix import RowLayout
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parallel import ParameterSplit
 from lark_jax.students.parameters import flatten_parameters, parameter_shapes, replace_parameters
-from lark_jax.students.prefix_attention import RowLayout
 from lark_jax.students.prefixes import Continuations, Prefixes, continue_prefixes, encode_prefixes
 
 Parameters = dict[str, jax.Array]

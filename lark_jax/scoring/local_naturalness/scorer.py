@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from lark_jax import files, processes, runtime
 from lark_jax.errors import PipelineError
-from lark_jax.pool.chat import Prompts
-from lark_jax.processes import EVERYTHING, Share
+from lark_jax.rendering.chat import Prompts
+from lark_jax.runtime import files, processes, terminal
+from lark_jax.runtime.processes import EVERYTHING, Share
 from lark_jax.scoring.ahead import computed_ahead
 from lark_jax.scoring.local_naturalness.programs import WindowPrograms
 from lark_jax.scoring.local_naturalness.work import Part, RenderedPart, Work, render_part
@@ -37,7 +37,7 @@ def score_local_naturalness(
     prompts: Prompts = {}
     todo = [part for part in own if part.number not in finished]
     total, left = (sum(len(part.members) for part in parts) for parts in (own, todo))
-    with runtime.progress_bar(what="local naturalness", total=total, unit="trajectory", initial=total - left) as bar:
+    with terminal.progress_bar(what="local naturalness", total=total, unit="trajectory", initial=total - left) as bar:
         for rendered in computed_ahead(lambda part: render_part(work, part, prompts), todo):
             scores = rendered.scores(list(_log_likelihoods(programs, rendered)))
             if writes:
@@ -102,5 +102,5 @@ def _read(work: Work, part: Part) -> list[float | None] | None:
         and all(value is None or isinstance(value, float) for value in values)
     ):
         return values
-    runtime.warn(f"{path}: damaged; scoring this part again")
+    terminal.warn(f"{path}: damaged; scoring this part again")
     return None

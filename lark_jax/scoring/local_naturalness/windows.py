@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lark_jax.pool.batching import bucket_lengths
+from lark_jax.rendering.batching import bucket_lengths
 
 SHORTEST_ROW = 512  # a few windows of usual length; attention looks at the whole row
 SCORED_SHARES = 8  # numbers of scored tokens that are compiled: so many parts of a batch's tokens
@@ -105,13 +105,13 @@ def pack_rows(windows: Sequence[WindowText], prompt: int, prefix_length: int) ->
 
 
 def batch_rows(
-    rows: Iterable[WindowRow], tokens_per_batch: int, row_multiple: int, pad_id: int
+    rows: Iterable[WindowRow], tokens_per_batch: int, data_shards: int, pad_id: int
 ) -> tuple[WindowBatch, ...]:
     """Puts rows of one length into batches, longest first.
 
     Args:
       tokens_per_batch: per device, padding included; a longer row has a device to itself.
-      row_multiple: devices along which rows are split.
+      data_shards: devices along which rows are split.
     """
     by_length: dict[int, list[WindowRow]] = {}
     for row in rows:
@@ -119,15 +119,15 @@ def batch_rows(
     batches = []
     for length, members in sorted(by_length.items(), reverse=True):
         most = max(1, tokens_per_batch // length)
-        for start in range(0, len(members), most * row_multiple):
-            some = members[start : start + most * row_multiple]
-            batches.append(_arrays(some, length, _rows_per_device(len(some), most, row_multiple), row_multiple, pad_id))
+        for start in range(0, len(members), most * data_shards):
+            some = members[start : start + most * data_shards]
+            batches.append(_arrays(some, length, _rows_per_device(len(some), most, data_shards), data_shards, pad_id))
     return tuple(batches)
 
 
-def _rows_per_device(rows: int, most: int, row_multiple: int) -> int:
+def _rows_per_device(rows: int, most: int, data_shards: int) -> int:
     few = 1
-    while few < most and few * row_multiple < rows:
+    while few < most and few * data_shards < rows:
         few *= FEWER_ROWS
     return min(few, most)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lark_jax import files, runtime
-from lark_jax.pool.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories, target_offsets
 from lark_jax.pool.records import Message, Pool, SkippedRecord, Trajectory
+from lark_jax.rendering.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories, target_offsets
+from lark_jax.runtime import files, terminal
 from lark_jax.scoring.local_naturalness.steps import compile_split, step_starts, steps_of_tokens
 from lark_jax.scoring.local_naturalness.windows import (
     WindowBatch,
@@ -77,7 +77,7 @@ class Work:
     pool: Pool
     chat: ChatFormat
     options: NaturalnessOptions
-    row_multiple: int
+    data_shards: int
     sizes: tuple[Sizes | str, ...]  # of each trajectory; for one that cannot be rendered, the reason
     parts: tuple[Part, ...]
     folder: Path  # of the finished parts: its name is a hash of all that decides them
@@ -123,22 +123,22 @@ class RenderedPart:
         return np.asarray([means.mean() for means in np.split(sums / sizes, ends[:-1])])
 
 
-def plan_work(pool: Pool, chat: ChatFormat, options: NaturalnessOptions, *, row_multiple: int, directory: Path) -> Work:
+def plan_work(pool: Pool, chat: ChatFormat, options: NaturalnessOptions, *, data_shards: int, directory: Path) -> Work:
     """Plans the scoring of `pool`; its parts will be kept below `directory`.
 
     Args:
-      row_multiple: devices along which rows are split.
+      data_shards: devices along which rows are split.
 
     Raises:
       ValueError: `options.split` is not a rule.
     """
     compile_split(options.split)
     sizes = tuple(_sizes(pool, chat, options))
-    parts = tuple(_parts(pool, sizes, options, row_multiple))
-    settings = [options.context, [(part.prompts, part.prompt_size) for part in parts], row_multiple]
+    parts = tuple(_parts(pool, sizes, options, data_shards))
+    settings = [options.context, [(part.prompts, part.prompt_size) for part in parts], data_shards]
     rules = [options.tokens_per_batch, options.split, hash_of_texts(pool, chat, options.max_length)]
     name = files.sha256_of_json([settings, rules])[:16]
-    return Work(pool, chat, options, row_multiple, sizes, parts, directory / f"windows-{name}")
+    return Work(pool, chat, options, data_shards, sizes, parts, directory / f"windows-{name}")
 
 
 def split_trajectories(
@@ -170,7 +170,7 @@ def render_part(work: Work, part: Part, prompts: Prompts) -> RenderedPart:
     rows: list[WindowRow] = []
     sizes: list[np.ndarray] = []
     pad_id, num_steps = work.chat.pad_id, 0
-    prompts_ns = np.full((_padded_prompts(part, work.row_multiple), part.prompt_size), pad_id, np.int32)
+    prompts_ns = np.full((_padded_prompts(part, work.data_shards), part.prompt_size), pad_id, np.int32)
     for number, answers in enumerate(part.prompts):
         windows: list[WindowText] = []
         for _ in answers:
@@ -182,7 +182,7 @@ def render_part(work: Work, part: Part, prompts: Prompts) -> RenderedPart:
             sizes.append(item.step_sizes)
             num_steps += len(item.step_sizes)
         rows += pack_rows(windows, number, len(prompt_tokens) - 1)
-    batches = batch_rows(rows, work.options.tokens_per_batch, work.row_multiple, pad_id)
+    batches = batch_rows(rows, work.options.tokens_per_batch, work.data_shards, pad_id)
     return RenderedPart(part, prompts_ns, batches, tuple(sizes))
 
 
@@ -196,7 +196,7 @@ def _window_texts(item: SplitTrajectory, context: int, first_step: int) -> Itera
 
 def _sizes(pool: Pool, chat: ChatFormat, options: NaturalnessOptions) -> Iterator[Sizes | str]:
     total = len(pool.trajectories)
-    with runtime.progress_bar(what="split into steps", total=total, unit="trajectory", delay=2.0) as bar:
+    with terminal.progress_bar(what="split into steps", total=total, unit="trajectory", delay=2.0) as bar:
         for item in split_trajectories(chat, pool.trajectories, options, {}):
             bar.update(1)
             if isinstance(item, SkippedRecord):
@@ -205,7 +205,7 @@ def _sizes(pool: Pool, chat: ChatFormat, options: NaturalnessOptions) -> Iterato
                 yield Sizes(len(item.rendered.prompt_tokens), item.step_sizes)
 
 
-def _parts(pool: Pool, sizes: Sequence[Sizes | str], options: NaturalnessOptions, row_multiple: int) -> Iterator[Part]:
+def _parts(pool: Pool, sizes: Sequence[Sizes | str], options: NaturalnessOptions, data_shards: int) -> Iterator[Part]:
     """Prompts, longest first, until a part has enough windows, or the keys of its prompts take as much as a batch."""
     answers: dict[tuple[Message, ...], list[int]] = {}
     for index, (trajectory, size) in enumerate(zip(pool.trajectories, sizes, strict=True)):
@@ -216,7 +216,7 @@ def _parts(pool: Pool, sizes: Sequence[Sizes | str], options: NaturalnessOptions
         size = sizes[members[0]]
         return 0 if isinstance(size, str) else size.prompt
 
-    enough = BATCHES_PER_PART * options.tokens_per_batch * row_multiple
+    enough = BATCHES_PER_PART * options.tokens_per_batch * data_shards
     number, prompts, tokens, prompt_size = 0, [], 0, 0
     for members in sorted(answers.values(), key=lambda members: (-prompt_length(members), members[0])):
         prompt_size = prompt_size or _prompt_size(prompt_length(members))
@@ -241,9 +241,9 @@ def _prompt_size(prompt_tokens: int) -> int:
     return size
 
 
-def _padded_prompts(part: Part, row_multiple: int) -> int:
+def _padded_prompts(part: Part, data_shards: int) -> int:
     """A power of two of prompts per device: few programs."""
     per_device = 1
-    while per_device * row_multiple < len(part.prompts):
+    while per_device * data_shards < len(part.prompts):
         per_device *= 2
-    return per_device * row_multiple
+    return per_device * data_shards

@@ -1,0 +1,48 @@
+"""The largest micro-batches that training may take, known before anything is selected."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from lark_jax.config import FinetuneConfig
+from lark_jax.rendering.buckets import round_up
+from lark_jax.rendering.packing import full_row_lengths, rows_for_the_rest
+from lark_jax.rendering.row_plans import powers_of_two
+
+
+class MicroBatchShape(NamedTuple):
+    rows_per_device: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Per device, padding included."""
+        return self.rows_per_device * self.length
+
+
+def largest_micro_batches(
+    lengths: Sequence[int], config: FinetuneConfig, data_shards: int
+) -> tuple[MicroBatchShape, ...]:
+    """The shape with the longest rows and, where it is another one, the shape with most tokens on a device.
+
+    Of all shapes that `TrainingSet.plans` (with `config.packing`: `packed_plans`) may take for any training set of
+    trajectories of these lengths. Which of them are selected decides which shapes it does take.
+
+    Args:
+      lengths: inputs of every trajectory that may be selected, at least one.
+      data_shards: devices that the rows are split over.
+    """
+    enough = -(-config.batch_size // data_shards)  # no row is without a trajectory of its own
+    rungs = {round_up(length) for length in lengths}
+    row_lengths = _packed_row_lengths(rungs, config.tokens_per_batch) if config.packing else rungs
+    shapes = [
+        MicroBatchShape(powers_of_two(length, config.tokens_per_batch, enough)[-1], length) for length in row_lengths
+    ]
+    longest = max(shapes, key=lambda shape: shape.length)
+    fullest = max(shapes, key=lambda shape: (shape.tokens, shape.length))
+    return (longest,) if fullest.tokens == longest.tokens else (longest, fullest)
+
+
+def _packed_row_lengths(rungs: Iterable[int], tokens_per_batch: int) -> set[int]:
+    """Any rung may be that of the longest selected trajectory; full rows follow from it, other rows from them."""
+    full = {length for rung in rungs for length in full_row_lengths(rung, tokens_per_batch)}
+    return {length for capacity in full for length in rows_for_the_rest(capacity)}

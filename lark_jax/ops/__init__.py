@@ -1,0 +1,1 @@
+"""Vocabulary mathematics without logits: token statistics, the weighted loss, and the float64 reference."""

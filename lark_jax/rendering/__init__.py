@@ -1,0 +1,1 @@
+"""Messages -> tokens -> rows: chat templates, row lengths, batches and packing."""

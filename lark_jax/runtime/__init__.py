@@ -1,0 +1,1 @@
+"""Files, processes, devices, tasks and the terminal: what every stage runs on."""

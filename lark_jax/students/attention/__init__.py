@@ -1,0 +1,1 @@
+"""Causal grouped-query attention behind one function, with several kernels."""

@@ -1,0 +1,1 @@
+"""HF checkpoints in and out, read and placed shard by shard."""
