@@ -65,7 +65,7 @@ def score_share(
     """
     finished = _agree_on_finished(workload, mesh, share)
     options = workload.options
-    step = make_score_step(student, mesh, options.vocab_chunk, parameter_axes=options.parameter_axes)
+    step = make_score_step(student, mesh, options.vocab_chunk)
     watch = Stopwatch(step)
     with Progress(workload, share, finished, student.architecture, mesh) as progress, ExitStack() as records:
         todo = _todo(workload, share, finished, records, writes=writes)
