@@ -1,4 +1,4 @@
-"""The scoring step gives the same means in every layout of the parameters, and holds and moves no more than it says."""
+"""The scoring step gives the same means in every layout of the parameters, with bounded memory and communication."""
 
 import dataclasses
 import functools
@@ -179,7 +179,7 @@ def test_one_device_gives_the_means_of_dense_float64_statistics(name: str) -> No
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", ["qwen2-untied", "qwen3-tied", "uneven"])
 def test_every_layout_gives_the_scores_of_one_device(name: str, layout: str) -> None:
     case = _case(name)
     found, expected = case.means(LAYOUTS[layout]), case.one_device
@@ -193,7 +193,7 @@ def test_every_layout_gives_the_scores_of_one_device(name: str, layout: str) -> 
     for field in ("mean_rank", "mean_clipped_rank"):
         difference = np.abs(getattr(found, field) - getattr(expected, field)) * case.rows.mask_bt.sum(-1)
         assert (difference <= moved_b + 1e-5 * MAX_RANK * LENGTH).all(), field
-    assert moved_b.sum() < 0.2 * case.rows.mask_bt.sum(), "so many near-ties that the comparison says little"
+    assert moved_b.sum() < 0.2 * case.rows.mask_bt.sum(), "so many near-ties that the comparison proves little"
 
 
 @functools.cache
@@ -375,7 +375,7 @@ for tensor, axes in ((1, ()), (4, ("tensor",)), (2, ("data", "tensor"))):
 
 
 @pytest.mark.slow
-def test_every_layout_compiles_for_a_tpu_that_is_not_there() -> None:
+def test_every_layout_compiles_for_an_absent_tpu() -> None:
     pytest.importorskip("libtpu")
     config = {**CONFIG, **STUDENTS["qwen2-untied"], "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 2048}
     config |= {"head_dim": 64}
