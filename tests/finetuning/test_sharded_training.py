@@ -149,6 +149,7 @@ def test_twenty_steps_of_two_processes_have_the_losses_of_one_device(layout: str
         np.testing.assert_allclose(np.load(output), trace_of(1, 1).losses, rtol=1e-5)
 
 
+@functools.cache
 def traced(
     data: int, tensor: int, *, remat: str = "block", layers: int = 5, attention: str = "blockwise"
 ) -> tuple[ClosedJaxpr, Mesh]:

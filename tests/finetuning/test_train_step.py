@@ -1,3 +1,5 @@
+"""One training step: Eq. 1 and its gradient, whatever the micro-batches, devices, row order and remat policy."""
+
 import functools
 import re
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Preflight of a run that trains an adapter: what is asked of the compiler, and what counts as held."""
+"""The child's programs: what the request of a run with an adapter holds on a device."""
 
 import dataclasses
 import json
