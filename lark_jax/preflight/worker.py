@@ -1,4 +1,4 @@
-"""The child process: question and file for the answer are its arguments, the request is on stdin. See `requests`."""
+"""The child process: its arguments are the question and the file for the answer; the request is on stdin."""
 
 import dataclasses
 import importlib.metadata
@@ -124,7 +124,7 @@ def answer(request: CompileRequest) -> CompileAnswer:
 
     Raises:
       PreflightError: no compiler for this hardware is installed, or it refuses the program.
-      ConfigError: the mesh does not fit the hardware or the student, or the attention backend does not.
+      ConfigError: the mesh does not fit the hardware or the student, or the attention backend cannot run there.
     """
     topology = parse_topology(request.topology)
     dtype = jnp.dtype(request.dtype)
@@ -155,7 +155,7 @@ def answer(request: CompileRequest) -> CompileAnswer:
 
 
 def mesh_answer(request: MeshRequest) -> MeshAnswer:
-    """Decides the mesh for `request`, as scoring would.
+    """Chooses the mesh for `request`, as scoring would.
 
     Raises:
       PreflightError: no compiler for this hardware is installed, or it refuses the topology.
@@ -167,13 +167,13 @@ def mesh_answer(request: MeshRequest) -> MeshAnswer:
 
 
 def _mesh(request: MeshRequest, topology: Topology) -> tuple[Mesh, int]:
-    """The mesh that scoring with one process per host would take, and how many of them there are."""
+    """The mesh that scoring with one process per host would use, and how many of them there are."""
     config = MeshConfig(request.data, request.tensor)
     everywhere = _devices(topology)
     if topology.num_hosts == 1:
         return make_mesh(config, everywhere), 1
     local = _devices(topology.one_host())
-    alone = fits_one_process(
+    fits = fits_one_process(
         request.architecture,
         config,
         jnp.dtype(request.dtype),
@@ -182,7 +182,7 @@ def _mesh(request: MeshRequest, topology: Topology) -> tuple[Mesh, int]:
         everywhere=everywhere,
         device_memory_bytes=topology.memory_bytes,
     )
-    return (make_mesh(config, local), topology.num_hosts) if alone else (make_mesh(config, everywhere), 1)
+    return (make_mesh(config, local), topology.num_hosts) if fits else (make_mesh(config, everywhere), 1)
 
 
 def _devices(topology: Topology) -> list[jax.Device]:
@@ -202,7 +202,7 @@ def _attention(request: CompileRequest, topology: Topology) -> str:
     dtype, head_dim, packed = jnp.dtype(request.dtype), request.architecture.head_dim, request.packed
     if request.attention == "auto":
         return default_backend(request.length, platform, dtype, head_dim, packed=packed)
-    # Refuses what cannot run there.
+    # Raises if the backend cannot run there.
     describe_backend(request.attention, [request.length], platform, dtype, head_dim, packed=packed)
     return request.attention
 
@@ -217,7 +217,7 @@ def _compiled_memory(traced: jax.stages.Traced, topology: Topology, held: Held) 
             raise PreflightError(
                 f"{topology.name}: the compiler fails: {' '.join(str(error).split())[:300]}"
             ) from error
-        # The compiler gives up with the total alone; rows of tokens are small beside parameters.
+        # The compiler only reports the total; rows of tokens are small compared to parameters.
         temporary = max(0, total - parameters)
         return Memory(parameters, parameters, 0, temporary, 0, total + resident, topology.memory_bytes, resident)
     output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -235,7 +235,7 @@ def _compiled_memory(traced: jax.stages.Traced, topology: Topology, held: Held) 
 
 
 def out_of_memory_bytes(message: str) -> int | None:
-    """Bytes that a program would need, from the message with which a TPU compiler refuses it; None: another error."""
+    """The bytes that a program would need, from a TPU compiler's error message; None for other errors."""
     for pattern in _OUT_OF_MEMORY:
         if found := pattern.search(message):
             return int(float(found[1]) * _UNITS[found[2]])
@@ -243,7 +243,7 @@ def out_of_memory_bytes(message: str) -> int | None:
 
 
 def _compiler(platform: str) -> str:
-    """Package and version of the installed compiler; empty where there is none."""
+    """Package and version of the installed compiler; empty if there is none."""
     for package in _PACKAGES[platform]:
         try:
             return f"{package} {importlib.metadata.version(package)}"
@@ -252,7 +252,7 @@ def _compiler(platform: str) -> str:
     return ""
 
 
-# What can be asked, each of a request as JSON.
+# Question -> answer to a request as JSON.
 QUESTIONS: Mapping[str, Callable[[dict[str, Any]], MeshAnswer]] = {
     "mesh": lambda values: mesh_answer(request_from_json(values, MeshRequest)),
     "program": lambda values: answer(request_from_json(values, CompileRequest)),

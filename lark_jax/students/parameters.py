@@ -38,7 +38,7 @@ def abstract_decoder(
     param_dtype: DTypeLike = jnp.float32,
     **options: Any,
 ) -> Decoder:
-    """A decoder whose parameters are `jax.ShapeDtypeStruct`s; takes no memory."""
+    """A decoder with `jax.ShapeDtypeStruct`s for parameters; takes no memory."""
     return nnx.eval_shape(lambda: Decoder(architecture, dtype, param_dtype, rngs=nnx.Rngs(0), **options))
 
 

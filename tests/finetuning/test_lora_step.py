@@ -1,4 +1,4 @@
-"""What training an adapter costs: frozen weights have no gradient, neither computed nor sent nor kept."""
+"""The cost of training an adapter: gradients of frozen weights are neither computed nor sent nor kept."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def test_gradients_of_the_adapter_are_all_that_is_reduced() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_of_a_layer_its_input_is_kept_and_no_copy_of_its_weights(dtype: str) -> None:
+def test_a_layer_keeps_its_input_and_no_copy_of_its_weights(dtype: str) -> None:
     jaxpr: ClosedJaxpr = traced(Lora(8, 16.0, LORA_TARGETS), data=8, dtype=dtype).jaxpr
     (sharded,) = (e for e in jaxpr.jaxpr.eqns if e.primitive.name == "shard_map")
     scans = [e for e in sharded.params["jaxpr"].eqns if e.primitive.name == "scan" and e.params["length"] == LAYERS]
@@ -69,7 +69,7 @@ def test_of_a_layer_its_input_is_kept_and_no_copy_of_its_weights(dtype: str) -> 
 
 
 def test_no_gradient_of_a_frozen_weight_is_computed_or_held() -> None:
-    """Of a vocabulary that outweighs all else. The body of a loop counts once among the FLOPs: 512 rows of it."""
+    """With a vocabulary that outweighs everything else. A loop body counts once in the FLOPs: 512 rows of the head."""
     vocab, chunk = 16_384, 512
     whole, adapter = (traced(lora, vocab_size=vocab).lower().compile() for lora in (None, Lora(1, 1.0, LORA_TARGETS)))
     flops = [program.cost_analysis()["flops"] for program in (whole, adapter)]

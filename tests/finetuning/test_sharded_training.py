@@ -1,4 +1,4 @@
-"""Training in every layout of the parameters: the same losses and gradients, and no more communication than said."""
+"""Training in every layout of the parameters: the same losses and gradients, with the expected communication."""
 
 import dataclasses
 import functools
@@ -107,7 +107,7 @@ def trace_of(data: int, tensor: int) -> Trace:
 def test_twenty_steps_have_the_losses_of_one_device(layout: str) -> None:
     expected, found = trace_of(1, 1), trace_of(*LAYOUTS[layout])
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
-    assert min(expected.losses[-5:]) < 0.95 * max(expected.losses[:5]), "nothing learnt: the comparison says little"
+    assert min(expected.losses[-5:]) < 0.95 * max(expected.losses[:5]), "nothing learnt: the comparison proves little"
     for name, value in expected.weights.items():
         assert np.linalg.norm(found.weights[name] - value) <= 1e-4 * np.linalg.norm(value), name
 
@@ -149,6 +149,7 @@ def test_twenty_steps_of_two_processes_have_the_losses_of_one_device(layout: str
         np.testing.assert_allclose(np.load(output), trace_of(1, 1).losses, rtol=1e-5)
 
 
+@functools.cache
 def traced(
     data: int, tensor: int, *, remat: str = "block", layers: int = 5, attention: str = "blockwise"
 ) -> tuple[ClosedJaxpr, Mesh]:
@@ -160,7 +161,7 @@ def traced(
 
 
 def equations(jaxpr: Jaxpr, in_loop: bool = False) -> list[tuple[JaxprEqn, bool]]:
-    """Every equation, and whether it lies in a loop."""
+    """Every equation, and whether it is inside a loop."""
     found = []
     for equation in jaxpr.eqns:
         found.append((equation, in_loop))

@@ -1,3 +1,5 @@
+"""One training step: Eq. 1 and its gradient, whatever the micro-batches, devices, row order and remat policy."""
+
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -201,8 +203,8 @@ def test_doubling_a_weight_adds_its_share_of_eq_1(tokens_per_batch: int) -> None
     doubled = (*examples[:3], Example(examples[3].rendered, 2 * examples[3].weight))
     _, before, _ = summed(examples, range(4), tokens_per_batch=tokens_per_batch)
     _, after, _ = summed(doubled, range(4), tokens_per_batch=tokens_per_batch)
-    _, alone = eq_1([examples[3]], [examples[3].weight])
-    share = {name: value / 4 for name, value in alone.items()}
+    _, single = eq_1([examples[3]], [examples[3].weight])
+    share = {name: value / 4 for name, value in single.items()}
     _, expected = eq_1(doubled, [example.weight for example in doubled])
     assert_same_gradient(after, expected)
     assert_same_gradient({name: before[name] + share[name] for name in share}, after)

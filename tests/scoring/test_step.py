@@ -1,4 +1,4 @@
-"""The scoring step gives the same means in every layout of the parameters, and holds and moves no more than it says."""
+"""The scoring step gives the same means in every layout of the parameters, with bounded memory and communication."""
 
 import dataclasses
 import functools
@@ -144,7 +144,11 @@ class Case:
 
 
 def _means(student: Decoder, rows: TokenRows, layout: Layout) -> TrajectoryMeans:
-    return jax.tree.map(np.asarray, layout.step(student)(rows))
+    means = layout.step(student)(rows)
+    for mean_b in means:
+        assert mean_b.shape == (ROWS,)
+        assert mean_b.sharding.is_fully_replicated
+    return jax.tree.map(np.asarray, means)
 
 
 @functools.cache
@@ -175,9 +179,19 @@ def test_one_device_gives_the_means_of_dense_float64_statistics(name: str) -> No
     assert np.abs(case.one_device["loss"] - guess).max() > 0.2, "a student that does not look at its input"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", STUDENTS)
-def test_every_layout_gives_the_scores_of_one_device(name: str, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *(("qwen2-untied", layout) for layout in LAYOUTS),
+        *(
+            (name, layout)
+            for name in ("qwen3-tied", "uneven")
+            for layout in ("gathered, tensor 2", "replicated, tensor 4")
+        ),
+        ("uneven", "gathered"),
+    ],
+)
+def test_every_layout_gives_the_scores_of_one_device_on_every_device(name: str, layout: str) -> None:
     case = _case(name)
     found, expected = case.means(LAYOUTS[layout]), case.one_device
     ranks = [statistic.name for statistic in STATISTICS if statistic.field == "rank"]
@@ -191,7 +205,7 @@ def test_every_layout_gives_the_scores_of_one_device(name: str, layout: str) -> 
     for column in ranks:
         difference = np.abs(found[column] - expected[column]) * case.rows.mask_bt.sum(-1)
         assert (difference <= moved_b + 1e-5 * MAX_RANK * LENGTH).all(), column
-    assert moved_b.sum() < 0.2 * case.rows.mask_bt.sum(), "so many near-ties that the comparison says little"
+    assert moved_b.sum() < 0.2 * case.rows.mask_bt.sum(), "so many near-ties that the comparison proves little"
 
 
 @functools.cache
@@ -205,7 +219,7 @@ def _rounded_case() -> tuple[Decoder, TokenRows, TrajectoryMeans]:
     return student, rows, _means(widened, rows, ONE_DEVICE)
 
 
-@pytest.mark.parametrize("layout", ["tensor 4", "gathered", "gathered, tensor 2"])
+@pytest.mark.parametrize("layout", ["tensor 4", "gathered"])
 def test_bfloat16_stays_near_the_float32_scores(layout: str) -> None:
     student, rows, expected = _rounded_case()
     found = _means(student, rows, LAYOUTS[layout])
@@ -213,7 +227,7 @@ def test_bfloat16_stays_near_the_float32_scores(layout: str) -> None:
     np.testing.assert_allclose(found["brier"], expected["brier"], rtol=1e-2)
 
 
-@pytest.mark.parametrize("layout", ["replicated", "tensor 4", "gathered", "gathered, tensor 2"])
+@pytest.mark.parametrize("layout", ["replicated", "gathered, tensor 2"])
 def test_parameters_held_in_bfloat16_score_in_float32_as_widened_ones_do(layout: str) -> None:
     student, rows, expected = _rounded_case()
     _, state = nnx.split(student)
@@ -242,14 +256,7 @@ def test_blocks_of_the_mlp_do_not_change_scores(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(found["brier"], case.one_device["brier"], rtol=1e-6)
 
 
-def test_results_are_whole_on_every_device() -> None:
-    case = _case("qwen3-tied")
-    for layout in (LAYOUTS["replicated"], LAYOUTS["gathered, tensor 2"]):
-        for mean_b in layout.step(case.student)(case.rows).values():
-            assert mean_b.shape == (ROWS,)
-            assert mean_b.sharding.is_fully_replicated
-
-
+@functools.cache
 def _compile(architecture: Architecture, layout: Layout, dtype: str = "float32", length: int = LENGTH):
     student = layout.abstract(architecture, dtype)
     return trace_score_step(student, vocab_chunk=100, rows=ROWS, length=length).lower().compile()
@@ -259,8 +266,9 @@ def _is_matrix(name: str) -> bool:
     return not name.endswith(("norm.weight", ".bias"))
 
 
-@pytest.mark.parametrize("name", ["qwen2-untied", "qwen3-tied"])
-@pytest.mark.parametrize("layout", EVERYWHERE)
+@pytest.mark.parametrize(
+    ("name", "layout"), [*(("qwen2-untied", layout) for layout in EVERYWHERE), ("qwen3-tied", "gathered, tensor 2")]
+)
 def test_every_large_parameter_is_split_as_loaded_and_as_compiled(name: str, layout: str, tmp_path: Path) -> None:
     architecture = _architecture(**STUDENTS[name])
     mesh, axes = EVERYWHERE[layout].mesh, EVERYWHERE[layout].parameter_axes
@@ -373,7 +381,7 @@ for tensor, axes in ((1, ()), (4, ("tensor",)), (2, ("data", "tensor"))):
 
 
 @pytest.mark.slow
-def test_every_layout_compiles_for_a_tpu_that_is_not_there() -> None:
+def test_every_layout_compiles_for_an_absent_tpu() -> None:
     pytest.importorskip("libtpu")
     config = {**CONFIG, **STUDENTS["qwen2-untied"], "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 2048}
     config |= {"head_dim": 64}

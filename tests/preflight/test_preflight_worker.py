@@ -1,11 +1,12 @@
-"""Preflight of a run that trains an adapter: what is asked of the compiler, and what counts as held."""
+"""The child's programs: what the request of a run with an adapter holds on a device."""
 
 import dataclasses
 import json
 
 from budget_cases import score_request
+from compiler_answers import experiment_of
 
-from lark_jax.config import LORA_TARGETS, Experiment, FinetuneConfig, MeshConfig, PoolConfig, StudentConfig
+from lark_jax.config import LORA_TARGETS, FinetuneConfig, MeshConfig
 from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileRequest, request_from_json
 from lark_jax.preflight.topologies import parse_topology
@@ -23,13 +24,7 @@ LORA = Lora(16, 32.0, LORA_TARGETS)
 
 
 def request_with(lora_rank: int) -> CompileRequest:
-    experiment = Experiment(
-        workdir="runs/x",
-        stages=("finetune",),
-        student=StudentConfig(path="nowhere/student"),
-        pool=PoolConfig(path="nowhere/pool.jsonl"),
-        finetune=FinetuneConfig(lora_rank=lora_rank, lora_alpha=32.0),
-    )
+    experiment = experiment_of("finetune", finetune=FinetuneConfig(lora_rank=lora_rank, lora_alpha=32.0))
     lengths = Lengths((20_000,) * 64, "given")
     return training_requests(experiment, ARCHITECTURE, parse_topology("v5p-16"), lengths)[0]
 
