@@ -39,12 +39,16 @@ def run_identity(
     student: Decoder, examples: Sequence[Example], held_out: Sequence[Example], config: FinetuneConfig, seed: int
 ) -> Identity:
     """Name of each input of the run -> its value or hash. An adapter starts as seed and settings say."""
+    # What a family does not use is None and left out: a new field does not change the hash of other families.
+    architecture = {
+        name: value for name, value in dataclasses.asdict(student.architecture).items() if value is not None
+    }
     settings = {f"finetune.{name}": value for name, value in deciding_settings(config, bool(held_out)).items()}
     return {
         "seed": seed,
         "training set": hash_of_examples(examples),
         "held-out set": hash_of_examples(held_out),
-        "architecture": files.sha256_of_json(dataclasses.asdict(student.architecture)),
+        "architecture": files.sha256_of_json(architecture),
         "initial weights": files.sha256_of_json(checksums(flatten_parameters(nnx.state(student, nnx.Param)))),
         **settings,
     }

@@ -34,6 +34,7 @@ from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score import STATISTICS
 from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
 from lark_jax.students import local_folder, read_architecture
+from lark_jax.students.attention.contract import AttentionSpec
 from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
 
 
@@ -115,9 +116,7 @@ def describe_attention(experiment: Experiment, row_lengths: Sequence[int]) -> st
         None if config.attention == "auto" else config.attention,
         row_lengths,
         kernel_platform(make_mesh(experiment.mesh).devices.flat[0]),
-        jnp.dtype(config.dtype),
-        architecture.head_dim,
-        packed=config.packing,
+        AttentionSpec(jnp.dtype(config.dtype), architecture.head_dim, config.packing, architecture.sliding_window),
     )
 
 

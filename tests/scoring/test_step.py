@@ -145,7 +145,7 @@ class Case:
 
 def _means(student: Decoder, rows: TokenRows, layout: Layout) -> TrajectoryMeans:
     means = layout.step(student)(rows)
-    for mean_b in means:
+    for mean_b in means.values():
         assert mean_b.shape == (ROWS,)
         assert mean_b.sharding.is_fully_replicated
     return jax.tree.map(np.asarray, means)
