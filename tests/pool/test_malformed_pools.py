@@ -147,7 +147,7 @@ def list_with_a_comma_at_its_end(folder: Path) -> Broken:
     path = pool / "a" / "1.json"
     path.write_text(path.read_text()[:-1] + ",\n]")
     return Broken(
-        pool, (f"{path}:5: item 4: is not valid JSON: there is a comma with no item",), (f"{path}:5: item 4",)
+        pool, (f"{path}:5: item 4: is not valid JSON: there is a comma without an item",), (f"{path}:5: item 4",)
     )
 
 
@@ -156,7 +156,7 @@ def list_that_goes_on_behind_its_end(folder: Path) -> Broken:
     pool = lists(folder)
     path = pool / "a" / "1.json"
     path.write_text(path.read_text() + "\n[]")
-    return Broken(pool, (f"{path}:5: there is more behind the end of the list",), None)
+    return Broken(pool, (f"{path}:5: there is more after the end of the list",), None)
 
 
 @case
@@ -342,7 +342,7 @@ def list_without_items(folder: Path) -> Broken:
 def teacher_file_missing(folder: Path) -> Broken:
     pool = lists(folder)
     (pool / "b" / "2.json").unlink()
-    return Broken(pool, (f"{pool}/b: teacher b has 1 files, a has 2; bring the missing ones",), (f"{pool}/b",))
+    return Broken(pool, (f"{pool}/b: teacher b has 1 files, a has 2; add the missing ones",), (f"{pool}/b",))
 
 
 @case
@@ -362,7 +362,7 @@ def empty_folder(folder: Path) -> Broken:
 def folder_of_other_files(folder: Path) -> Broken:
     (folder / "pool").mkdir()
     (folder / "pool" / "data.csv").write_text("a,b")
-    return Broken(folder / "pool", ("no pool in this folder", "it holds data.csv (no pool file)"), None)
+    return Broken(folder / "pool", ("no pool in this folder", "it holds data.csv (not a pool file)"), None)
 
 
 @case
@@ -383,7 +383,7 @@ def loop_of_links_between_folders(folder: Path) -> Broken:
 def link_to_itself(folder: Path) -> Broken:
     pool = lists(folder)
     (pool / "b" / "3.json").symlink_to(pool / "b" / "3.json")
-    return Broken(pool, (f"{pool}/b/3.json: is a link that leads nowhere",), None)
+    return Broken(pool, (f"{pool}/b/3.json: is a broken link",), None)
 
 
 @case
@@ -397,7 +397,7 @@ def saved_dataset_without_one_of_its_files(folder: Path) -> Broken:
 def saved_dataset_with_a_damaged_note(folder: Path) -> Broken:
     (folder / "dataset_info.json").write_text("{}")
     (folder / "state.json").write_text("{")
-    return Broken(folder, (f"{folder}/state.json: not as the library datasets writes it",), None)
+    return Broken(folder, (f"{folder}/state.json: not as written by the library datasets",), None)
 
 
 def test_there_are_at_least_thirty_broken_pools() -> None:

@@ -17,7 +17,7 @@ import pytest
 from lark_jax.config import ColumnsConfig, PoolConfig
 from lark_jax.errors import ConfigError, PoolError
 from lark_jax.pool import Pool, load_pool, read_pool
-from lark_jax.pool.hub import is_hub_id, local_source
+from lark_jax.pool.sources import is_hub_id, local_source
 
 SYSTEM = "Think step by step."
 TEACHERS, ROLLOUTS, PROBLEMS = ("deepseek-r1-0528", "qwq"), 3, 5
@@ -141,7 +141,7 @@ def test_every_file_of_a_hub_snapshot_that_is_not_read_is_named(tmp_path: Path) 
     pool = read_pool(tmp_path)
     assert len(pool.trajectories) == 30
     assert pool.files_left_out == (
-        "README.md (no pool file)",
+        "README.md (not a pool file)",
         "selected_by_rsr/rsr-min_for_student.json (pool.exclude)",
     )
 
@@ -164,7 +164,7 @@ def test_a_file_name_that_does_not_say_the_teacher_is_refused(tmp_path: Path) ->
     """Not taken for rollout 2507 of a teacher called qwen3."""
     write_lists(tmp_path, "{teacher}_gen{rollout}.json")
     (tmp_path / "qwen3_2507.json").write_text("[]")
-    with pytest.raises(PoolError, match=r"qwen3_2507\.json: the name does not say teacher.*config\.pool\.file_names"):
+    with pytest.raises(PoolError, match=r"qwen3_2507\.json: the name does not give teacher.*config\.pool\.file_names"):
         read_pool(tmp_path)
 
 
@@ -427,5 +427,5 @@ def test_no_room_for_the_texts_is_one_clear_line(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
-    with pytest.raises(PoolError, match=r"cannot keep the pool's texts there: No space left on device; set TMPDIR"):
+    with pytest.raises(PoolError, match=r"cannot store the pool's texts here: No space left on device; set TMPDIR"):
         read_pool(write_lists(tmp_path))

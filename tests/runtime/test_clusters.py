@@ -10,7 +10,7 @@ from jax._src.clusters import cloud_tpu_cluster
 
 from lark_jax.config import DistributedConfig
 from lark_jax.errors import ConfigError
-from lark_jax.runtime.clusters import ALONE, Place, find_place, require_free_port
+from lark_jax.runtime.clusters import ALONE, ProcessPlace, find_place, require_free_port
 
 Environment = Callable[[Mapping[str, str]], None]
 LAUNCHERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "JAX_", "CUDA_VISIBLE")
@@ -51,7 +51,7 @@ def eight_gpus(visible: int = 8) -> dict[str, str]:
 AUTO = DistributedConfig()
 
 
-def find(config: DistributedConfig = AUTO) -> Place:
+def find(config: DistributedConfig = AUTO) -> ProcessPlace:
     return find_place(config, os.environ)
 
 
@@ -64,7 +64,7 @@ def test_explicit_fields_are_taken_and_leave_devices_to_the_user(environment: En
     environment(srun(0, 0, 0, "2", 2))
     count = random.randrange(2, 100)
     config = DistributedConfig(coordinator="host:1234", num_processes=count, process_id=count - 1)
-    assert find(config) == Place(count - 1, count, "host:1234", None)
+    assert find(config) == ProcessPlace(count - 1, count, "host:1234", None)
 
 
 def test_one_explicit_process_is_alone(environment: Environment) -> None:
