@@ -46,7 +46,7 @@ def missing_column(field: str, column: str, found: Iterable[str]) -> str:
 
 
 def _renamed(record: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The record under our field names; a column called like a field that is read from another column goes into meta."""
+    """The record under our field names; a column with the name of a field that is read elsewhere goes into meta."""
     if not mapping:
         return dict(record)
     used = set(mapping.values())

@@ -172,7 +172,7 @@ def guarded(action: Callable[[], int]) -> int:
         return fail(_explain_device_error(str(error)))
     except KeyboardInterrupt:
         if processes.announce_failure("interrupted"):
-            print("interrupted; the same command continues where it stopped", file=sys.stderr)
+            print("interrupted; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

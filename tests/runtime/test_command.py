@@ -155,7 +155,7 @@ def raises(error: BaseException) -> Callable[[], int]:
         (PoolError("pool.jsonl:1:\n  no messages"), 2, "error: pool.jsonl:1: no messages\n"),
         (PermissionError(13, "Permission denied", "file"), 2, "error: [Errno 13] Permission denied: 'file'\n"),
         (BrokenPipeError(32, "Broken pipe"), 2, "error: [Errno 32] Broken pipe\n"),
-        (KeyboardInterrupt(), EXIT_INTERRUPTED, "interrupted; the same command continues where it stopped\n"),
+        (KeyboardInterrupt(), EXIT_INTERRUPTED, "interrupted; run the same command again to continue\n"),
     ],
 )
 def test_what_the_user_can_fix_is_one_line(
