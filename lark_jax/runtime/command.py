@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import jax
 from absl import flags as absl_flags
 from absl import logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from lark_jax.config import expand_home, require_known_field
 from lark_jax.config.reference import as_text
@@ -67,7 +67,7 @@ class Command:
     flags: tuple[Flag, ...] = ()
     positional: bool = False
     config: tuple[str, ...] | None = None  # sections that the command reads, () for all; None: no configuration
-    config_required: bool = False  # else the paper's recipe stands in for a missing --config
+    config_required: bool = False  # else a missing --config means the paper's recipe
 
     def main(self, arguments: Sequence[str]) -> int:
         """Parses and acts; returns the exit status."""
@@ -90,24 +90,14 @@ class Command:
           ConfigError: a flag is unknown, missing or has no valid value, or the configuration file does not load.
         """
         arguments = [_with_home(argument) for argument in arguments]
-        parser = absl_flags.FlagValues()  # not absl's global one: each command has its own flags
-        parser.set_gnu_getopt(True)  # flags may follow positional arguments
-        for flag in self.flags:
-            _define(flag, parser)
         argv = [self.name, *arguments]
         config_file = _value_after("config", arguments)
-        if self.config is not None:
-            self._define_config(config_file, parser, argv)
-            for override in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(arguments), flags=re.MULTILINE):
-                require_known_field(override)
+        parser = self._parser(argv, config_file)
         try:
             positional = parser(argv)[1:]
-            config = parser["config"].value if self.config is not None else ConfigDict()
-            values = _nested(config, config_file)
+            values = _nested(parser["config"].value) if self.config is not None else {}
         except absl_flags.Error as error:
             raise ConfigError(f"{one_line(error)}; {self._see_help}") from error
-        except LarkError:
-            raise
         except Exception as error:  # whatever a config file raises: it is the user's own code
             where = f"--config={config_file}" if config_file else "--config"
             raise ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
@@ -121,7 +111,7 @@ class Command:
 
     def help(self) -> str:
         """Usage, flags, and the fields of the configuration."""
-        parts = [f"usage: {self._command_line}", self.doc.strip()]
+        parts = [f"usage: {self._command_line}", textwrap.fill(self.doc, WIDTH)]
         flag_lines = [line for flag in self.flags for line in _described(flag)]
         if self.config is not None:
             needed = "" if self.config_required else "; default: the paper's recipe"
@@ -141,15 +131,24 @@ class Command:
     def _see_help(self) -> str:
         return f"python -m {self.name} --help lists what can be given"
 
-    def _define_config(self, path: str | None, parser: absl_flags.FlagValues, argv: list[str]) -> None:
-        if path is not None:
-            if not os.path.exists(path.partition(":")[0]):  # what follows the colon goes to get_config
-                raise ConfigError(f"--config={path}: no such file")
+    def _parser(self, argv: list[str], config_file: str | None) -> absl_flags.FlagValues:
+        parser = absl_flags.FlagValues()  # not absl's global one: each command has its own flags
+        parser.set_gnu_getopt(True)  # flags may follow positional arguments
+        for flag in self.flags:
+            _define(flag, parser)
+        if self.config is None:
+            return parser
+        if config_file is not None:
+            if not os.path.exists(config_file.partition(":")[0]):  # what follows the colon goes to get_config
+                raise ConfigError(f"--config={config_file}: no such file")
             config_flags.DEFINE_config_file("config", None, "", parser, sys_argv=argv)
         elif self.config_required:
             raise ConfigError(f"--config: missing, a file such as configs/tiny.py; usage: {self._command_line}")
         else:
             config_flags.DEFINE_config_dict("config", paper_recipe(), "", parser, sys_argv=argv)
+        for override in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv), flags=re.MULTILINE):
+            require_known_field(override)
+        return parser
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -195,7 +194,7 @@ def _explain_device_error(message: str) -> str:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as in `... | head`; else another pipe broke."""
+    """Whether stdout is a pipe without a reader, as in `... | head`; else another pipe broke."""
     with contextlib.suppress(OSError, ValueError):  # stdout is no file
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -238,9 +237,9 @@ def _value_after(name: str, arguments: Sequence[str]) -> str | None:
     return found
 
 
-def _nested(config: Any, path: str | None) -> dict[str, Any]:
+def _nested(config: Any) -> dict[str, Any]:
     """The configuration as nested dictionaries, references to other fields resolved."""
     if not hasattr(config, "to_dict"):  # ml_collections raises here what kept the file from being read
-        raise ConfigError(f"--config={path}: get_config() has to return a ConfigDict, got {type(config).__name__}")
+        raise TypeError(f"get_config() has to return a ConfigDict, got {type(config).__name__}")
     values: dict[str, Any] = config.to_dict()
     return values

@@ -1,4 +1,4 @@
-"""docs/config.md is what the field declarations say, and every field says what it means."""
+"""docs/config.md is generated from the field declarations, and every field has a meaning."""
 
 from pathlib import Path
 
