@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lark_jax.config import Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.pool import files_read, load_pool
-from lark_jax.pool.hub import local_source
+from lark_jax.pool.sources import local_source
 from lark_jax.rendering.chat import load_chat_format
 from lark_jax.rendering.token_counts import count_inputs
 from lark_jax.runtime import files
