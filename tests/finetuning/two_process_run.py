@@ -1,4 +1,4 @@
-"""One of two processes, each with one device, that train the tiny student together: PORT INDEX DIRECTORY."""
+"""One of two processes with one device each that train the tiny student together: PORT INDEX DIRECTORY."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""What each run of an experiment is trained on, and what all of them are measured on."""
+"""The training set of each run of an experiment, and the held-out set that all runs share."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def data_of_all_runs(experiment: Experiment) -> list[TrainingData]:
     return [training_data(experiment, layout, chat, run) for run in layout.runs]
 
 
-def test_all_runs_are_measured_on_the_same_trajectories_of_problems_that_none_is_trained_on(
+def test_all_runs_share_held_out_trajectories_of_problems_that_none_is_trained_on(
     material: Path, tmp_path: Path
 ) -> None:
     of_runs = data_of_all_runs(experiment_with(material, tmp_path, held_out_fraction=0.25))
@@ -81,13 +81,13 @@ def test_all_runs_are_measured_on_the_same_trajectories_of_problems_that_none_is
         assert sum(example.weight for example in data.examples) == pytest.approx(len(data.examples))
 
 
-def test_nothing_is_held_out_unless_asked_for(material: Path, tmp_path: Path) -> None:
+def test_nothing_is_held_out_by_default(material: Path, tmp_path: Path) -> None:
     for data in data_of_all_runs(experiment_with(material, tmp_path)):
         assert data.held_out == ()
         assert len({example.rendered.problem_id for example in data.examples}) == PROBLEMS
 
 
-def test_the_held_out_set_is_among_the_inputs_of_the_stage(material: Path, tmp_path: Path) -> None:
+def test_the_inputs_of_the_stage_include_the_held_out_set(material: Path, tmp_path: Path) -> None:
     experiment = experiment_with(material, tmp_path, held_out_fraction=0.25)
     layout = Layout.of(experiment)
     data_of_all_runs(experiment)
