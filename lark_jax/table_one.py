@@ -22,7 +22,7 @@ from lark_jax.stages.tables import (
     find_evaluations,
     paired_differences,
     read_students,
-    require_asked_alike,
+    require_same_settings,
     write_tables,
 )
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         found = {model: find_evaluations(workdir) for model, workdir in _models(options.workdirs).items()}
-        require_asked_alike([evaluation for evaluations in found.values() for evaluation in evaluations])
+        require_same_settings([evaluation for evaluations in found.values() for evaluation in evaluations])
         students = [student for model, evaluations in found.items() for student in read_students(model, evaluations)]
         table = table_one(students)
         differences = [row for model, evaluations in found.items() for row in paired_differences(model, evaluations)]

@@ -1,4 +1,4 @@
-"""Reads pages as a browser has to: what would be mended silently, or leads nowhere, is a fault."""
+"""Checks HTML pages: everything that a browser would silently repair, and every dead link, is a fault."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +17,7 @@ PARENTS = {
 
 
 class PageReader(HTMLParser):
-    """Collects tags with attributes, and texts; `faults` says what is wrong with the markup."""
+    """Collects tags with attributes, and texts; `faults` lists errors of the markup."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -89,7 +89,7 @@ class PageReader(HTMLParser):
 
 
 def faults_of_pages(folder: Path) -> list[str]:
-    """What is wrong with the pages below `folder`, links from one to the other included."""
+    """The errors in all pages below `folder`, including dead links between them."""
     pages = {path.resolve(): PageReader(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.html"))}
     faults = []
     for path, page in pages.items():

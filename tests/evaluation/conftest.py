@@ -1,4 +1,4 @@
-"""Tiny students on disk, a random one and one whose answers are known exactly; the worker with a fake engine."""
+"""Tiny students on disk: a random one, and one whose answers are known exactly. The worker with a fake engine."""
 
 import math
 import os
@@ -13,8 +13,10 @@ import torch
 import transformers
 
 from lark_jax.config import EvaluateConfig
-from lark_jax.evaluation.engines import WORKER, build_request, choose_engine
-from lark_jax.evaluation.worker.worker_request import Job, Prompt, Request, Sample
+from lark_jax.evaluation.engines import WORKER, choose_engine
+from lark_jax.evaluation.generation_request import build_request
+from lark_jax.evaluation.prompts import StudentPrompts
+from lark_jax.evaluation.worker.worker_records import Generation, Job, Prompt, Request, Sample
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -63,7 +65,7 @@ def _save(model: transformers.Qwen2ForCausalLM, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def random_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random float32 Qwen2, head_dim 32, with weights large enough that its choices are clear."""
+    """A random float32 Qwen2 with head_dim 32 and weights large enough for clear choices."""
     torch.manual_seed(7)
     return _save(transformers.Qwen2ForCausalLM(_config(initializer_range=0.15)), tmp_path_factory.mktemp("random"))
 
@@ -71,7 +73,7 @@ def random_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_bigram_student(folder: Path, seven: float) -> Path:
     """A student that answers every prompt by "\\boxed{7}" with probability `seven` and by "\\boxed{8}" otherwise.
 
-    Attention and MLP add nothing, embeddings are one-hot, so that the head is a table of next-token log-probabilities.
+    Attention and MLP add nothing and embeddings are one-hot, so the head is a table of next-token log-probabilities.
     """
     tokenizer = tiny_tokenizer()
     model = transformers.Qwen2ForCausalLM(_config())
@@ -111,9 +113,8 @@ def make_request() -> MakeRequest:
             for index in range(num_prompts)
         )
         evaluate = EvaluateConfig(**{"samples": 3, "seeds": (0, 5), "max_tokens": 24, "temperature": 1.0, **config})
-        return build_request(
-            model, "weights", prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, evaluate, engine, output
-        )
+        asked = StudentPrompts(prompts, frozenset(), tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return build_request(model, "weights", asked, evaluate, engine, output)
 
     return make
 
@@ -130,19 +131,19 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class FakeEngine:
-    """Yields jobs last first, as an engine may; counts what it was asked for; can die halfway."""
+    """Yields the last job first, as an engine may; records what it was asked for; can die halfway."""
 
-    def __init__(self, sample_type: type[Sample], die_after: int | None = None) -> None:
-        self.sample_type, self.die_after = sample_type, die_after
+    def __init__(self, die_after: int | None = None) -> None:
+        self.die_after = die_after
         self.asked: list[tuple[str, str, int]] = []
 
-    def __call__(self, request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, list[Sample]]]:
+    def __call__(self, request: Request, pending: Sequence[Job]) -> Iterator[Generation]:
         for count, job in enumerate(reversed(pending)):
             if count == self.die_after:
                 raise RuntimeError("engine died")
             self.asked.append(job.key)
             texts = [f"{job.key} é {request.first_seed(job) + index}" for index in range(request.samples)]
-            yield job, [self.sample_type(text, "stop", len(text)) for text in texts]
+            yield Generation(job, tuple(Sample(text, "stop", len(text)) for text in texts))
 
 
 RunFake = Callable[..., list[tuple[str, str, int]]]
@@ -150,10 +151,10 @@ RunFake = Callable[..., list[tuple[str, str, int]]]
 
 @pytest.fixture
 def run_fake(main: Any, monkeypatch: pytest.MonkeyPatch) -> RunFake:
-    """Runs the worker in this process, its engine a fake one; gives the jobs that it was asked for."""
+    """Runs the worker in this process with a fake engine; returns the jobs that it was asked for."""
 
     def run(request: Request, die_after: int | None = None) -> list[tuple[str, str, int]]:
-        engine = FakeEngine(main.Sample, die_after)
+        engine = FakeEngine(die_after)
         monkeypatch.setattr(main, "engine_named", lambda _: engine)
         main.run(request, Path(request.output).with_name("unread.json"))
         return engine.asked
@@ -169,7 +170,7 @@ def single_thread_worker() -> None:
 
 @pytest.fixture(scope="session")
 def vllm_reason(tmp_path_factory: pytest.TempPathFactory, random_student: Path, make_request: MakeRequest) -> str:
-    """Why vLLM cannot be tested here; empty where its health check generates."""
+    """Why vLLM cannot be tested here; empty if its health check generates."""
     folder = tmp_path_factory.mktemp("vllm")
     request = make_request(random_student, folder / "out.jsonl", "transformers")
     choice = choose_engine(EvaluateConfig(engine="auto"), request, folder)

@@ -12,10 +12,11 @@ from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import runner
 from lark_jax.evaluation.accuracy import Ungraded, accuracies
 from lark_jax.evaluation.benchmarks import read_benchmark
-from lark_jax.evaluation.engines import EngineChoice, Generation
+from lark_jax.evaluation.engines import EngineChoice
+from lark_jax.evaluation.prompts import render_prompts
 from lark_jax.evaluation.runner import engine_for, evaluate_student, read_student_result
-from lark_jax.evaluation.samples import read_samples, read_verdicts
-from lark_jax.evaluation.worker.worker_request import Sample
+from lark_jax.evaluation.samples import read_correctness, read_samples
+from lark_jax.evaluation.worker.worker_records import Generation, Sample
 from lark_jax.rendering.chat import load_chat_format
 from lark_jax.stages.evaluate import ungraded_samples
 
@@ -41,8 +42,9 @@ def chat(bigram_student):
 
 
 def evaluate(folder, model, benchmarks, chat, config=CONFIG, **options):
+    asked = render_prompts(benchmarks, chat, config.system_prompts)
     return evaluate_student(
-        "known", model, benchmarks, chat, config, folder / "results", generations_dir=folder / "generations", **options
+        "known", model, benchmarks, asked, config, folder / "results", generations_dir=folder / "generations", **options
     )
 
 
@@ -53,7 +55,8 @@ def read_rows(path):
 @pytest.mark.slow
 def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat, engine):
     config = replace(CONFIG, engine=engine)
-    choice = engine_for(bigram_student, benchmarks, chat, config, tmp_path)
+    asked = render_prompts(benchmarks, chat, config.system_prompts)
+    choice = engine_for(bigram_student, asked, config, tmp_path)
     assert choice.engine == engine
     result = evaluate(tmp_path, bigram_student, benchmarks, chat, config, engine=choice)
     digits, nines = result.benchmarks
@@ -76,7 +79,7 @@ def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat,
     by_seed = [[row["text"] for row in rows if row["seed"] == seed] for seed in (0, 1)]
     assert by_seed[0] != by_seed[1]
     assert read_student_result(tmp_path / "results") == result
-    ids, correct_spn = read_verdicts(tmp_path / "results")["digits"]
+    ids, correct_spn = read_correctness(tmp_path / "results")["digits"]
     assert ids == tuple(gold)
     assert accuracies(correct_spn) == digits.by_k
     assert [accuracy.k for accuracy in digits.by_k] == [1, 2, 3, 4, 5]
@@ -118,6 +121,14 @@ def no_worker(monkeypatch):
     monkeypatch.setattr(runner, "run_generation", forbidden)
 
 
+def generate_always(monkeypatch, *samples):
+    """In place of the worker: these samples for every job."""
+    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
+    monkeypatch.setattr(
+        runner, "read_generations", lambda request: [Generation(job, samples) for job in request.jobs()]
+    )
+
+
 @pytest.mark.usefixtures("no_worker")
 def test_a_finished_student_is_not_run_again(copied, bigram_student, benchmarks, chat):
     folder, result = copied
@@ -144,7 +155,7 @@ def test_samples_of_other_weights_make_way_and_come_back(copied, bigram_student,
     path = folder / "generations" / "generations.jsonl"
     old = path.read_bytes()
     again = evaluate(folder, bigram_student, benchmarks, chat, model_fingerprint="other")
-    assert "made by other weights, another decoding or another engine" in capsys.readouterr().err
+    assert "made with other weights, another decoding or another engine" in capsys.readouterr().err
     assert again.benchmarks == result.benchmarks
     assert again.fingerprint != result.fingerprint
     assert path.read_bytes() != old
@@ -168,7 +179,7 @@ def test_samples_in_another_form_are_discarded(copied, bigram_student, benchmark
     assert not path.exists()
 
 
-def test_a_further_benchmark_and_seed_generate_what_is_new_alone(
+def test_an_additional_benchmark_or_seed_generates_only_what_is_new(
     tmp_path, bigram_student, benchmarks, chat, run_fake, monkeypatch
 ):
     """To the same bytes as at once; taking them out again costs nothing either."""
@@ -223,21 +234,12 @@ def test_a_given_engine_is_used_for_all_students(tmp_path, bigram_student, bench
     assert asked == ["transformers"]
 
 
-def test_benchmarks_of_one_name_are_refused(tmp_path, bigram_student, benchmarks, chat):
-    with pytest.raises(EvaluationError, match="names must differ"):
-        evaluate(tmp_path, bigram_student, benchmarks + benchmarks, chat)
-
-
-def test_samples_that_the_grader_gives_up_are_listed_by_problem_seed_and_sample(
+def test_samples_that_cannot_be_graded_are_listed_by_problem_seed_and_sample(
     tmp_path, bigram_student, chat, monkeypatch
 ):
     (tmp_path / "own.json").write_text(json.dumps([{"problem": "?", "answer": "9", "id": "AIME 2024 I 1"}]))
     endless = Sample(f"\\boxed{{{'1' * 5_000}}}", "stop", 9)
-    generations = [
-        Generation("own", "AIME 2024 I 1", seed, (Sample("\\boxed{9}", "stop", 9), endless)) for seed in (3, 4)
-    ]
-    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
-    monkeypatch.setattr(runner, "read_generations", lambda _: generations)
+    generate_always(monkeypatch, Sample("\\boxed{9}", "stop", 9), endless)
     config = replace(CONFIG, samples=2, seeds=(3, 4))
     result = evaluate(tmp_path, bigram_student, [read_benchmark(tmp_path / "own.json")], chat, config)
     assert result.benchmarks[0].ungraded == tuple(
@@ -270,36 +272,8 @@ def test_a_thought_that_the_prompt_opens_and_no_one_closes_holds_no_answer(
     chat = load_chat_format(bigram_student, tmp_path / "opening.jinja" if opened else None)
     nines = benchmarks[1]
     samples = tuple(Sample(text, "stop", 9) for text in THOUGHTS)
-    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
-    monkeypatch.setattr(runner, "read_generations", lambda _: [Generation("nines", "0", 0, samples)])
+    generate_always(monkeypatch, *samples)
     evaluate(tmp_path, bigram_student, [nines], chat, replace(CONFIG, samples=3, seeds=(0,)))
     rows = list(read_samples(tmp_path / "results", "nines"))
     assert [row.correct for row in rows] == correct
     assert [row.text for row in rows] == list(THOUGHTS)  # as they were generated
-
-
-TURNS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-NO_SYSTEM_TURN = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS
-DROPS_SYSTEM_TURN = TURNS.replace("messages %}", "messages if m.role != 'system' %}")
-WITHOUT = "or ask without a system turn: evaluate.system_prompts=none"
-
-
-@pytest.mark.parametrize(
-    ("template", "question", "message", "advised"),
-    [
-        (TURNS, "what does <|im_end|> do?", r"message 1 \(user\) contains the control token", False),
-        (NO_SYSTEM_TURN, "1+1?", r"the template fails on roles \(system, user\): no system", True),
-        (NO_SYSTEM_TURN, "what does <|im_end|> do?", "contains the control token", False),
-        (DROPS_SYSTEM_TURN, "1+1?", r"changes or drops message 0 \(system\); set student.chat_template", True),
-    ],
-)
-def test_a_problem_that_cannot_be_asked_is_named(template, question, message, advised, tmp_path, bigram_student):
-    (tmp_path / "template.jinja").write_text(template)
-    (tmp_path / "own.json").write_text(json.dumps([{"problem": question, "answer": "1", "id": "p 17"}]))
-    chat = load_chat_format(bigram_student, tmp_path / "template.jinja")
-    with pytest.raises(EvaluationError, match=rf"^benchmark own, problem p 17: .*{message}") as caught:
-        runner.render_prompts([read_benchmark(tmp_path / "own.json")], chat, "by_kind")
-    assert str(caught.value).endswith(WITHOUT) is advised

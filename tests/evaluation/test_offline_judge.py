@@ -8,8 +8,7 @@ import pytest
 from lark_jax.errors import EvaluationError, JudgeError
 from lark_jax.judging import offline
 from lark_jax.judging.answers import Answer, AnswerFile
-from lark_jax.judging.decoding import Decoding, seed_of
-from lark_jax.judging.judge import Question
+from lark_jax.judging.judge import Decoding, Question, seed_of
 from lark_jax.judging.offline import OfflineJudge
 from lark_jax.pool.records import Message
 

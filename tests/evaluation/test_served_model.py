@@ -1,4 +1,4 @@
-"""A tiny student behind vLLM's own server: the engine "openai" and the judge against their offline counterparts."""
+"""A tiny student on vLLM's own server: the engine "openai" and the judge against their offline counterparts."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ TRAJECTORIES = 6
 
 @pytest.fixture(scope="module")
 def served(random_student, vllm_reason, tmp_path_factory):
-    """The base URL of a server with the random student under the name "student-"."""
+    """The base URL of a server that serves the random student as "student-"."""
     if vllm_reason:
         pytest.skip(vllm_reason)
     spec = importlib.util.spec_from_file_location("vllm_server", SCRIPT)
@@ -82,11 +82,13 @@ def judged_task(folder, url, engine, model, **judge):
 
 @pytest.mark.slow
 def test_a_served_judge_and_an_offline_one_say_the_same(served, tmp_path, random_student):
-    """Random weights ramble until they are cut off, so that a greedy judge is of no use; but both ramble alike."""
+    """A greedy judge with random weights rambles until it is cut off; both must ramble alike."""
     answers = {}
     for engine, model in (("openai", "student-"), ("vllm", random_student)):
         task, layout = judged_task(tmp_path / engine, served, engine, model, max_tokens=100, attempts=1)
-        with pytest.raises(JudgeError, match=r"no use for any of 6 trajectories; the first: .* it was cut off"):
+        with pytest.raises(
+            JudgeError, match=r"no usable answer for any of 6 trajectories; the first: .* it was cut off"
+        ):
             run_tasks([task])
         kept = [json.loads(line) for line in (layout.judge / "answers.jsonl").read_text().splitlines()]
         answers[engine] = sorted((answer["text"], answer["finish_reason"]) for answer in kept)

@@ -13,8 +13,9 @@ from scripted_server import Asked, Reply, completion, json_reply, serving
 from lark_jax.config import EvaluateConfig, experiment_from_mapping
 from lark_jax.config.judge import JudgeConfig
 from lark_jax.errors import ConfigError, EvaluationError
-from lark_jax.evaluation.engines import WORKER, read_generations, run_generation, server_for
-from lark_jax.evaluation.worker.worker_request import read_request, write_request
+from lark_jax.evaluation.engines import WORKER, read_generations, run_generation
+from lark_jax.evaluation.generation_request import server_for
+from lark_jax.evaluation.worker.worker_records import read_request, write_request
 
 KEY = "sk-engine-91011"
 
@@ -53,7 +54,7 @@ def test_every_sample_is_asked_for_with_its_own_seed_and_all_of_the_decoding(tmp
     assert (body["top_k"], body["min_p"], body["model"]) == (-1, 0.0, "served-")
     assert {asked.path for asked in server.asked} == {"/v1/completions"}
     for job, line in zip(request.jobs(), read_generations(request), strict=True):
-        assert (line.problem_id, line.seed) == (job.prompt.problem_id, job.seed)
+        assert line.job == job
         seeds = [request.first_seed(job) + index for index in range(request.samples)]
         assert [sample.text for sample in line.samples] == [f"{len(job.prompt.tokens)}:{seed}" for seed in seeds]
         assert [sample.num_tokens for sample in line.samples] == [seed % 7 + 1 for seed in seeds]
@@ -88,9 +89,9 @@ def test_a_killed_worker_asks_no_finished_problem_again_and_ends_with_the_same_b
     [
         (json_reply({"error": {"message": "no model of this name"}}, 404), "ServerUnusable: .*404: no model of this"),
         (json_reply({"error": {"message": "8 tokens at most"}}, 400), "benchmark b, problem p[01]: HTTP 400: 8 tokens"),
-        (completion("x", reason="abort"), "problem p[01]: the answer is not as expected: .*'abort'"),
-        (json_reply({"choices": []}), "problem p[01]: the answer is not as expected"),
-        (completion("x", tokens=0), "problem p[01]: the answer is not as expected: .*completion_tokens 0"),
+        (completion("x", reason="abort"), "problem p[01]: unexpected response: .*'abort'"),
+        (json_reply({"choices": []}), "problem p[01]: unexpected response"),
+        (completion("x", tokens=0), "problem p[01]: unexpected response: .*completion_tokens 0"),
     ],
 )
 def test_what_a_server_refuses_ends_the_worker_with_problem_and_reason(tmp_path, request_to, reply, message):

@@ -49,17 +49,17 @@ def test_a_standard_name_with_another_count_is_refused(tmp_path, name, change):
     records = records[:change] if change < 0 else [*records, records[0]]
     path = write(tmp_path, name, records)
     count = STANDARD[name].num_problems
-    with pytest.raises(EvaluationError, match=rf"has {count} problems, here are {count + change}; .*another name"):
+    with pytest.raises(EvaluationError, match=rf"has {count} problems, this file has {count + change}; .*another name"):
         read_benchmark(path)
     assert len(read_benchmark(f"own={path}").problems) == count + change
-    with pytest.raises(EvaluationError, match="has 500 problems" if name == "math500" else "problems, here are"):
+    with pytest.raises(EvaluationError, match="has 500 problems" if name == "math500" else "problems, this file has"):
         read_benchmark(f"{name}={path}")
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("aime24", {"answer": "x + 1"}, "kind 'number', that of problem 0 is 'expression' \\('025'\\)"),
+        ("aime24", {"answer": "x + 1"}, "kind 'number', the answer of problem 0 is 'expression' \\('025'\\)"),
         ("gpqa_diamond", {"answer": "BC"}, "kind 'letter'"),
         ("math500", {"level": 6}, "level from 1 to 5, problem 7 has '6'"),
         ("math500", {"level": None}, "problem 7 has None"),

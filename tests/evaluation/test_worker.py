@@ -1,4 +1,4 @@
-"""The worker as a process: resume, engines against each other, life and death. Its file logic with a fake engine."""
+"""The worker: its files with a fake engine; as a process: resuming, agreement of the engines, being killed."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from flax import nnx
 
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.engines import WORKER, read_generations, run_generation
-from lark_jax.evaluation.worker.worker_request import read_request, write_request
+from lark_jax.evaluation.worker.worker_records import read_request, write_request
 from lark_jax.students import export_student, load_student
 from lark_jax.students.parameters import flatten_parameters, replace_parameters
 
@@ -41,8 +41,7 @@ def test_request_survives_the_file(tmp_path, random_student, make_request):
 
 def test_output_is_in_request_order_whatever_the_engine_finishes_first(finished):
     request, _ = finished
-    keys = [(line.benchmark, line.problem_id, line.seed) for line in read_generations(request)]
-    assert keys == [job.key for job in request.jobs()]
+    assert [line.job for line in read_generations(request)] == list(request.jobs())
     assert not Path(request.output + ".partial").exists()
 
 
@@ -116,7 +115,7 @@ def test_only_what_is_new_in_a_request_is_asked_and_what_is_taken_out_is_kept(fi
     assert Path(large.output).read_bytes() == Path(fresh.output).read_bytes()
     assert run_fake(small, die_after=0) == []
     assert Path(small.output).read_bytes().startswith(expected_small)
-    assert [line.benchmark for line in read_generations(small)] == ["b"] * len(small.jobs())
+    assert [line.job for line in read_generations(small)] == list(small.jobs())
     assert run_fake(replace(large, tensor_parallel=4), die_after=0) == []
     assert list(read_generations(large)) == list(read_generations(fresh))
 
@@ -158,7 +157,7 @@ def test_a_tighter_token_budget_asks_again_where_it_is_felt(finished, run_fake):
 def test_an_output_of_an_unfinished_request_is_not_read(finished):
     request, _ = finished
     other = replace(request, prompts=(*request.prompts, *other_benchmark(request)))
-    with pytest.raises(EvaluationError, match=r"out\.jsonl: no samples of \('c', 'p0', 0\) in their place"):
+    with pytest.raises(EvaluationError, match=r"out\.jsonl: samples of \('c', 'p0', 0\) are missing"):
         list(read_generations(other))
 
 
@@ -304,7 +303,7 @@ def test_a_fine_tuned_export_has_the_same_log_probabilities_everywhere(tmp_path,
 LONELY_PARENT = """
 import sys
 from lark_jax.evaluation.engines import run_generation
-from lark_jax.evaluation.worker.worker_request import read_request
+from lark_jax.evaluation.worker.worker_records import read_request
 run_generation(read_request(sys.argv[1]), None, sys.argv[2])
 """
 

@@ -1,4 +1,4 @@
-"""The file of answers: what is in it stays, whatever ended the process."""
+"""The file of answers: what is in it stays there, however the process ended."""
 
 import random
 

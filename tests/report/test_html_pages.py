@@ -1,4 +1,4 @@
-"""The checker of pages sees the faults that it looks for."""
+"""The page checker finds the faults that it looks for."""
 
 from pathlib import Path
 

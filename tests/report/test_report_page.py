@@ -1,4 +1,4 @@
-"""The page is safe (pool text stays text), self-contained, complete and deterministic."""
+"""The page is safe (all text stays text), self-contained, complete and deterministic."""
 
 import dataclasses
 import html
@@ -12,10 +12,12 @@ import pytest
 from html_pages import PageReader, faults_of_pages
 
 from lark_jax.evaluation.accuracy import Difference
+from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
 from lark_jax.evaluation.contamination import Audit, Frame, Overlap
+from lark_jax.evaluation.samples import GradedSample
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.report import ReportContent, write_report
-from lark_jax.report.comparison import Contestant, Problem, Verdict, compare
+from lark_jax.report.comparison import ComparedStudent, compare
 from lark_jax.report.content import (
     AccuracyResult,
     Count,
@@ -24,10 +26,10 @@ from lark_jax.report.content import (
     LandscapeCandidate,
     LossCurve,
     PairedDifference,
-    Sample,
     SelectionComparison,
     SelectionProfile,
     Setting,
+    ShownAnswer,
     StageSummary,
 )
 from lark_jax.report.page import render_page
@@ -65,7 +67,14 @@ def full_content(text: str = "plain", skipped: int = 3) -> ReportContent:
             ),
         ),
         landscape=Landscape(f"{text} 839", f"{text} problem", f"method {text}", 3, candidates),
-        samples=(Sample(f"student {text}", text, f"{text} asks", f"{text} answers", f"{text} 5", False),),
+        answers=(
+            ShownAnswer(
+                f"student {text}",
+                text,
+                BenchmarkProblem("1", f"{text} asks", f"{text} 5", "expression"),
+                GradedSample("1", 0, 0, f"{text} answers", None, False, "no box", "stop", 1),
+            ),
+        ),
         stages=(StageSummary(f"score {text}", (Count(f"trajectories {text}", 1234),), records),),
     )
 
@@ -98,19 +107,20 @@ def test_page_loads_nothing() -> None:
 def test_the_markup_is_sound_and_every_link_leads_somewhere(tmp_path: Path) -> None:
     """With a section of every kind; `test_html_pages.py` shows that faults are seen."""
     overlap = Overlap("math500", "7", "find x", "12", "find x and y", jaccard=0.6, num_near=2)
-    problem = Problem("arithmetic", "p 1", "1 + 1?", "2", None)
-    seen = {
-        correct: (Verdict(0, 0, "2" if correct else None, correct, "correct" if correct else "no box"),)
-        for correct in (True, False)
-    }
-    students = [Contestant(f"{name} 1", name, 3, {problem.key: seen[name == "a"]}) for name in "abc"]
+    asked = Benchmark("arithmetic", (BenchmarkProblem("p 1", "1 + 1?", "2", "number"),), "fingerprint")
+    key, texts = ("arithmetic", "p 1"), dict.fromkeys((True, False), "a text")
+    students = []
+    for name, correct in (("a", True), ("b", False), ("c", False)):
+        extracted, reason = ("2", "correct") if correct else (None, "no box")
+        sample = GradedSample("p 1", 0, 0, "", extracted, correct, reason, "stop", 1)
+        students.append(ComparedStudent(f"{name} 1", name, 3, {key: (sample,)}))
     profiles = tuple(SelectionProfile(name, 3, 9, 120.0, (("t", 1.0),)) for name in ("lark", "random"))
     skipped = tuple(SkippedRecord(f"p{i}", "c", "pool.jsonl:1", "empty: so") for i in range(12))
     content = dataclasses.replace(
         full_content(),
         differences=(PairedDifference("7B", "lark B=3", "base", "math500", 83, Difference(5, 0.1, 0.0, 0.2, 9, 3)),),
         selections=SelectionComparison(profiles, ((1.0, 0.2), (0.2, 1.0))),
-        comparison=compare(students, [problem], lambda name, keys: {key: dict.fromkeys(seen, name) for key in keys}),
+        comparison=compare(students, [asked], lambda _, keys: dict.fromkeys(keys, texts)),
         contamination=Audit(1234, Frame("Solve: ", ""), (overlap,)),
         stages=(StageSummary("score", (Count("trajectories", 9),), skipped), StageSummary("select")),
     )
@@ -133,7 +143,7 @@ def test_every_skipped_record_is_on_the_page(skipped: int) -> None:
     assert f"{skipped} skipped" in page
 
 
-def test_of_very_many_skipped_records_the_page_shows_the_first_and_counts_all() -> None:
+def test_a_page_with_very_many_skipped_records_shows_the_first_and_counts_all() -> None:
     reasons = ("prompt_fills_max_length: the prompt has 9 tokens", "empty_answer: remove the record")
     numbers = range(165_000)
     records = tuple(SkippedRecord(f"p{i}", "c", f"pool.jsonl:{i}", reasons[i % 3 > 0]) for i in numbers)
@@ -142,7 +152,7 @@ def test_of_very_many_skipped_records_the_page_shows_the_first_and_counts_all() 
     text = " ".join("".join(PageReader(page).text).split())
     assert "165,000 skipped in score, with reasons" in text
     assert "empty_answer 110,000 prompt_fills_max_length 55,000" in text
-    last = "The first 1,000 of 165,000 records that score left out; all are in runs/x/score/manifest.json."
+    last = "The first 1,000 of 165,000 records that score skipped; runs/x/score/manifest.json lists all."
     assert last in text
     assert "p999 c pool.jsonl:999" in text
     assert "p1000" not in text
@@ -225,7 +235,7 @@ def test_differences_are_shown_with_how_they_were_found() -> None:
     )
     text = " ".join("".join(PageReader(render_page(content)).text).split())
     assert "Differences on the same problems" in text
-    assert "95% bootstrap, drawn for both together" in text
+    assert "95% bootstrap, drawn for both students together" in text
     for cell in ("lark B=3", "rsr B=3", "+7.2", "+1.2 to +13.1", "Acc@5"):
         assert cell in text
     assert "Differences on the same problems" not in render_page(full_content())

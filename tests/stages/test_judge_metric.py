@@ -1,4 +1,4 @@
-"""The metric "judge" as a task: its column, its manifest, its life after SIGKILL; a judge under vLLM."""
+"""The metric "judge" as a task: its column, its manifest, a run that is killed, a judge under vLLM."""
 
 import dataclasses
 import json
@@ -108,8 +108,8 @@ def test_scores_become_a_column_and_every_failure_a_line_of_the_manifest(tmp_pat
     assert [row["overall_score"] for row in rows] == [0.0, 0.2, 0.4, 0.5]
 
 
-def test_half_a_surrogate_pair_in_an_answer_costs_nothing(tmp_path: Path) -> None:
-    """No UTF-8 has one; the verdict is as good as another, and so is a server's excuse."""
+def test_half_a_surrogate_pair_in_an_answer_loses_nothing(tmp_path: Path) -> None:
+    """UTF-8 cannot encode it; neither the judgement nor a server's error message is lost."""
 
     def script(asked: Asked, _: int) -> Reply:
         text = json.loads(good(0.5).body)["choices"][0]["message"]["content"]
@@ -131,7 +131,7 @@ def test_half_a_surrogate_pair_in_an_answer_costs_nothing(tmp_path: Path) -> Non
     assert read_metric(folder / "columns.parquet").values["judge"].tolist()[:2] == [0.5, 0.5]
 
 
-def test_speed_and_address_are_no_inputs_and_another_rubric_asks_anew(tmp_path: Path) -> None:
+def test_rate_limits_and_address_are_not_inputs_and_another_rubric_asks_anew(tmp_path: Path) -> None:
     with serving(lambda *_: good(0.5)) as server:
         experiment = experiment_from_mapping(values_for(tmp_path, 4, server=server.url))
         run_tasks([task_of(experiment)])
@@ -148,10 +148,12 @@ def test_speed_and_address_are_no_inputs_and_another_rubric_asks_anew(tmp_path: 
         assert len(server.asked) == 8
 
 
-def test_a_judge_of_no_use_at_all_ends_the_run(tmp_path: Path) -> None:
+def test_a_judge_without_any_usable_answer_ends_the_run(tmp_path: Path) -> None:
     with serving(lambda *_: chat_answer("good job!")) as server:
         experiment = experiment_from_mapping(values_for(tmp_path, 4, server=server.url, attempts=1))
-        with pytest.raises(JudgeError, match="no use for any of 4 trajectories; the first: no useful answer in 1"):
+        with pytest.raises(
+            JudgeError, match="no usable answer for any of 4 trajectories; the first: no useful answer in 1"
+        ):
             run_tasks([task_of(experiment)])
 
 
@@ -306,7 +308,7 @@ class FavourableJudge:
 
 
 def without_a_student(task: Task) -> Task:
-    """The task, but statistics are made up, and depend on nothing."""
+    """The task; statistics are made up and depend on nothing."""
     if task.name != "score/statistics":
         return task
 
@@ -319,7 +321,7 @@ def without_a_student(task: Task) -> Task:
     return dataclasses.replace(task, inputs=dict, run=forward, everywhere=False)
 
 
-def test_a_judge_that_nobody_asks_for_needs_no_settings(tmp_path: Path) -> None:
+def test_without_the_metric_no_judge_settings_are_needed(tmp_path: Path) -> None:
     values = values_for(tmp_path, 2)
     del values["score"]
     assert experiment_from_mapping(values).score.judge == JudgeConfig()
