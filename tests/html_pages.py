@@ -4,6 +4,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from lark_jax.report import ReportContent
+from lark_jax.report.page import plates_of, render_page
+
 VOID_TAGS = {"meta", "use", "path", "link", "img", "br", "hr", "input"}
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 BLOCKS = HEADINGS | {
@@ -14,6 +17,11 @@ PARENTS = {
     "li": {"ul", "ol"}, "tr": {"thead", "tbody"}, "td": {"tr"}, "th": {"tr"}, "caption": {"table"},
     "thead": {"table"}, "tbody": {"table"}, "figcaption": {"figure"}, "summary": {"details"},
 }  # fmt: skip
+
+
+def page_of(content: ReportContent) -> str:
+    """The report's page as HTML."""
+    return render_page(content, plates_of(content))
 
 
 class PageReader(HTMLParser):

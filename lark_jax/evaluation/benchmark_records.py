@@ -5,7 +5,7 @@ A file is a JSON list, JSON lines, parquet or CSV. A record has `problem` and `a
 
 Records in GPQA's published form (a question, the correct answer, three incorrect ones) become problems with lettered
 options. The options are shuffled with a seed that depends on the question only and is recorded with the problem: every
-student sees the same order, on every machine, whatever else is in the file.
+student sees the same order, on every machine and in every file.
 """
 
 import csv

@@ -83,12 +83,12 @@ def build_request(
 
 
 def request_fingerprint(request: Request) -> str:
-    """Of everything that the samples of the whole request depend on."""
+    """A hash of everything that the samples of the whole request depend on."""
     return sha256_of_json([request.fingerprint, [[*job.key, request.mark(job)] for job in request.jobs()]])
 
 
 def _fingerprint(request: Request, model_fingerprint: str, versions: Mapping[str, str | None]) -> str:
-    """Of what every sample depends on, whatever is asked and on how many GPUs; the rest is in its job's mark."""
+    """A hash of what every sample depends on, for any prompts and number of GPUs; the rest is in the job's mark."""
     left_out = ("fingerprint", "model", "output", "prompts", "seeds", "max_model_len", "tensor_parallel", "engines")
     fields = dataclasses.asdict(dataclasses.replace(request, prompts=(), server=None))
     for name in left_out:

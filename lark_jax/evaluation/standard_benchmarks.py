@@ -79,7 +79,7 @@ def check_standard(benchmark: Benchmark, where: str) -> None:
 
 
 def content_fingerprint(benchmark: Benchmark) -> str:
-    """Of problems and golds only: independent of ids, order and spacing, and of "25" or "025"."""
+    """A hash of problems and golds only: independent of ids, order and spacing, and of "25" or "025"."""
     return sha256_of_json(
         sorted([normalize_problem(problem.problem), _gold(problem)] for problem in benchmark.problems)
     )

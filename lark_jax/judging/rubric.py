@@ -52,7 +52,7 @@ def messages_for(rubric: Rubric, trajectory: Trajectory, refusals: Sequence[str]
     texts = {"{problem}": problem_of(trajectory), "{reasoning}": trajectory.response}
     # One pass: a placeholder inside an inserted text is not replaced.
     user = re.sub("|".join(map(re.escape, PLACEHOLDERS)), lambda placeholder: texts[placeholder.group()], rubric.user)
-    for number, refusal in enumerate(refusals, 1):
+    for number, refusal in enumerate(refusals, 1):  # the wording is part of the keys of kept answers
         user += f"\n\nAnswer {number} was of no use: {refusal}. Give one that is."
     system = () if rubric.system is None else (Message("system", rubric.system.strip()),)
     return (*system, Message("user", user.strip()))

@@ -5,6 +5,7 @@ Pairs of students have pages of their own, which it links to. Templates are the 
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -41,7 +42,7 @@ class _SkippedSection:
 
 
 @dataclass(frozen=True)
-class _Plate:
+class Plate:
     """A figure with its title and caption."""
 
     figure: Figure
@@ -56,7 +57,7 @@ def write_report(content: ReportContent, directory: str | Path) -> Path:
     Each file is replaced atomically, the page last; equal content gives equal bytes. Returns the page's path.
     """
     directory = Path(directory)
-    plates = _plates(content)
+    plates = plates_of(content)
     for name in FIGURE_NAMES:
         if name in plates:
             with atomic_path(directory / f"{name}.png") as temporary:
@@ -65,13 +66,8 @@ def write_report(content: ReportContent, directory: str | Path) -> Path:
             (directory / f"{name}.png").unlink(missing_ok=True)
     write_comparison_pages(content.comparison, directory)
     page = directory / "index.html"
-    write_text(page, _render(content, plates))
+    write_text(page, render_page(content, plates))
     return page
-
-
-def render_page(content: ReportContent) -> str:
-    """The page's HTML."""
-    return _render(content, _plates(content))
 
 
 def write_comparison_pages(comparison: Comparison | None, directory: Path) -> None:
@@ -110,7 +106,8 @@ def _printable(value: object) -> object:
     return "".join(mark if mark in "\n\t" else clean(mark) for mark in value.replace("\r\n", "\n"))
 
 
-def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
+def render_page(content: ReportContent, plates: Mapping[str, Plate]) -> str:
+    """The page's HTML, with the figures from `plates_of(content)`."""
     svgs = {name: svg_text(plate.figure, name, plate.title, plate.caption) for name, plate in plates.items()}
     return render_template(
         "page.html.j2",
@@ -132,23 +129,23 @@ def _render(content: ReportContent, plates: dict[str, _Plate]) -> str:
     )
 
 
-def _plates(content: ReportContent) -> dict[str, _Plate]:
+def plates_of(content: ReportContent) -> dict[str, Plate]:
     """The figures that have data, by name. A method has the same colour in all figures."""
     tuned = [result.method for result in content.results if result.budget is not None]
     styles = method_styles([*tuned, *(curve.method for curve in content.curves)])
     plates = {}
     if content.results:
         figure = accuracy_figure(content.results, styles)
-        plates["accuracy"] = _Plate(figure, "Accuracy by method and budget", _accuracy_figure_caption(content))
+        plates["accuracy"] = Plate(figure, "Accuracy by method and budget", _accuracy_figure_caption(content))
     if content.curves:
         figure = loss_figure(content.curves, styles)
-        plates["loss"] = _Plate(figure, "Loss by trajectories and by tokens", _loss_caption(content))
+        plates["loss"] = Plate(figure, "Loss by trajectories and by tokens", _loss_caption(content))
     if content.selections:
         figure = selection_figure(content.selections)
-        plates["selections"] = _Plate(figure, "Overlap and teachers of the selections", SELECTION_CAPTION)
+        plates["selections"] = Plate(figure, "Overlap and teachers of the selections", SELECTION_CAPTION)
     if content.landscape and content.landscape.candidates:
         caption = _landscape_caption(content.landscape)
-        plates["landscape"] = _Plate(landscape_figure(content.landscape), "Scores of one problem's candidates", caption)
+        plates["landscape"] = Plate(landscape_figure(content.landscape), "Scores of one problem's candidates", caption)
     return plates
 
 

@@ -1,22 +1,29 @@
 """Tiny students on disk: a random one, and one whose answers are known exactly. The worker with a fake engine."""
 
+import functools
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
+from flax import nnx
 
 from lark_jax.config import EvaluateConfig
-from lark_jax.evaluation.engines import WORKER, choose_engine
+from lark_jax.evaluation.engines import WORKER, choose_engine, run_generation
 from lark_jax.evaluation.generation_request import build_request
 from lark_jax.evaluation.prompts import StudentPrompts
 from lark_jax.evaluation.worker.worker_records import Generation, Job, Prompt, Request, Sample
+from lark_jax.students import export_student, load_student
+from lark_jax.students.parameters import flatten_parameters, replace_parameters
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -24,6 +31,7 @@ CHATML = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 128
+MANY_PROMPTS = 80  # of three samples each: more than one batch of the transformers engine
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -95,6 +103,28 @@ def save_bigram_student(folder: Path, seven: float) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_decoder(random_student: Path) -> nnx.Module:
+    """The random student's decoder with other weights, as after fine-tuning."""
+    graph, state = nnx.split(load_student(random_student, dtype=jnp.float32)[0])
+    noise = np.random.default_rng()
+    values = {
+        name: value + 0.05 * noise.standard_normal(value.shape, np.float32)
+        for name, value in flatten_parameters(state).items()
+    }
+    return nnx.merge(graph, replace_parameters(state, values))
+
+
+@pytest.fixture(scope="session")
+def trained_student(
+    trained_decoder: nnx.Module, random_student: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder that `trained_decoder` is exported to."""
+    folder = tmp_path_factory.mktemp("trained") / "student"
+    export_student(trained_decoder, random_student, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bigram_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_bigram_student(tmp_path_factory.mktemp("bigram"), seven=0.25)
 
@@ -117,6 +147,31 @@ def make_request() -> MakeRequest:
         return build_request(model, "weights", asked, evaluate, engine, output)
 
     return make
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A request of the trained student that one engine served in one go."""
+
+    request: Request
+    output: bytes
+
+
+@pytest.fixture(scope="session")
+def reference_of(
+    trained_student: Path, make_request: MakeRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Reference]:
+    """Engine -> its samples, which killed workers, several engines and a server must reproduce. Generated once."""
+
+    @functools.cache
+    def generated(engine: str) -> Reference:
+        folder = tmp_path_factory.mktemp(engine)
+        options = {"num_prompts": MANY_PROMPTS, "repetition_penalty": 1.1, "top_p": 0.9, "engines": 1}
+        request = make_request(trained_student, folder / "out.jsonl", engine, **options)
+        run_generation(request, None, folder)
+        return Reference(request, Path(request.output).read_bytes())
+
+    return generated
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_a_given_kind_wins(tmp_path):
 
 
 @pytest.mark.parametrize("answer", [1, "Paris", "BC", "\\text{no}"])
-def test_a_letter_that_is_none_is_refused_since_no_answer_could_be_right(tmp_path, answer):
+def test_a_letter_gold_that_is_not_a_letter_is_refused(tmp_path, answer):
     records = [{"problem": "?", "answer": given, "kind": "letter"} for given in ("\\textbf{(A)}", answer)]
     path = write_records(tmp_path / "b.json", *records)
     with pytest.raises(EvaluationError, match=r"b\.json, record 2: field 'answer' must be the letter of a choice"):
@@ -122,7 +122,7 @@ def test_fingerprint_follows_every_gold_and_problem(tmp_path):
         ('[{"problem": "?", "answer": "1", "id": 1}, {"problem": "?", "answer": "1", "id": "1"}]', "used before"),
     ],
 )
-def test_malformed_files_are_refused_in_one_line_that_says_where(tmp_path, text, message):
+def test_malformed_files_are_refused_with_the_place_in_one_line(tmp_path, text, message):
     path = write(tmp_path / "b.jsonl", text)
     with pytest.raises(EvaluationError, match=message) as caught:
         read_benchmark(path)
@@ -166,7 +166,7 @@ def options(problem):
     return dict(re.findall(r"^\((.)\) (.*)$", problem.problem, flags=re.MULTILINE))
 
 
-def test_the_gold_letter_stands_before_the_correct_answer(tmp_path):
+def test_the_gold_letter_labels_the_correct_answer(tmp_path):
     benchmark = read_benchmark(write_csv(tmp_path / "own.csv", [question(index) for index in range(60)]))
     for index, problem in enumerate(benchmark.problems):
         assert problem.problem.startswith(f"Which, of these, is {index}?\n\n(A) ")
@@ -177,7 +177,7 @@ def test_the_gold_letter_stands_before_the_correct_answer(tmp_path):
     assert min(Counter(problem.answer for problem in benchmark.problems).values()) >= 4
 
 
-def test_options_come_in_the_order_of_their_recorded_seed_whatever_else_is_in_the_file(tmp_path):
+def test_the_order_of_options_depends_only_on_their_recorded_seed(tmp_path):
     (alone,) = read_benchmark(write_csv(tmp_path / "a.csv", [question(3)])).problems
     among = read_benchmark(write_csv(tmp_path / "b.csv", [question(index) for index in (1, 3)])).problems[1]
     assert alone == among
@@ -186,13 +186,13 @@ def test_options_come_in_the_order_of_their_recorded_seed_whatever_else_is_in_th
     assert list(options(alone).values()) == [given[index] for index in shuffled(4, alone.options_seed)]
 
 
-def test_the_order_of_a_seed_is_the_same_for_ever():
+def test_the_order_for_a_seed_never_changes():
     assert [shuffled(4, seed) for seed in (0, 1, 4_294_967_295)] == [[3, 2, 0, 1], [2, 3, 0, 1], [2, 0, 1, 3]]
     assert sorted(shuffled(7, 12)) == list(range(7))
 
 
 @pytest.mark.parametrize("field", ["Question", "Correct Answer", "Incorrect Answer 3"])
-def test_a_record_without_one_of_its_texts_is_refused(tmp_path, field):
+def test_a_record_that_lacks_a_text_is_refused(tmp_path, field):
     path = write_csv(tmp_path / "g.csv", [question(0), question(1, **{field: " "})])
     with pytest.raises(EvaluationError, match=rf"g\.csv, record 2: field '{field}'"):
         read_benchmark(path)

@@ -80,7 +80,7 @@ def test_formats_hold_the_same_benchmark(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
-def test_empty_cells_of_a_table_are_fields_that_are_not_given(tmp_path, suffix):
+def test_empty_cells_of_a_table_are_missing_fields(tmp_path, suffix):
     path = tmp_path / f"own{suffix}"
     if suffix == ".csv":
         path.write_text("problem,answer,kind,level,id\na?,2,,,\nb?,C,letter,Level 4,x\n", encoding="utf-8")
@@ -109,7 +109,7 @@ def test_a_folder_with_several_data_files_is_refused_with_their_names(tmp_path):
         read_benchmark(f"own={tmp_path / 'empty'}")
 
 
-def test_a_dataset_of_the_hub_is_fetched_once_and_said_so(tmp_path, hub, capsys):
+def test_a_dataset_of_the_hub_is_downloaded_once_with_a_message(tmp_path, hub, capsys):
     write_json(tmp_path / "hub" / "test" / "a.json")
     write_json(tmp_path / "hub" / "b.json", RECORDS[:1])
     for _ in range(2):
@@ -144,7 +144,7 @@ def _files_on_the_hub(folder, monkeypatch):
         ("own=someone/big:test-*", ["test.jsonl", "sub/test.jsonl", "train.jsonl", "test-0.parquet"]),
     ],
 )
-def test_only_the_file_that_is_named_is_fetched(tmp_path, monkeypatch, entry, expected):
+def test_only_the_named_file_is_downloaded(tmp_path, monkeypatch, entry, expected):
     downloaded = _files_on_the_hub(tmp_path / "big", monkeypatch)
     assert benchmark_source(entry).local_file().is_file()
     assert downloaded == expected
@@ -159,7 +159,7 @@ def test_a_file_that_a_dataset_lacks_or_has_twice_is_refused(tmp_path, monkeypat
         benchmark_source("own=someone/big:test.jsonl").local_file()
 
 
-def test_without_network_the_message_names_the_way_out():
+def test_without_network_the_message_suggests_a_local_file():
     _snapshot.cache_clear()
     with pytest.raises(EvaluationError, match="HF_HUB_OFFLINE is set and it is not in the cache; use a local file"):
         read_benchmark("own=no-such-owner/no-such-set")

@@ -62,7 +62,7 @@ def test_math_l5_against_math_500_finds_the_problems_in_both(math_l5, math500):
 
 
 def test_planted_copies_are_found_among_real_problems(math_l5, math500):
-    """A verbatim copy, up to case and spacing, has an index of 1; one with other numerals lies in [0.7, 0.95]."""
+    """A verbatim copy, up to case and spacing, has an index of 1; one with other numerals is in [0.7, 0.95]."""
     rng = random.Random()
     numerals = {text: len(re.findall(r"\d+", text)) for text in math_l5.values()}
     texts = [text for text, count in numerals.items() if count >= 2 and 70 <= len(text) / count <= 150]
@@ -130,7 +130,7 @@ def test_a_frame_is_whole_words_of_many_problems(texts, frame):
     assert shared_frame(texts) == frame
 
 
-def test_problems_of_a_pool_are_what_the_user_says():
+def test_problems_of_a_pool_are_the_user_turns():
     messages = (Message("system", "Reason."), Message("user", "2+2?"), Message("assistant", "4"))
     trajectories = [Trajectory("p", str(index), "t", messages, "here") for index in range(2)]
     assert pool_problems({"p": trajectories}) == {"p": "2+2?"}

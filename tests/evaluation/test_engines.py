@@ -54,7 +54,7 @@ def test_a_named_engine_is_taken_without_a_health_check(tmp_path, random_student
         ("import os; os.abort()", "signal 6"),  # an engine that takes its process down
     ],
 )
-def test_auto_falls_back_and_says_why(tmp_path, random_student, capsys, source, reason):
+def test_auto_falls_back_and_gives_the_reason(tmp_path, random_student, capsys, source, reason):
     config = EvaluateConfig(python=interpreter_with_module(tmp_path, "vllm", source))
     choice = choose_engine(config, request_for(random_student, config), tmp_path)
     assert choice.engine == "transformers"
@@ -62,7 +62,7 @@ def test_auto_falls_back_and_says_why(tmp_path, random_student, capsys, source, 
     assert f"evaluation engine: transformers ({choice.reason})" in capsys.readouterr().err
 
 
-def test_auto_distrusts_a_vllm_that_imports_but_does_not_generate(tmp_path, random_student):
+def test_auto_rejects_a_vllm_that_imports_but_does_not_generate(tmp_path, random_student):
     package = tmp_path / "vllm"
     package.mkdir()
     (package / "__init__.py").write_text("class LLM:\n    def __init__(self, **_): raise RuntimeError('no kernel')\n")
@@ -75,14 +75,10 @@ def test_auto_distrusts_a_vllm_that_imports_but_does_not_generate(tmp_path, rand
 
 
 def test_a_failing_worker_is_one_line_with_cause_and_log(tmp_path, random_student):
-    (tmp_path / "model").mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model" / name).write_bytes((random_student / name).read_bytes())
-    request = request_for(tmp_path / "model", EvaluateConfig(max_tokens=4))
-    with pytest.raises(
-        EvaluationError, match=r"evaluation worker \(transformers\) failed, status 1: OSError"
-    ) as caught:
-        run_generation(request, None, tmp_path)
+    python = interpreter_with_module(tmp_path, "vllm", "raise OSError('no weights\\nin this folder')")
+    request = dataclasses.replace(request_for(random_student, EvaluateConfig()), engine="vllm")
+    with pytest.raises(EvaluationError, match=r"evaluation worker \(vllm\) failed, status 1: OSError: no w") as caught:
+        run_generation(request, python, tmp_path)
     assert "\n" not in str(caught.value)
     log = Path(str(caught.value).rpartition("log: ")[2])
     assert "Traceback" in log.read_text()
@@ -123,7 +119,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 
 @needs_proc
-def test_a_health_check_that_hangs_ends_with_all_its_processes(tmp_path, random_student, monkeypatch):
+def test_a_hanging_health_check_is_killed_with_all_its_processes(tmp_path, random_student, monkeypatch):
     monkeypatch.setattr(engines, "HEALTH_CHECK_TIMEOUT_S", 5.0)
     config = EvaluateConfig(python=worker_with_child(tmp_path, then="time.sleep(600)"))
     choice = choose_engine(config, request_for(random_student, config), tmp_path)
@@ -167,7 +163,7 @@ def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student,
     assert ends(int((tmp_path / "child").read_text()), within_s=5.0)
 
 
-def test_a_wrapper_that_stays_between_parent_and_worker_is_an_interpreter(tmp_path, random_student):
+def test_a_wrapper_script_may_run_between_parent_and_worker(tmp_path, random_student):
     """It reports what the worker reports, and the worker does not take itself for an orphan."""
     source = "import time; time.sleep(1.5); raise RuntimeError('as far as this')"
     python = interpreter_with_module(tmp_path, "vllm", source, WRAPPER)
@@ -176,7 +172,7 @@ def test_a_wrapper_that_stays_between_parent_and_worker_is_an_interpreter(tmp_pa
         run_generation(request, python, tmp_path)
 
 
-def test_an_interpreter_that_keeps_standard_input_to_itself_is_told_so(tmp_path, random_student):
+def test_an_interpreter_that_does_not_pass_on_standard_input_is_named(tmp_path, random_student):
     python = interpreter_with_module(tmp_path, "unused", "", '"$PYTHON" "$@" < /dev/null')
     with pytest.raises(EvaluationError, match=r"standard input does not reach the worker.*evaluate\.python"):
         run_generation(request_for(random_student, EvaluateConfig()), python, tmp_path)

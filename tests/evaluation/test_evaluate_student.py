@@ -53,12 +53,14 @@ def read_rows(path):
 
 
 @pytest.mark.slow
-def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat, engine):
-    config = replace(CONFIG, engine=engine)
-    asked = render_prompts(benchmarks, chat, config.system_prompts)
-    choice = engine_for(bigram_student, asked, config, tmp_path)
-    assert choice.engine == engine
-    result = evaluate(tmp_path, bigram_student, benchmarks, chat, config, engine=choice)
+def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat, engine, request):
+    if engine == "transformers":
+        tmp_path, result = request.getfixturevalue("evaluated")
+    else:
+        config = replace(CONFIG, engine=engine)
+        choice = engine_for(bigram_student, render_prompts(benchmarks, chat, "none"), config, tmp_path)
+        result = evaluate(tmp_path, bigram_student, benchmarks, chat, config, engine=choice)
+    assert result.engine.engine == engine
     digits, nines = result.benchmarks
     assert (digits.num_problems, digits.samples, digits.seeds) == (50, 5, (0, 1))
     assert (digits.num_unboxed, digits.num_cut, digits.mean_tokens) == (0, 0, 10.0)  # nine characters, end of turn
@@ -88,7 +90,7 @@ def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat,
 @pytest.mark.parametrize(
     ("now", "then"), [('"by_k"', '"accuracy"'), ('"ungraded": []', '"ungraded": ["3 seed 0 sample 1: timed out"]')]
 )
-def test_a_summary_of_another_version_is_named(now, then, copied):
+def test_a_summary_from_another_version_is_refused_by_name(now, then, copied):
     folder, _ = copied
     path = folder / "results" / "summary.json"
     assert now in path.read_text()
@@ -137,7 +139,7 @@ def test_a_finished_student_is_not_run_again(copied, bigram_student, benchmarks,
         evaluate(folder, bigram_student, benchmarks, chat, replace(CONFIG, top_p=0.5))
 
 
-def test_another_grader_grades_the_same_samples_in_an_empty_folder(copied, bigram_student, benchmarks, chat):
+def test_another_grader_reuses_the_samples_in_an_empty_folder(copied, bigram_student, benchmarks, chat):
     folder, result = copied
     shutil.rmtree(folder / "results")  # as the pipeline does when a task's inputs change
     path = folder / "generations" / "generations.jsonl"
@@ -150,24 +152,35 @@ def test_another_grader_grades_the_same_samples_in_an_empty_folder(copied, bigra
     assert regraded.fingerprint != result.fingerprint
 
 
-def test_samples_of_other_weights_make_way_and_come_back(copied, bigram_student, benchmarks, chat, capsys):
-    folder, result = copied
-    path = folder / "generations" / "generations.jsonl"
+@pytest.fixture
+def fake_worker(run_fake, monkeypatch):
+    """In place of the worker, an engine that answers at once; collects how many jobs it was asked for."""
+    asked = []
+    monkeypatch.setattr(runner, "run_generation", lambda request, *_: asked.append(len(run_fake(request))))
+    return asked
+
+
+def test_samples_of_other_weights_are_set_aside_and_restored(
+    tmp_path, bigram_student, benchmarks, chat, capsys, fake_worker
+):
+    result = evaluate(tmp_path, bigram_student, benchmarks, chat)
+    path = tmp_path / "generations" / "generations.jsonl"
     old = path.read_bytes()
-    again = evaluate(folder, bigram_student, benchmarks, chat, model_fingerprint="other")
+    again = evaluate(tmp_path, bigram_student, benchmarks, chat, model_fingerprint="other")
     assert "made with other weights, another decoding or another engine" in capsys.readouterr().err
     assert again.benchmarks == result.benchmarks
     assert again.fingerprint != result.fingerprint
     assert path.read_bytes() != old
 
-    shutil.rmtree(folder / "results")
-    assert evaluate(folder, bigram_student, benchmarks, chat).fingerprint == result.fingerprint
+    shutil.rmtree(tmp_path / "results")
+    assert evaluate(tmp_path, bigram_student, benchmarks, chat).fingerprint == result.fingerprint
     assert path.read_bytes() == old
+    assert fake_worker == [102, 102, 0]
 
 
 @pytest.mark.parametrize("damage", [lambda header: header.replace("2", "1", 1), lambda header: header[:9]])
 @pytest.mark.usefixtures("no_worker")
-def test_samples_in_another_form_are_discarded(copied, bigram_student, benchmarks, chat, capsys, damage):
+def test_samples_in_another_format_are_set_aside(copied, bigram_student, benchmarks, chat, capsys, damage):
     folder, _ = copied
     shutil.rmtree(folder / "results")
     path = folder / "generations" / "generations.jsonl"
@@ -180,11 +193,9 @@ def test_samples_in_another_form_are_discarded(copied, bigram_student, benchmark
 
 
 def test_an_additional_benchmark_or_seed_generates_only_what_is_new(
-    tmp_path, bigram_student, benchmarks, chat, run_fake, monkeypatch
+    tmp_path, bigram_student, benchmarks, chat, fake_worker
 ):
-    """To the same bytes as at once; taking them out again costs nothing either."""
-    asked = []
-    monkeypatch.setattr(runner, "run_generation", lambda request, *_: asked.append(len(run_fake(request))))
+    """And gives the same bytes as one run; removing them again costs nothing either."""
     few, more = replace(CONFIG, seeds=(1,)), replace(CONFIG, seeds=(0, 1))
 
     def results_of(folder, asked_benchmarks, config):
@@ -202,20 +213,21 @@ def test_an_additional_benchmark_or_seed_generates_only_what_is_new(
     assert names[0].read_bytes() == names[1].read_bytes()
     assert results_of(grown, benchmarks[:1], few) == first
     assert results_of(grown, benchmarks[::-1], more) == all_at_once
-    assert asked == [50, 102, 52, 0, 0]
+    assert fake_worker == [50, 102, 52, 0, 0]
 
 
-def test_a_partial_result_ends_with_the_same_files(copied, bigram_student, benchmarks, chat, tmp_path):
-    folder, result = copied
+def test_a_partial_result_ends_with_the_same_files(tmp_path, bigram_student, benchmarks, chat, fake_worker):
+    whole, restarted = tmp_path / "whole", tmp_path / "restarted"
+    result = evaluate(whole, bigram_student, benchmarks, chat)
     names = ("digits/samples.jsonl", "nines/samples.jsonl", "samples.parquet", "summary.json")
     names = ("generations/generations.jsonl", *(f"results/{name}" for name in names))
-    expected = {name: (folder / name).read_bytes() for name in names}
+    expected = {name: (whole / name).read_bytes() for name in names}
     lines = expected[names[0]].splitlines(keepends=True)
-    restarted = tmp_path / "restarted"
     (restarted / "generations").mkdir(parents=True)
     (restarted / "generations" / "generations.jsonl.partial").write_bytes(b"".join(lines[:20]) + lines[20][:-9])
     assert evaluate(restarted, bigram_student, benchmarks, chat) == result
     assert {name: (restarted / name).read_bytes() for name in names} == expected
+    assert fake_worker == [102, 102 - 19]
 
 
 def test_a_given_engine_is_used_for_all_students(tmp_path, bigram_student, benchmarks, chat, monkeypatch):
@@ -265,7 +277,7 @@ THOUGHTS = ("is it \\boxed{9}? no, wait", "is it \\boxed{8}?</think> \\boxed{9}"
 
 
 @pytest.mark.parametrize(("opened", "correct"), [(True, [False, True, True]), (False, [True, True, True])])
-def test_a_thought_that_the_prompt_opens_and_no_one_closes_holds_no_answer(
+def test_a_thought_that_the_prompt_opens_and_nothing_closes_has_no_answer(
     opened, correct, tmp_path, bigram_student, benchmarks, monkeypatch
 ):
     (tmp_path / "opening.jinja").write_text(OPENING)

@@ -22,7 +22,7 @@ def request_for(model, config, prompts=(PROMPT,), engine="transformers"):
     return build_request(model, "weights", asked, config, engine, "/out.jsonl")
 
 
-def test_length_limit_is_the_models_or_what_the_prompts_need(random_student):
+def test_the_length_limit_is_the_smaller_of_the_models_and_what_the_prompts_need(random_student):
     assert request_for(random_student, EvaluateConfig(max_tokens=100)).max_model_len == 103
     long_request = request_for(random_student, EvaluateConfig(max_tokens=32_768))
     assert long_request.max_model_len == 512
@@ -111,7 +111,7 @@ def install(interpreter: Path, name: str, number: str) -> None:
     module._installed.cache_clear()
 
 
-def test_this_interpreters_versions_are_its_own():
+def test_the_versions_of_this_interpreter_are_reported():
     expected = {"torch": version("torch"), "transformers": version("transformers")}
     assert engine_versions("transformers", None) == expected
     assert engine_versions("auto", None).items() >= expected.items()

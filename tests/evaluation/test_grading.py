@@ -101,7 +101,7 @@ def test_last_box_equals_counting_from_every_opening(text):
     assert last_box(text) == quadratic_last_box(text)
 
 
-def test_a_text_of_nothing_but_openings_takes_no_time():
+def test_a_text_of_many_opening_braces_is_fast():
     started = time.process_time()
     assert final_answer("\\boxed{" * 30_000) is None
     assert time.process_time() - started < 2.0
@@ -218,7 +218,7 @@ def test_unknown_grader_is_refused():
         Grader("exact")
 
 
-def test_endless_answers_are_listed_not_parsed(grader):
+def test_very_long_answers_are_listed_and_not_parsed(grader):
     assert grader.grade("\\boxed{" + "1" * 50_000 + "}", "5", "number").reason == TOO_LONG
 
 

@@ -66,7 +66,7 @@ WITHOUT = "or ask without a system turn: evaluate.system_prompts=none"
         (DROPS_SYSTEM_TURN, "1+1?", r"changes or drops message 0 \(system\); set student.chat_template", True),
     ],
 )
-def test_a_problem_that_cannot_be_asked_is_named(template, question, message, advised, tmp_path, bigram_student):
+def test_a_problem_that_cannot_be_rendered_is_named(template, question, message, advised, tmp_path, bigram_student):
     (tmp_path / "template.jinja").write_text(template)
     (tmp_path / "own.json").write_text(json.dumps([{"problem": question, "answer": "1", "id": "p 17"}]))
     chat = load_chat_format(bigram_student, tmp_path / "template.jinja")
@@ -75,7 +75,7 @@ def test_a_problem_that_cannot_be_asked_is_named(template, question, message, ad
     assert str(caught.value).endswith(WITHOUT) is advised
 
 
-def test_benchmarks_of_one_name_are_refused(tmp_path, bigram_student):
+def test_benchmarks_with_the_same_name_are_refused(tmp_path, bigram_student):
     benchmark = read_benchmark(write(tmp_path / "own.json", json.dumps([{"problem": "?", "answer": "1"}])))
     with pytest.raises(EvaluationError, match="names must differ"):
         render_prompts([benchmark, benchmark], load_chat_format(bigram_student), "none")

@@ -57,7 +57,7 @@ def test_every_sample_has_a_row_and_is_read_back(written):
         assert accuracies(found) == accuracies(correct_spn)
 
 
-def test_a_table_with_a_row_missing_is_refused(written):
+def test_a_table_with_a_missing_row_is_refused(written):
     folder, _, _ = written
     table = pq.read_table(folder / SAMPLE_TABLE)
     pq.write_table(table.slice(1), folder / SAMPLE_TABLE)

@@ -60,7 +60,7 @@ from lark_jax.evaluation.spelling import (
         ("$", "$"),
     ],
 )
-def test_marks_without_value_go_and_others_stay(spelling, tidied):
+def test_marks_without_value_are_removed_and_others_kept(spelling, tidied):
     assert tidy(spelling) == tidied
 
 
@@ -102,7 +102,7 @@ def test_a_base_belongs_to_a_number():
 @pytest.mark.parametrize(
     "piece", [" ", "~", "\\,", "\\!", " \\!", "1 ", "100 ", "{", "$", "{,}", "1, ", "\\text{", "\\quad ", "."]
 )
-def test_no_text_within_the_longest_answer_takes_long(piece):
+def test_no_answer_of_allowed_length_takes_long(piece):
     started = time.process_time()
     for text in (piece * (4_096 // len(piece)), "1" + piece * (4_000 // len(piece)) + "x"):
         tidy(text)

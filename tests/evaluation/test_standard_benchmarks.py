@@ -33,7 +33,7 @@ def test_the_four_benchmarks_have_the_counts_of_the_paper():
 
 
 @pytest.mark.parametrize("file", ["aime24.json", "amc83.json", "math500.jsonl"])
-def test_the_public_files_are_the_known_editions(shared_data, file):
+def test_the_public_files_are_known_editions(shared_data, file):
     assert edition_of(read_benchmark(shared_data / "benchmarks" / file)) == "known"
 
 
@@ -72,7 +72,7 @@ def test_a_standard_name_with_other_answers_or_levels_is_refused(tmp_path, name,
         read_benchmark(write(tmp_path, name, records))
 
 
-def test_content_fingerprint_is_that_of_problems_and_golds_alone(tmp_path):
+def test_content_fingerprint_covers_only_problems_and_golds(tmp_path):
     base = [{"problem": "How much is $1{,}0$?", "answer": "025"}, {"problem": "And two?", "answer": 2}]
     same = [{"problem": "and   TWO?", "answer": 2.0, "id": "z"}, {"problem": "How much is $1{,}0$? ", "answer": "25"}]
     others = [[{**base[0], "problem": "How much is $1{,}1$?"}, base[1]], [base[0], {**base[1], "answer": 3}], base[:1]]

@@ -30,7 +30,7 @@ def equalities(pairs: list[tuple[str, str]], verifier: MathVerifier) -> dict[tup
     return {pair: verifier.equal(*(f"\\boxed{{{text}}}" for text in pair)) for pair in pairs}
 
 
-def test_published_cases_agree_but_for_the_listed(shared_data):
+def test_published_cases_agree_except_for_the_listed_ones(shared_data):
     cases = json.loads((shared_data / "grader" / "math_verify_cases.json").read_text())
     assert len(cases) == 254
     differing = set()
@@ -115,7 +115,7 @@ def test_a_comparison_out_of_memory_has_no_verdict_and_is_listed(answer):
         assert grader.grade(r"\boxed{2+4}", "6", "expression").reason == CORRECT  # by another process
 
 
-def test_an_error_of_one_reading_is_no_match_but_want_of_memory_ends_the_comparison(monkeypatch):
+def test_an_error_in_one_reading_is_no_match_but_a_memory_error_ends_the_comparison(monkeypatch):
     def fail_with(error):
         def fail(*_):
             raise error

@@ -59,7 +59,7 @@ def scores_of(judged):
     return [judgement and judgement.overall_score for judgement in judged.judgements]
 
 
-def test_each_trajectory_gets_its_own_score_in_whatever_order_answers_come(tmp_path):
+def test_each_trajectory_gets_its_own_score_in_any_order_of_answers(tmp_path):
     def script(asked, _):
         time.sleep((int(response_in(asked)) * 7 % 5) / 500)
         return good(int(response_in(asked)) / 100)
@@ -190,7 +190,7 @@ def test_an_unusable_server_ends_the_run_at_once_with_address_and_reason(tmp_pat
 
 
 @pytest.mark.parametrize("status", [500, 400])
-def test_a_server_that_never_answers_is_given_up_after_a_row_of_failures(tmp_path, status):
+def test_a_server_that_never_answers_ends_the_run_after_a_row_of_failures(tmp_path, status):
     with serving(lambda *_: json_reply({"error": "response_format is not known here"}, status)) as server:
         with pytest.raises(
             JudgeError, match=f"{MAX_FAILURES_IN_A_ROW} requests in a row failed; the last: HTTP {status}"
@@ -224,7 +224,7 @@ def test_a_text_that_a_gateway_forbids_is_one_failure_in_this_run_and_in_the_nex
 
 
 @pytest.mark.parametrize("answered", [0, 1])
-def test_a_key_that_is_forbidden_everything_still_ends_the_run(tmp_path, answered):
+def test_a_key_that_is_always_forbidden_ends_the_run(tmp_path, answered):
     with serving(lambda _, number: good() if number < answered else json_reply({"error": "no"}, 403)) as server:
         with pytest.raises(
             JudgeError, match=f"{MAX_FAILURES_IN_A_ROW} requests in a row failed; the last: HTTP 403: no"
@@ -244,7 +244,7 @@ def test_answers_that_came_before_the_end_are_kept(tmp_path):
     assert (judged.num_asked, judged.num_known) == (25, 5)
 
 
-def test_a_missing_key_is_told_by_its_variable(tmp_path, monkeypatch):
+def test_a_missing_key_is_named_by_its_variable(tmp_path, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with (
         serving(lambda *_: good()) as server,

@@ -28,7 +28,7 @@ def test_a_whole_answer_is_read(text):
 
 
 @pytest.mark.parametrize(("value", "expected"), [("0", 0.0), ("1", 1.0), ("1.0", 1.0), ("1e-3", 0.001), ("-0.0", 0.0)])
-def test_scores_from_0_to_1_are_taken_as_they_are(value, expected):
+def test_scores_from_0_to_1_are_accepted(value, expected):
     assert str(read_judgement(with_score(value), CRITERIA).scores["accuracy"]) == str(expected)
 
 

@@ -27,7 +27,7 @@ def test_the_built_in_rubric_shows_an_answer_of_the_form_that_is_read():
         assert f"- {criterion}:" in rubric.user
 
 
-def test_texts_go_in_once_and_as_they_are(tmp_path):
+def test_texts_are_inserted_once_and_unchanged(tmp_path):
     (tmp_path / "rubric.toml").write_text(GOOD)
     rubric = read_rubric(tmp_path / "rubric.toml")
     asked = trajectory(
@@ -78,7 +78,7 @@ def test_a_longer_conversation_is_one_problem_with_roles_and_without_the_system_
         (GOOD + 'system = " "', "field 'system' must be a non-empty text"),
     ],
 )
-def test_unusable_files_are_refused_by_name(tmp_path, text, message):
+def test_invalid_files_are_refused_by_name(tmp_path, text, message):
     path = tmp_path / "mine.toml"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -2,7 +2,7 @@ import html
 import re
 
 import pytest
-from html_pages import PageReader
+from html_pages import PageReader, page_of
 
 from lark_jax.evaluation.contamination import Audit, Frame, Overlap
 from lark_jax.report import ReportContent
@@ -14,7 +14,7 @@ from lark_jax.report.contamination import (
     contamination_table,
     nearest_pairs,
 )
-from lark_jax.report.page import render_page, render_template
+from lark_jax.report.page import render_template
 
 
 def overlap(group, index, jaccard, problem="find x", pool_problem="find y"):
@@ -74,18 +74,18 @@ def test_the_page_shows_both_texts_as_text_and_loads_nothing(page):
     assert "&lt;pool&gt;.jsonl" in page
 
 
-def test_the_audits_page_is_sound(page):
+def test_the_markup_of_the_audit_page_is_sound(page):
     assert PageReader(page).faults == []
 
 
-def test_the_page_says_the_index_and_what_was_left_out(page):
+def test_the_page_shows_the_index_and_the_ignored_text(page):
     assert "J = 0.877 with pool problem pool1" in page
     assert "Reason &amp; &lt;think&gt;." in page
     assert "The pool has 1,234 problems." in page
 
 
-def test_the_report_of_an_experiment_has_the_audit_where_there_is_one():
-    page = render_page(ReportContent("t", contamination=audit(overlap("a_1", 1, 0.87654, "3 < 4"))))
+def test_the_report_shows_the_audit_if_there_is_one():
+    page = page_of(ReportContent("t", contamination=audit(overlap("a_1", 1, 0.87654, "3 < 4"))))
     assert 'href="#contamination"' in page
     assert "J = 0.877 with pool problem pool1" in page
-    assert "Contamination" not in render_page(ReportContent("t"))
+    assert "Contamination" not in page_of(ReportContent("t"))

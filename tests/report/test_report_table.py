@@ -164,7 +164,7 @@ def test_settings_of_nested_mappings_keep_empty_ones() -> None:
     )
 
 
-def test_the_loss_table_says_what_was_seen_and_the_lowest_held_out_loss() -> None:
+def test_the_loss_table_shows_what_was_seen_and_the_lowest_held_out_loss() -> None:
     training = (CurvePoint(1, 64, 5_000, 1.5), CurvePoint(2, 100, 8_000, 1.25))
     held_out = (CurvePoint(0, 0, 0, 2.0), CurvePoint(1, 64, 5_000, 1.75), CurvePoint(2, 100, 8_000, 1.8))
     table = loss_table([LossCurve("lark", 3, training, held_out), LossCurve("grape", 1, (), ())])

@@ -3,7 +3,7 @@ import random
 import re
 
 import pytest
-from html_pages import faults_of_pages
+from html_pages import faults_of_pages, page_of
 
 from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
 from lark_jax.evaluation.samples import GradedSample
@@ -18,7 +18,7 @@ from lark_jax.report.comparison import (
     excerpt,
     solved_seeds,
 )
-from lark_jax.report.page import render_page, render_template, write_comparison_pages, write_report
+from lark_jax.report.page import render_template, write_comparison_pages, write_report
 
 SEEDS, SAMPLES = (3, 8, 5), 2
 
@@ -195,4 +195,4 @@ def test_a_report_without_comparison_has_no_such_section_and_no_pages(hostile, t
     write_comparison_pages(hostile, tmp_path)
     write_comparison_pages(None, tmp_path)
     assert list(tmp_path.rglob("*.html")) == []
-    assert "comparison" not in render_page(ReportContent("t"))
+    assert "comparison" not in page_of(ReportContent("t"))

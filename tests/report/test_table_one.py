@@ -23,7 +23,7 @@ SAMPLES = 2
 
 
 def benchmark(name, num_problems, solved_per_seed, levels=None):
-    """Every solved problem by its first sample alone."""
+    """Only the first sample of every solved problem is correct."""
     correct = np.zeros((len(solved_per_seed), num_problems, SAMPLES), dtype=bool)
     for seed, solved in enumerate(solved_per_seed):
         correct[seed, :solved, 0] = True
@@ -102,7 +102,7 @@ def test_latex_has_budgets_over_benchmarks_and_as_many_cells_in_every_row():
         ({"samples": 5}, "aime24: 7B, base and 1B, lark B=1 are not comparable: Acc@2 and Acc@5"),
     ],
 )
-def test_results_that_do_not_compare_are_refused(change, message):
+def test_incomparable_results_are_refused(change, message):
     other = EvaluatedStudent("1B", "lark", 1, (replace(STUDENTS[0].benchmarks[0], **change),))
     with pytest.raises(EvaluationError, match=message):
         table_one([STUDENTS[0], other])

@@ -79,7 +79,7 @@ def test_an_unknown_edition_of_a_standard_benchmark_is_reported(
     )
 
 
-def test_another_text_or_gold_runs_the_task_again(own: Path, tmp_path: Path) -> None:
+def test_a_changed_text_or_gold_runs_the_task_again(own: Path, tmp_path: Path) -> None:
     before = run_first_task(experiment(tmp_path, str(own))).outcome.notes["own"]
     own.write_text(json.dumps([*RECORDS[:-1], {**RECORDS[-1], "answer": "5"}]), encoding="utf-8")
     after = run_first_task(experiment(tmp_path, str(own))).outcome.notes["own"]
@@ -128,7 +128,7 @@ def test_what_the_evaluation_would_refuse_is_found_before_the_run(
     check_paths(dataclasses.replace(wanted, stages=("select",)))  # no evaluation
 
 
-def test_what_an_earlier_stage_will_write_is_not_looked_for(own: Path, tmp_path: Path) -> None:
+def test_files_that_an_earlier_stage_will_write_are_not_required(own: Path, tmp_path: Path) -> None:
     prepared = tmp_path / "run" / "prepare" / "data" / "later.json"
     prompts = str(prepared.with_name("prompts.json"))
     check_paths(experiment(tmp_path, str(own), str(prepared), system_prompts=prompts))
@@ -138,6 +138,6 @@ def test_what_an_earlier_stage_will_write_is_not_looked_for(own: Path, tmp_path:
         check_paths(experiment(tmp_path, str(own), str(prepared), system_prompts=prompts))
 
 
-def test_a_key_that_is_there_is_enough(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_is_set_is_enough(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OWN_KEY", "secret")
     check_paths(experiment(tmp_path, str(own), **SERVER, server_key_variable="OWN_KEY"))

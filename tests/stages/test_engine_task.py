@@ -91,7 +91,7 @@ def test_the_health_check_is_repeated_when_a_version_changes_where_the_worker_li
         ("transformers", "vllm", False),
     ],
 )
-def test_a_students_result_depends_on_the_version_of_its_engine_alone(
+def test_a_students_result_depends_only_on_the_version_of_its_own_engine(
     experiment: Callable[..., Experiment],
     installed: Versions,
     health: list[EngineChoice],

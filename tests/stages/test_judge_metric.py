@@ -79,7 +79,7 @@ def number_in(asked: Asked) -> int:
     return int(asked.body["messages"][-1]["content"].split("#")[1])
 
 
-def test_scores_become_a_column_and_every_failure_a_line_of_the_manifest(tmp_path: Path) -> None:
+def test_scores_fill_a_column_and_every_failure_is_in_the_manifest(tmp_path: Path) -> None:
     def script(asked: Asked, _: int) -> Reply:
         replies = {1: json_reply({"error": "too long"}, 400), 3: chat_answer("no idea")}
         return replies.get(number_in(asked)) or good(number_in(asked) / 10)
@@ -176,7 +176,7 @@ def start(values: dict, folder: Path) -> "subprocess.Popen[bytes]":
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_started_again_nothing_answered_is_asked_twice(tmp_path: Path) -> None:
+def test_after_a_kill_no_answered_question_is_asked_again(tmp_path: Path) -> None:
     """The server answers 30 questions and then keeps the others waiting, until the asking process is dead."""
     count, answered_first = 48, 30
     release = threading.Event()
@@ -241,7 +241,7 @@ def test_unusable_settings_are_refused_before_anything_is_read(tmp_path: Path, j
 
 
 @pytest.mark.parametrize(("field", "engine"), [("prompt_file", "openai"), ("model", "vllm")])
-def test_files_that_are_not_there_are_named_before_hours_of_scoring(tmp_path: Path, field: str, engine: str) -> None:
+def test_missing_files_are_named_before_hours_of_scoring(tmp_path: Path, field: str, engine: str) -> None:
     experiment = experiment_from_mapping(values_for(tmp_path, 2, server="http://127.0.0.1:9/v1"))
     with pytest.raises(ConfigError, match=rf"score\.judge\.{field}: .*nowhere: no such file"):
         check_paths(changed(experiment, engine=engine, **{field: str(tmp_path / "nowhere")}))
@@ -257,7 +257,7 @@ def test_a_judge_under_vllm_does_not_share_an_accelerator_with_jax(
         run_tasks([task_of(changed(experiment, model=str(tmp_path / "judge")))])
 
 
-def test_the_command_that_goes_on_under_vllm_runs_the_judge_alone(
+def test_the_command_that_continues_with_vllm_runs_only_the_judge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = values_for(tmp_path, 2)

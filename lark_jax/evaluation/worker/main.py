@@ -107,7 +107,7 @@ def run_share(request: Request, line: str) -> None:
 
 
 def check_health(request: Request) -> None:
-    """Starts the engine on this very model and generates; raises whatever goes wrong."""
+    """Starts the engine on this very model and generates; raises any error."""
     short = dataclasses.replace(
         request, prompts=request.prompts[:1], seeds=request.seeds[:1], samples=1, max_tokens=HEALTH_CHECK_TOKENS
     )

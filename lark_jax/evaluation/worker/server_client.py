@@ -67,7 +67,7 @@ class ServerAccess:
     url: str  # up to and including "/v1"
     key_variable: str | None  # environment variable that holds the key; None: no key is sent
     timeout_s: float  # for one attempt, from the connection to the last byte
-    retries: int  # further attempts after a transient failure
+    retries: int  # more attempts after a transient failure
     requests_per_minute: float | None = None  # None: no limit
 
 
@@ -97,7 +97,7 @@ class ServerClient:
 
         Raises:
           RequestRefused: the server refuses this request; RequestForbidden: it may refuse every request.
-          RequestUnanswered: `retries` further attempts failed too.
+          RequestUnanswered: `retries` more attempts failed too.
           ServerUnusable: every other request would fail too.
         """
         failures = throttled = 0
@@ -121,7 +121,7 @@ class ServerClient:
                 "so far are kept"
             ) from None
         backoff = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(count - 1, 10)) * random.uniform(0.5, 1.0)
-        if failure.throttled:  # all threads wait: further requests would be refused too
+        if failure.throttled:  # all threads wait: more requests would be refused too
             self._rate_limiter.pause(max(failure.wait_s, backoff))
         else:
             self._sleep(backoff)

@@ -61,12 +61,12 @@ class Server:
     key_variable: str | None  # environment variable that holds the key, which is never written down
     concurrency: int  # requests in flight
     timeout_s: float  # for one attempt
-    retries: int  # further attempts after a transient failure
+    retries: int  # more attempts after a transient failure
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    fingerprint: str  # of what every sample depends on, whichever problems are asked; guards against mixing runs
+    fingerprint: str  # of what every sample depends on, for any problems; guards against mixing runs
     engine: str  # "vllm", "transformers" or "openai"
     model: str  # folder with weights and tokenizer
     output: str
@@ -95,7 +95,7 @@ class Request:
         return tuple(Job(prompt, seed) for seed in self.seeds for prompt in self.prompts)
 
     def first_seed(self, job: Job) -> int:
-        """Sample i of a job draws with seed `first_seed + i`, whatever else runs or has run.
+        """Sample i of a job draws with seed `first_seed + i`, independently of all other jobs.
 
         The seeds of problems are `samples` apart, those of decoding seeds `SEED_STRIDE`, modulo 2^32.
         """
