@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lark_jax.config import expand_home
-from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
+from lark_jax.evaluation.benchmark_records import Benchmark
+from lark_jax.evaluation.benchmarks import read_benchmark
 from lark_jax.evaluation.contamination import Audit, audit_benchmarks, pool_problems
 from lark_jax.pool import read_pool
 from lark_jax.report.contamination import contamination_section, contamination_table
-from lark_jax.report.table import markdown_table, text_table
-from lark_jax.report.table_files import csv_table, latex_table
-from lark_jax.report.templates import render
+from lark_jax.report.page import render_template
+from lark_jax.report.table import csv_table, latex_table, markdown_table, text_table
 from lark_jax.runtime import files
 from lark_jax.runtime.command import Arguments, Command, Flag
 
@@ -55,7 +55,7 @@ def write_audit(
     }
     files.write_json(folder / "audit.json", described)
     page = folder / "index.html"
-    files.write_text(page, render("audit_page.html.j2", pool=pool, contamination=contamination_section(audit)))
+    files.write_text(page, render_template("audit_page.html.j2", pool=pool, contamination=contamination_section(audit)))
     return page
 
 

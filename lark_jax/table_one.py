@@ -22,7 +22,7 @@ from lark_jax.stages.tables import (
     find_evaluations,
     paired_differences,
     read_students,
-    require_asked_alike,
+    require_same_settings,
     write_tables,
 )
 
@@ -30,7 +30,7 @@ from lark_jax.stages.tables import (
 def join(arguments: Arguments) -> int:
     """Joins, writes and prints the table."""
     found = {model: find_evaluations(workdir) for model, workdir in _models(arguments.positional).items()}
-    require_asked_alike([evaluation for evaluations in found.values() for evaluation in evaluations])
+    require_same_settings([evaluation for evaluations in found.values() for evaluation in evaluations])
     students = [student for model, evaluations in found.items() for student in read_students(model, evaluations)]
     differences = [row for model, evaluations in found.items() for row in paired_differences(model, evaluations)]
     table = table_one(students)

@@ -1,14 +1,15 @@
-"""Kills an evaluation again and again, damages what it wrote, and compares it with one that was left alone.
+"""Kills an evaluation repeatedly, damages its files, and compares the outcome with an undisturbed evaluation.
 
     python scripts/kill_evaluation.py --config=configs/tiny.py --run=runs/tiny --student=lark_B1 \\
         --benchmarks=aime24=FILE,amc83=FILE,math500=FILE --out=build/kill_evaluation [--engines=vllm,openai] [--kills=5]
 
-RUN is what the config's stages up to "export" left. STUDENT, one of its fine-tuned ones, answers the benchmarks on this
-machine, by vLLM and by vLLM's server, which is started here. A kill is SIGKILL once some more problems are there: of
-the run and its worker together, or of the run alone, in turn. Further arguments go to the run.
+RUN is the working directory after the config's stages up to "export". STUDENT, one of its fine-tuned students, answers
+the benchmarks on this machine, with vLLM and with vLLM's server, which is started here. Each kill is a SIGKILL after
+some more problems have finished: of the run and its worker together, or of the run only, in turn. Additional arguments
+go to the run.
 
-Exit status 0 if, for every engine, killed and damaged evaluations end with the files of the other byte by byte, every
-benchmark has all its problems, prompts are the token ids that transformers makes of them, and the engines agree.
+Exit status 0 if, for every engine, killed and damaged evaluations end with byte-identical files, every benchmark has
+all its problems, prompts are the token ids that transformers gives, and the engines agree.
 """
 
 import argparse
@@ -29,11 +30,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from vllm_server import serving
 
-from lark_jax.evaluation.benchmarks import BenchmarkProblem, load_system_prompts, prompt_messages
+from lark_jax.evaluation.benchmark_records import BenchmarkProblem
+from lark_jax.evaluation.prompts import load_system_prompts, prompt_messages
 from lark_jax.evaluation.runner import GENERATIONS
 from lark_jax.runtime import files
 
-LONGEST_WAIT_S = 1_800.0  # without another problem
+MAX_WAIT_S = 1_800.0  # for the next problem
 MAX_MODEL_LEN = 4_096  # of the server
 
 
@@ -60,7 +62,7 @@ class Evaluation:
         )
 
     def finish(self) -> float:
-        """Seconds that it took.
+        """Runs to the end; returns the seconds that it took.
 
         Raises:
           RuntimeError: the run failed.
@@ -75,14 +77,14 @@ class Evaluation:
         return max(partial.read_bytes().count(b"\n") - 1, 0) if partial.exists() else 0
 
     def content(self) -> dict[str, bytes]:
-        """All that it left, by name."""
+        """All its files, by name."""
         names = sorted(self.results.glob("*/samples.jsonl"))
         found = [self.generations, *names, self.results / "samples.parquet", self.results / "summary.json"]
         return {str(path.relative_to(self.workdir)): path.read_bytes() for path in found}
 
 
 def evaluation_in(workdir: Path, engine: str, options: argparse.Namespace) -> Evaluation:
-    """A copy of the run, without what it may have evaluated already."""
+    """A copy of the run without its evaluations."""
     shutil.rmtree(workdir, ignore_errors=True)
     shutil.copytree(options.run, workdir, ignore=shutil.ignore_patterns("evaluate", "generations", "checkpoints"))
     command = (
@@ -95,11 +97,11 @@ def evaluation_in(workdir: Path, engine: str, options: argparse.Namespace) -> Ev
     return Evaluation(workdir, options.student, command)
 
 
-def kill_again_and_again(evaluation: Evaluation, kills: int, total: int, draw: random.Random) -> None:
-    """Kills it so many times, and lets it end.
+def kill_repeatedly(evaluation: Evaluation, kills: int, total: int, draw: random.Random) -> None:
+    """Kills it `kills` times, then lets it finish.
 
     Raises:
-      RuntimeError: it was done before, or does not get on.
+      RuntimeError: it finished too early, or makes no progress.
     """
     for number in range(kills):
         before = evaluation.finished_problems()
@@ -110,22 +112,22 @@ def kill_again_and_again(evaluation: Evaluation, kills: int, total: int, draw: r
         after = evaluation.finished_problems()
         print(f"  kill {number + 1}: {before} problems before, {after} after, of {total}", flush=True)
         if after >= total:
-            raise RuntimeError("the evaluation was over before it could be killed; take more --samples")
+            raise RuntimeError("the evaluation finished before it could be killed; use more --samples")
     evaluation.finish()
 
 
 def _wait_for(evaluation: Evaluation, process: "subprocess.Popen[bytes]", problems: int) -> None:
-    deadline = time.monotonic() + LONGEST_WAIT_S
+    deadline = time.monotonic() + MAX_WAIT_S
     while evaluation.finished_problems() < problems:
         if process.poll() is not None:
-            raise RuntimeError(f"the run ended by itself, with status {process.returncode}")
+            raise RuntimeError(f"the run ended on its own with status {process.returncode}")
         if time.monotonic() > deadline:
-            raise RuntimeError("the run does not get on")
+            raise RuntimeError("the run makes no progress")
         time.sleep(0.002)
 
 
 def damage(evaluation: Evaluation, draw: random.Random) -> None:
-    """One line lost, one garbled, one of another shape, the last cut short; and no results."""
+    """Loses one line, garbles one, empties one, cuts the last one short, and deletes the results."""
     header, *lines = evaluation.generations.read_bytes().splitlines(keepends=True)
     lost, garbled, other = draw.sample(range(len(lines) - 1), 3)
     lines[garbled] = bytes(draw.choices(range(32, 127), k=len(lines[garbled]) - 1)) + b"\n"
@@ -137,7 +139,7 @@ def damage(evaluation: Evaluation, draw: random.Random) -> None:
 
 
 def require_whole_benchmarks(evaluation: Evaluation) -> int:
-    """Every benchmark with all its problems, seeds and samples; returns how many lines of generations that makes."""
+    """Every benchmark has all its problems, seeds and samples; returns the number of lines of generations."""
     summary = files.read_json(evaluation.results / "summary.json")
     total = 0
     for result in summary["benchmarks"]:
@@ -153,7 +155,7 @@ def require_whole_benchmarks(evaluation: Evaluation) -> int:
 
 
 def require_prompts_of_transformers(evaluation: Evaluation, tokenizer: Any) -> None:
-    """The worker was asked for the very token ids of `apply_chat_template`."""
+    """The prompts of the worker's request are the token ids of `apply_chat_template`."""
     request = files.read_json(evaluation.generations.with_name("worker.request.json"))
     texts = load_system_prompts("by_kind")
     problems = {
@@ -179,19 +181,19 @@ def require_equal(expected: Mapping[str, bytes], found: Mapping[str, bytes], wha
     differing = [name for name in expected if found.get(name) != expected[name]]
     if differing:
         raise RuntimeError(f"{what}: differs in {', '.join(differing)}")
-    print(f"  {what}: {len(expected)} files, {sum(map(len, expected.values())):,} bytes, the same", flush=True)
+    print(f"  {what}: {len(expected)} files, {sum(map(len, expected.values())):,} bytes, identical", flush=True)
 
 
 def check_engine(engine: str, options: argparse.Namespace, draw: random.Random) -> list[bytes]:
-    """Everything about one engine; returns its generations without the header, which names the request."""
+    """All checks of one engine; returns its generations without the header, which names the request."""
     print(f"{engine}:", flush=True)
     whole = evaluation_in(options.out / engine / "whole", engine, options)
-    print(f"  left alone: {whole.finish():.0f} s", flush=True)
+    print(f"  undisturbed: {whole.finish():.0f} s", flush=True)
     total = require_whole_benchmarks(whole)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(whole.workdir / "export" / options.student / "student")
     require_prompts_of_transformers(whole, tokenizer)
     killed = evaluation_in(options.out / engine / "killed", engine, options)
-    kill_again_and_again(killed, options.kills, total, draw)
+    kill_repeatedly(killed, options.kills, total, draw)
     require_equal(whole.content(), killed.content(), f"killed {options.kills} times")
     damage(killed, draw)
     killed.finish()
@@ -211,7 +213,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--max_tokens", type=int, default=64)
-    parser.add_argument("--seed", type=int, help="of kills and damage; another one every time without it")
+    parser.add_argument("--seed", type=int, help="for kills and damage; random by default")
     options, options.rest = parser.parse_known_args()
     options.out = options.out.resolve()
     draw = random.Random(options.seed)
@@ -224,8 +226,8 @@ def main() -> None:
                 options.rest += [f"--config.evaluate.server={url}", "--config.evaluate.server_model=served"]
             generations[engine] = check_engine(engine, options, draw)
     if any(found != generations["vllm"] for found in generations.values()):
-        raise SystemExit("the engines do not agree")
-    print(f"{' and '.join(generations)}: the same {len(generations['vllm'])} lines of samples")
+        raise SystemExit("the engines disagree")
+    print(f"{' and '.join(generations)}: {len(generations['vllm'])} identical lines of samples")
 
 
 if __name__ == "__main__":

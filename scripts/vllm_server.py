@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server on this machine's CPU, as a process of its own."""
+"""Starts vLLM's OpenAI-compatible server on the CPU, in a separate process."""
 
 import os
 import signal
@@ -13,15 +13,15 @@ from pathlib import Path
 
 from lark_jax.evaluation.engines import WORKER
 
-LONGEST_START_S = 400.0
+MAX_START_S = 400.0
 
 
 @contextmanager
 def serving(student: Path, name: str, max_model_len: int, folder: Path) -> Iterator[str]:
-    """Serves a student in float32 under a name until the block ends; yields the base URL. Log: `folder`/log.
+    """Serves a student in float32 as `name` until the block ends; yields the base URL. The log is `folder`/log.
 
     Raises:
-      RuntimeError: the server ended or did not get ready; carries the end of its log.
+      RuntimeError: the server ended or did not become ready; the message has the end of its log.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,7 +52,7 @@ def serving(student: Path, name: str, max_model_len: int, folder: Path) -> Itera
 
 def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + LONGEST_START_S
+    deadline = time.monotonic() + MAX_START_S
     while time.monotonic() < deadline and server.poll() is None:
         try:
             with direct.open(url, timeout=5.0):

@@ -1,8 +1,11 @@
-"""Reads pages as a browser has to: what would be mended silently, or leads nowhere, is a fault."""
+"""Checks HTML pages: everything that a browser would silently repair, and every dead link, is a fault."""
 
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from lark_jax.report import ReportContent
+from lark_jax.report.page import plates_of, render_page
 
 VOID_TAGS = {"meta", "use", "path", "link", "img", "br", "hr", "input"}
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
@@ -16,8 +19,13 @@ PARENTS = {
 }  # fmt: skip
 
 
+def page_of(content: ReportContent) -> str:
+    """The report's page as HTML."""
+    return render_page(content, plates_of(content))
+
+
 class PageReader(HTMLParser):
-    """Collects tags with attributes, and texts; `faults` says what is wrong with the markup."""
+    """Collects tags with attributes, and texts; `faults` lists errors of the markup."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -89,7 +97,7 @@ class PageReader(HTMLParser):
 
 
 def faults_of_pages(folder: Path) -> list[str]:
-    """What is wrong with the pages below `folder`, links from one to the other included."""
+    """The errors in all pages below `folder`, including dead links between them."""
     pages = {path.resolve(): PageReader(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.html"))}
     faults = []
     for path, page in pages.items():

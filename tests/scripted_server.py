@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that answers by a script: in a thread, on a free port."""
+"""An OpenAI-compatible server that replies according to a script; runs in a thread, on a free port."""
 
 import json
 import os
@@ -20,7 +20,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a script may answer; `raw` instead of it takes the connection's own stream."""
+    """What a script may reply; with `raw` it writes to the connection itself."""
 
     status: int = 200
     body: bytes = b""
@@ -32,7 +32,7 @@ Script = Callable[[Asked, int], Reply]  # the request and how many came before i
 
 
 class ScriptedServer:
-    """Counts what it was asked; answers what the script says."""
+    """Records the requests and replies according to the script."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -72,7 +72,7 @@ class ScriptedServer:
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
-        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that went away are meant
+        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that disconnect are expected
 
     @property
     def url(self) -> str:

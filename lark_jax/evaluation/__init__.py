@@ -1,1 +1,1 @@
-"""Benchmarks, generation in a process of its own, grading, and accuracy with its spread."""
+"""Benchmarks, generation in a separate process, grading, and accuracy with its uncertainty."""

@@ -1,8 +1,7 @@
-"""Acc@k and how sure it is. Pure NumPy; every figure is a fraction of the whole benchmark, or of its whole level.
+"""Acc@k and its uncertainty. Pure NumPy; every figure is a fraction of all problems of a benchmark or level.
 
-Acc@k of one decoding seed (paper, Appendix C.4): the share of problems for which any of k samples is correct. From
-n >= k samples it is estimated without bias, by the mean over all subsets of k: 1 - C(n - c, k) / C(n, k), c of them
-correct.
+Acc@k of one decoding seed (paper, Appendix C.4) is the share of problems for which any of k samples is correct. With
+n >= k samples, c of them correct, the mean over all subsets of k is an unbiased estimate: 1 - C(n - c, k) / C(n, k).
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-_BLOCK = 1 << 20  # drawn problems held at a time
+_BLOCK = 1 << 20  # drawn problems in memory at a time
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class LevelAccuracy:
-    """The part of a benchmark that has one level."""
+    """Accuracy on the problems of one level."""
 
     level: str
     num_problems: int
@@ -37,7 +36,7 @@ class LevelAccuracy:
 
 @dataclass(frozen=True)
 class Ungraded:
-    """A sample that the grader gave up; it counts as wrong."""
+    """A sample that the grader could not judge; it counts as wrong."""
 
     problem_id: str
     seed: int
@@ -53,15 +52,15 @@ class BenchmarkResult:
     samples: int  # n, drawn per problem and seed
     seeds: tuple[int, ...]
     by_k: tuple[Accuracy, ...]  # k = 1 ... samples
-    levels: tuple[LevelAccuracy, ...]  # sorted; empty where no problem has a level
+    levels: tuple[LevelAccuracy, ...]  # sorted; empty if no problem has a level
     num_unboxed: int  # samples without an answer to grade
-    num_cut: int  # samples that ended at the token limit
+    num_cut: int  # samples that reached the token limit
     mean_tokens: float  # generated tokens per sample
     ungraded: tuple[Ungraded, ...]
 
     @property
     def accuracy(self) -> Accuracy:
-        """Acc@n: any of all samples correct."""
+        """Acc@n: any of the n samples correct."""
         return self.by_k[-1]
 
 
@@ -70,15 +69,15 @@ class Difference:
     """Acc@k of one student minus that of another, on the same problems."""
 
     k: int
-    mean: float  # over seeds of the one, minus over seeds of the other
-    low: float  # bounds of the confidence interval over problems, drawn for both together
+    mean: float  # mean over the seeds of one, minus that of the other
+    low: float  # bounds of the confidence interval over problems, resampled for both together
     high: float
-    gained: int  # problems on which the one is better
+    gained: int  # problems on which the one student is better
     lost: int  # problems on which it is worse
 
 
 def solved_probability(num_correct: np.ndarray, samples: int, k: int) -> np.ndarray:
-    """Chance that k of `samples`, drawn without replacement, hold a correct one: counts int [...] -> float64 [...].
+    """Chance that k of `samples`, drawn without replacement, include a correct one: int [...] -> float64 [...].
 
     Raises:
       ValueError: k is not in 1 ... samples.
@@ -90,7 +89,7 @@ def solved_probability(num_correct: np.ndarray, samples: int, k: int) -> np.ndar
 
 
 def bootstrap_means(values_pm: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Means over problems drawn with replacement: float64 [problems, m] -> [resamples, m]. All m share the draws."""
+    """Means over problems drawn with replacement, for all columns alike: float64 [problems, m] -> [resamples, m]."""
     num_problems = len(values_pm)
     rng = np.random.default_rng(seed)
     rows_per_block = max(1, _BLOCK // num_problems)
@@ -106,16 +105,16 @@ def bootstrap_means(values_pm: np.ndarray, seed: int, resamples: int = RESAMPLES
 def bootstrap_intervals(
     values_pm: np.ndarray, seed: int, confidence: float = CONFIDENCE, resamples: int = RESAMPLES
 ) -> list[tuple[float, float]]:
-    """Percentile bootstrap over problems of each column's mean: what other problems of the kind could have given."""
+    """Percentile bootstrap of each column's mean, over problems: what similar problems could have given."""
     tail = (1.0 - confidence) / 2.0
     bounds_2m = np.quantile(bootstrap_means(values_pm, seed, resamples), [tail, 1.0 - tail], axis=0)
     return [(float(low), float(high)) for low, high in bounds_2m.T]
 
 
 def accuracies(correct_spn: np.ndarray, bootstrap_seed: int = 0) -> tuple[Accuracy, ...]:
-    """Acc@k for every k from 1 to n, from bool [seeds, problems, n]; every axis must have at least one entry.
+    """Acc@k for every k from 1 to n, from bool [seeds, problems, n]; no axis may be empty.
 
-    All seeds of a problem are drawn together in the bootstrap: they are not independent.
+    The bootstrap draws all seeds of a problem together, since they are not independent.
 
     Raises:
       ValueError: another rank, another dtype, or an empty axis.
@@ -132,7 +131,7 @@ def accuracies(correct_spn: np.ndarray, bootstrap_seed: int = 0) -> tuple[Accura
 
 
 def level_accuracies(correct_spn: np.ndarray, levels: Sequence[str | None]) -> tuple[LevelAccuracy, ...]:
-    """Of each level (one per problem, None for those without), sorted; problems without a level are in none."""
+    """Accuracy of each level, sorted. `levels` has one entry per problem; problems with None are left out."""
     if len(levels) != correct_spn.shape[1]:
         raise ValueError(f"{len(levels)} levels for {correct_spn.shape[1]} problems")
     named = sorted({level for level in levels if level is not None})
@@ -145,8 +144,8 @@ def level_accuracies(correct_spn: np.ndarray, levels: Sequence[str | None]) -> t
 def paired_difference(one_spn: np.ndarray, other_spn: np.ndarray, k: int, bootstrap_seed: int = 0) -> Difference:
     """`one` minus `other`; both bool [seeds, problems, samples] over the same problems in the same order.
 
-    Seeds and samples may differ in number. Problems are drawn for both together, so that what makes a problem hard
-    for both cancels: the interval is narrower than two intervals side by side suggest.
+    The numbers of seeds and samples may differ. Problems are drawn for both together, so what makes a problem hard for
+    both cancels: the interval is narrower than two separate intervals suggest.
 
     Raises:
       ValueError: the numbers of problems differ.
@@ -161,7 +160,7 @@ def paired_difference(one_spn: np.ndarray, other_spn: np.ndarray, k: int, bootst
 
 
 def _mean_solved(correct_spn: np.ndarray, k: int) -> np.ndarray:
-    """Per problem, over seeds: float64 [problems]."""
+    """Acc@k of each problem, averaged over seeds: float64 [problems]."""
     return solved_probability(correct_spn.sum(axis=2), correct_spn.shape[2], k).mean(axis=0)
 
 

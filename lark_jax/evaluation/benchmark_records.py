@@ -1,10 +1,15 @@
 """Benchmark files -> problems with string answers.
 
-A file is a JSON list, JSON lines, parquet or CSV; a record has `problem` and `answer`; optional are an id
-(`problem_id`, `unique_id` or `id`), `level` and `kind`. Records as GPQA publishes them get lettered options.
+A file is a JSON list, JSON lines, parquet or CSV. A record has `problem` and `answer`, optionally an id (`problem_id`,
+`unique_id` or `id`), `level` and `kind`.
+
+Records in GPQA's published form (a question, the correct answer, three incorrect ones) become problems with lettered
+options. The options are shuffled with a seed that depends on the question only and is recorded with the problem: every
+student sees the same order, on every machine and in every file.
 """
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -17,24 +22,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark_jax.errors import EvaluationError, one_line
-from lark_jax.evaluation.multiple_choice import is_multiple_choice, with_lettered_options
 from lark_jax.evaluation.spelling import choice_letter
 from lark_jax.runtime.files import sha256_of_json
 
 KINDS = ("number", "letter", "expression")
-READING = 2  # raised when the same file is read into other problems or golds
+READING = 2  # increase when the same file gives other problems or golds
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 ID_FIELDS = ("problem_id", "unique_id", "id")
+LETTERS = "ABCD"
+_QUESTION, _CORRECT = "Question", "Correct Answer"  # field names of GPQA's published files
+_INCORRECT = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 
 @dataclass(frozen=True)
 class BenchmarkProblem:
     problem_id: str
     problem: str
-    answer: str  # gold, as text; of kind "letter" a capital alone
+    answer: str  # gold, as text; a single capital letter for kind "letter"
     kind: str  # of the answer, one of KINDS
     level: str | None = None
-    options_seed: int | None = None  # that the options of a multiple-choice problem were shuffled by
+    options_seed: int | None = None  # with which the options of a multiple-choice problem were shuffled
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,9 @@ class Benchmark:
 def read_records(path: Path, name: str) -> Benchmark:
     """Reads the file as the benchmark `name`.
 
-    A record's `kind` says what its answer is. In a file that names no kind at all the answers decide together:
-    all plain numbers -> "number", all single capital letters -> "letter", else "expression" (so AIME and AMC are
-    asked and graded as numbers, MATH-500 as expressions). Numeric golds become text: 142.0 -> "142".
+    A record's `kind` is the kind of its answer. In a file without any `kind` it follows from all answers together: all
+    plain numbers -> "number", all single capital letters -> "letter", else "expression" (so AIME and AMC are asked and
+    graded as numbers, MATH-500 as expressions). Numeric golds become text: 142.0 -> "142".
 
     Raises:
       EvaluationError: names file, line or record, and field.
@@ -71,10 +78,10 @@ def read_records(path: Path, name: str) -> Benchmark:
 
 
 def _read_records(path: Path) -> list[tuple[str, Any]]:
-    """(where, record) pairs; `where` is "file:line" for JSON lines and "file, record N" elsewhere."""
+    """(where, record) pairs; `where` is "file:line" for JSON lines and "file, record N" otherwise."""
     located = _read_table(path) if path.suffix in (".parquet", ".csv") else _read_json(path)
     return [
-        (where, with_lettered_options(where, record) if is_multiple_choice(record) else record)
+        (where, _with_lettered_options(where, record) if _is_multiple_choice(record) else record)
         for where, record in located
     ]
 
@@ -92,7 +99,7 @@ def _read_table(path: Path) -> list[tuple[str, Any]]:
 
 
 def _given(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Without empty cells: every row of a table has every column."""
+    """The record without its empty cells, since every row of a table has every column."""
     return {name: value for name, value in record.items() if value is not None and value != ""}
 
 
@@ -121,7 +128,7 @@ def parse_json(text: str, where: str) -> Any:
 def _problem_from_record(where: str, record: Any, default_id: str, default_kind: str) -> BenchmarkProblem:
     problem = _field(where, record, "problem")
     if not isinstance(problem, str) or not problem.strip():
-        raise EvaluationError(f"{where}: field 'problem' must be a text that is not empty, got {problem!r}")
+        raise EvaluationError(f"{where}: field 'problem' must be a non-empty text, got {problem!r}")
     kind = record.get("kind", default_kind)
     if kind not in KINDS:
         raise EvaluationError(f"{where}: field 'kind' must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -131,7 +138,7 @@ def _problem_from_record(where: str, record: Any, default_id: str, default_kind:
         problem=problem,
         answer=_letter(where, record) if kind == "letter" else _answer_text(where, record),
         kind=kind,
-        level=None if level is None else str(level).removeprefix("Level "),  # as MATH itself has it
+        level=None if level is None else str(level).removeprefix("Level "),  # as in MATH itself
         options_seed=record.get("options_seed"),
     )
 
@@ -160,7 +167,7 @@ def _answer_text(where: str, record: Any) -> str:
         return str(int(answer) if answer == int(answer) else answer)
     if isinstance(answer, str) and answer.strip():
         return answer.strip()
-    raise EvaluationError(f"{where}: field 'answer' must be a number or a text that is not empty, got {answer!r}")
+    raise EvaluationError(f"{where}: field 'answer' must be a number or a non-empty text, got {answer!r}")
 
 
 def _letter(where: str, record: Any) -> str:
@@ -168,7 +175,7 @@ def _letter(where: str, record: Any) -> str:
     letter = choice_letter(answer)
     if letter is None:
         raise EvaluationError(
-            f"{where}: field 'answer' must be the letter of a choice, since kind is 'letter', got {answer!r}; give the "
+            f"{where}: field 'answer' must be the letter of a choice, since kind is 'letter', got {answer!r}; use a "
             "letter, or another kind"
         )
     return letter
@@ -183,3 +190,39 @@ def _common_kind(located: list[tuple[str, Any]]) -> str:
     if all(re.fullmatch(r"[A-Z]", answer) for answer in answers):
         return "letter"
     return "expression"
+
+
+def _is_multiple_choice(record: Any) -> bool:
+    return isinstance(record, Mapping) and _QUESTION in record and _CORRECT in record
+
+
+def _with_lettered_options(where: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with `problem`, `answer` (a letter), `kind` and `options_seed`; GPQA's `Record ID` becomes `id`.
+
+    Raises:
+      EvaluationError: names record and field.
+    """
+    question, *options = (_choice_text(where, record, name) for name in (_QUESTION, _CORRECT, *_INCORRECT))
+    seed = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big")
+    order = shuffled(len(options), seed)
+    lines = [f"({letter}) {options[option]}" for letter, option in zip(LETTERS, order, strict=True)]
+    known_id = {"id": record["Record ID"]} if record.get("Record ID") else {}
+    return {
+        "problem": question + "\n\n" + "\n".join(lines),
+        "answer": LETTERS[order.index(0)],
+        "kind": "letter",
+        "options_seed": seed,
+        **known_id,
+    }
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """An order of 0 .. count - 1, by hash, since random number generators change between versions."""
+    return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
+
+
+def _choice_text(where: str, record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise EvaluationError(f"{where}: field {name!r} must be a non-empty text, got {value!r}")
+    return value.strip()

@@ -1,56 +1,74 @@
-"""Benchmarks by file, name or hub id, and the messages that ask a student to solve their problems."""
+"""Entries of `evaluate.benchmarks` -> benchmarks. Datasets of the hub are downloaded, with a message.
 
-from collections.abc import Mapping, Sequence
+/data/own.jsonl               a file; the benchmark is called "own"
+NAME=/data/some.parquet       a file, or a folder with one data file, under another name
+math500                       one of the paper's (`standard_benchmarks.STANDARD`), from the Hugging Face hub
+NAME=owner/dataset[:FILE]     a dataset of the hub; FILE if it has several data files
+"""
+
+import fnmatch
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.benchmark_records import (
-    KINDS,
-    Benchmark,
-    BenchmarkProblem,
-    parse_json,
-    read_records,
-    read_text,
-)
-from lark_jax.evaluation.benchmark_sources import find_source
-from lark_jax.evaluation.standard_benchmarks import check_standard
-from lark_jax.pool.records import Message
+from lark_jax.evaluation.benchmark_records import FILE_KINDS, Benchmark, read_records
+from lark_jax.evaluation.standard_benchmarks import STANDARD, check_standard
+from lark_jax.runtime.hub import Unavailable, snapshot
 
-__all__ = [
-    "BUILT_IN_PROMPTS",
-    "BY_KIND",
-    "KINDS",
-    "Benchmark",
-    "BenchmarkProblem",
-    "load_system_prompts",
-    "prompt_messages",
-    "read_benchmark",
-    "require_distinct",
-]
+_NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:]+))?")
+_ANY_DATA = tuple(f"*{kind}" for kind in FILE_KINDS)
+_METADATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+)  # of `datasets`
 
-# One text per kind of answer, as in Appendix C.4 of the paper: English, reasoning first, then one boxed answer.
-_SYSTEM_PROMPT = (
-    "You solve problems carefully. Write everything in English. Reason first, as long as you need. "
-    "When you are done, write \\boxed{%s} alone on a new last line, %s"
-)
-BY_KIND: Mapping[str, str] = MappingProxyType(
-    {
-        "number": _SYSTEM_PROMPT % ("<number>", "with nothing but the final number inside the box."),
-        "letter": _SYSTEM_PROMPT % ("<letter>", "with nothing but the letter of the right choice inside the box."),
-        "expression": _SYSTEM_PROMPT % ("<answer>", "with nothing but the final answer inside the box."),
-    }
-)
-BUILT_IN_PROMPTS: Mapping[str, Mapping[str, str]] = MappingProxyType({"by_kind": BY_KIND, "none": MappingProxyType({})})
+
+@dataclass(frozen=True)
+class BenchmarkSource:
+    name: str
+    location: str  # local path, or hub id
+    file: str | None  # pattern of the data file's name, if the location is a folder
+    on_hub: bool
+
+    def local_file(self) -> Path:
+        """The data file, which may not exist; downloaded if it is on the hub and not yet cached.
+
+        Raises:
+          EvaluationError: the dataset cannot be downloaded, or has no such file or several.
+        """
+        if self.on_hub:
+            return _only_file(_snapshot(self.location, _patterns(self.file)), self.file, self.location)
+        path = Path(self.location)
+        return _only_file(path, self.file, self.location) if path.is_dir() else path
+
+
+def benchmark_source(entry: str | Path) -> BenchmarkSource:
+    """Where an entry's data is; reads nothing. A `Path` is always local, and so is the name of an existing path."""
+    named = _NAMED.fullmatch(entry) if isinstance(entry, str) and not Path(entry).exists() else None
+    name, location = (named[1], named[2]) if named else (None, str(entry))
+    standard = STANDARD.get(name or location)
+    pattern = standard.file if standard else None
+    if isinstance(entry, str) and location in STANDARD and not Path(location).exists():
+        return BenchmarkSource(name or location, STANDARD[location].hub_id, STANDARD[location].file, on_hub=True)
+    hub = _HUB_ID.fullmatch(location) if isinstance(entry, str) and not Path(location).exists() else None
+    if hub and not _looks_local(hub[1]):
+        return BenchmarkSource(name or hub[1].rpartition("/")[2], hub[1], hub[2] or pattern, on_hub=True)
+    return BenchmarkSource(name or Path(location).stem, location, pattern, on_hub=False)
 
 
 def read_benchmark(entry: str | Path) -> Benchmark:
-    """The benchmark of an entry of `evaluate.benchmarks` (`benchmark_sources`), with what its name promises checked.
+    """The benchmark of an entry of `evaluate.benchmarks`; one with a standard name is checked against it.
 
     Raises:
-      EvaluationError: it cannot be had or read, names file, record and field; or it is not what its name promises.
+      EvaluationError: it cannot be found or read (names file, record and field), or does not match its name.
     """
-    source = find_source(entry)
+    source = benchmark_source(entry)
     path = source.local_file()
     benchmark = read_records(path, source.name)
     check_standard(benchmark, str(path))
@@ -58,34 +76,50 @@ def read_benchmark(entry: str | Path) -> Benchmark:
 
 
 def require_distinct(names: Sequence[str]) -> None:
-    """Raises EvaluationError where two benchmarks share a name: results lie under it."""
+    """Raises EvaluationError if two benchmarks share a name, under which results are stored."""
     if len(set(names)) != len(names):
         raise EvaluationError(
-            f"config.evaluate.benchmarks: names must differ, got {', '.join(names)}; give another one: NAME=FILE"
+            f"config.evaluate.benchmarks: names must differ, got {', '.join(names)}; rename one: NAME=FILE"
         )
 
 
-def load_system_prompts(choice: str) -> Mapping[str, str]:
-    """Kind -> system prompt for `evaluate.system_prompts`: "by_kind" (built in), "none", or a JSON file {kind: text}.
-
-    Raises:
-      EvaluationError: the file is missing, is not an object of texts, or names an unknown kind.
-    """
-    if choice in BUILT_IN_PROMPTS:
-        return BUILT_IN_PROMPTS[choice]
-    path = Path(choice)
-    prompts = parse_json(read_text(path), str(path))
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise EvaluationError(f"{path}: expected one JSON object of texts, {{kind: system prompt}}")
-    for kind in prompts:
-        if kind not in KINDS:
-            raise EvaluationError(f"{path}: unknown kind {kind!r}; known kinds: {', '.join(KINDS)}")
-    return MappingProxyType(prompts)
+def _looks_local(hub_id: str) -> bool:
+    path = Path(hub_id)
+    return path.exists() or path.parent.exists() or path.suffix in FILE_KINDS
 
 
-def prompt_messages(problem: BenchmarkProblem, system_prompts: Mapping[str, str]) -> tuple[Message, ...]:
-    """The conversation that the student continues; without a system turn where its kind has no prompt."""
-    user = Message("user", problem.problem)
-    if problem.kind not in system_prompts:
-        return (user,)
-    return (Message("system", system_prompts[problem.kind]), user)
+def _only_file(folder: Path, pattern: str | None, location: str) -> Path:
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in FILE_KINDS and path.name not in _METADATA and not path.name.startswith(".") and path.is_file()
+    ]
+    names = [path.relative_to(folder).as_posix() for path in found]
+    fitting = [
+        path
+        for path, name in zip(found, names, strict=True)
+        if pattern is None or fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(path.name, pattern)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    wanted = "one data file" if pattern is None else f"one file {pattern}"
+    found_names = ", ".join(names[:10]) or "none"
+    raise EvaluationError(
+        f"{location}: expected {wanted}, found: {found_names}; choose one: evaluate.benchmarks=NAME=FILE, "
+        "or NAME=owner/dataset:FILE on the hub"
+    )
+
+
+def _patterns(file: str | None) -> tuple[str, ...]:
+    """What to download: the requested file, by path or by name; without one, every data file."""
+    if file is None or Path(file).suffix not in FILE_KINDS:
+        return _ANY_DATA
+    return (file, f"*/{file}")
+
+
+@functools.cache  # hashing and reading use the same snapshot, even if the hub changes in between
+def _snapshot(hub_id: str, patterns: tuple[str, ...]) -> Path:
+    try:
+        return snapshot(hub_id, patterns, "dataset")
+    except Unavailable as error:
+        raise EvaluationError(f"{hub_id}: {error}; use a local file: evaluate.benchmarks=NAME=FILE") from error

@@ -1,7 +1,7 @@
-"""How much evaluation problems look like problems that students train on (Appendix C.5 of the paper).
+"""How similar evaluation problems are to problems that students train on (Appendix C.5 of the paper).
 
 Two problems are compared by the Jaccard index of their sets of character 8-grams, |A and B| / |A or B|, after
-normalisation. What all problems of the pool begin or end with (an instruction) takes no part.
+normalisation. Text that all problems of the pool begin or end with (an instruction) is ignored.
 """
 
 import itertools
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lark_jax.evaluation.benchmarks import Benchmark
+from lark_jax.evaluation.benchmark_records import Benchmark
 from lark_jax.evaluation.ngrams import jaccard_rows, normalize_problem
 from lark_jax.pool.records import Trajectory
 
 THRESHOLDS = (0.4, 0.7, 0.85)  # of near matches, as in the paper's Table 2
-_FRAME_PROBLEMS = 20  # so many different problems do not share their first or last words by chance
+_FRAME_PROBLEMS = 20  # this many different problems do not share their first or last words by chance
 _FRAME_CHARACTERS = 20
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """A problem of a benchmark beside the problem of the pool that is most like it (the first of several)."""
+    """A problem of a benchmark and the most similar problem of the pool (the first of several)."""
 
     group: str  # the table's row
     problem_id: str
@@ -34,7 +34,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class AuditRow:
-    """How many problems of one benchmark, or of one level of it, have a match in the pool."""
+    """How many problems of one benchmark, or of one of its levels, have a match in the pool."""
 
     group: str
     num_problems: int
@@ -44,20 +44,20 @@ class AuditRow:
 
 @dataclass(frozen=True)
 class Frame:
-    """What all problems of a pool begin and end with, whole words."""
+    """Whole words that all problems of a pool begin and end with."""
 
     before: str = ""
     after: str = ""
 
-    def taken_off(self, text: str) -> str:
+    def removed_from(self, text: str) -> str:
         return text.removeprefix(self.before).removesuffix(self.after)
 
 
 @dataclass(frozen=True)
 class Audit:
     num_pool_problems: int
-    frame: Frame  # left out of every text before the comparison
-    overlaps: tuple[Overlap, ...]  # of every problem: by benchmark, level, order in the file
+    frame: Frame  # removed from every text before the comparison
+    overlaps: tuple[Overlap, ...]  # one per problem: by benchmark, level, order in the file
 
     @property
     def rows(self) -> tuple[AuditRow, ...]:
@@ -76,14 +76,14 @@ def audit_benchmarks(benchmarks: Sequence[Benchmark], pool_problems: Mapping[str
     """The nearest pool problem of every evaluation problem.
 
     Args:
-      benchmarks: one whose problems all have a level is split by level.
+      benchmarks: a benchmark whose problems all have a level is split by level.
       pool_problems: problem id -> text; not empty.
     """
     located = [item for benchmark in benchmarks for item in _grouped(benchmark)]
     pool_ids, pool_texts = list(pool_problems), list(pool_problems.values())
     frame = shared_frame(pool_texts)
     queries, corpus = (
-        [normalize_problem(frame.taken_off(text)) for text in texts]
+        [normalize_problem(frame.removed_from(text)) for text in texts]
         for texts in ([problem for _, _, problem in located], pool_texts)
     )
     overlaps = []
@@ -104,7 +104,7 @@ def audit_benchmarks(benchmarks: Sequence[Benchmark], pool_problems: Mapping[str
 
 
 def pool_problems(by_problem: Mapping[str, Sequence[Trajectory]]) -> dict[str, str]:
-    """Problem id -> what the user says in its prompt, from `Pool.by_problem()`."""
+    """Problem id -> the user turns of its prompt, from `Pool.by_problem()`."""
     return {
         problem_id: "\n\n".join(message.content for message in trajectories[0].prompt if message.role == "user")
         for problem_id, trajectories in by_problem.items()
@@ -112,26 +112,26 @@ def pool_problems(by_problem: Mapping[str, Sequence[Trajectory]]) -> dict[str, s
 
 
 def shared_frame(texts: Sequence[str]) -> Frame:
-    """The words that all texts begin or end with; none of fewer than 20 different texts, or 20 characters."""
+    """The words that all texts begin or end with; empty for fewer than 20 different texts or 20 characters."""
     distinct = set(texts)
     if len(distinct) < _FRAME_PROBLEMS:
         return Frame()
     start = _common_start(distinct)
     end = _common_start({text[::-1] for text in distinct})[::-1]
-    # "?\nReason ..." and ".\nReason ..." differ in what belongs to the problem: from white space on it is the frame.
+    # "?\nReason ..." and ".\nReason ..." differ in a character of the problem; the frame starts at white space.
     before = start[: max((index + 1 for index, mark in enumerate(start) if mark.isspace()), default=0)]
     after = end[next((index for index, mark in enumerate(end) if mark.isspace()), len(end)) :]
     return Frame(*(part if len(part) >= _FRAME_CHARACTERS else "" for part in (before, after)))
 
 
 def _common_start(texts: Collection[str]) -> str:
-    """Of all texts: that of the first and the last in alphabetical order."""
+    """Common to all texts: it suffices to compare the first and the last in alphabetical order."""
     pairs = zip(min(texts), max(texts), strict=False)
     return "".join(mark for mark, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _grouped(benchmark: Benchmark) -> Iterator[tuple[str, str, str]]:
-    """(group, id, text) of every problem; by level where all have one."""
+    """(group, id, text) of every problem; grouped by level if all have one."""
     if any(problem.level is None for problem in benchmark.problems):
         yield from ((benchmark.name, problem.problem_id, problem.problem) for problem in benchmark.problems)
         return

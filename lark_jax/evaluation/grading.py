@@ -1,8 +1,8 @@
-"""From a generated text to right or wrong.
+"""Grades generated texts: `Grader().grade(text, gold, kind)` returns a verdict with `.correct` and `.reason`.
 
-The answer is what stands in the last `\\boxed{}` after the thinking block; a text without one is wrong, whatever else
-it says. Letters, words and numbers in a named base are compared here, everything else by math-verify. On request the
-paper's plain rules (C.4) decide instead: the last `\\boxed{}` of the whole text, and strings.
+The answer is the content of the last `\\boxed{}` after the thinking block; a text without one is wrong. Letters, words
+and numbers in an explicit base are compared here, everything else by math-verify. The grader "paper" applies the
+paper's plain rules (C.4) instead: the last `\\boxed{}` of the whole text, compared as strings.
 """
 
 import re
@@ -11,13 +11,12 @@ from types import TracebackType
 from typing import Self
 
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.paper_rules import equal_by_paper_rules
-from lark_jax.evaluation.spelling import choice_letter, in_base, tidy, without_percent, words
+from lark_jax.evaluation.spelling import choice_letter, equal_by_paper_rules, in_base, tidy, without_percent, words
 from lark_jax.evaluation.verifier import LIMIT_S, MathVerifier, VerifierFailure, VerifierTimeout, package_versions
 
 GRADERS = ("math_verify", "paper")
-RULES = 3  # raised when a verdict of this module or its helpers changes: finished students are then graded again
-MAX_ANSWER_CHARACTERS = 4_096  # beyond, a box holds no answer but a model that repeats itself
+RULES = 3  # increase when a verdict of this module or its helpers changes: finished students are then graded again
+MAX_ANSWER_CHARACTERS = 4_096  # a longer box is a model that repeats itself
 THOUGHT = "<think>"  # opens the thinking block
 
 CORRECT = "correct"
@@ -26,24 +25,25 @@ NO_BOX = "no box"
 TIMED_OUT = "timed out"
 TOO_LONG = "answer too long"
 FAILED = "grader failed"
-GAVE_UP = (TIMED_OUT, TOO_LONG, FAILED)  # no verdict; the sample counts as wrong and is listed
+UNGRADED = (TIMED_OUT, TOO_LONG, FAILED)  # could not be compared; the sample counts as wrong and is listed
 
 _BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
 
 
 @dataclass(frozen=True)
-class Grade:
+class Verdict:
     correct: bool
-    extracted: str | None  # what stood in the box; None without one
-    reason: str  # CORRECT, WRONG, NO_BOX or one of GAVE_UP
+    extracted: str | None  # the content of the box; None without one
+    reason: str  # CORRECT, WRONG, NO_BOX or one of UNGRADED
 
 
 class Grader:
-    """Grades texts; a context manager (math-verify lives in a child process while it is open).
+    """Grades texts. math-verify runs in a child process, which starts at the first comparison that needs it.
 
-    Equal pairs of gold and answer are compared once. A verdict is a function of the two: neither the order of the
-    questions nor the load of the machine changes it.
+    As a context manager it ends that process at the end of the block; otherwise the process ends with the grader. Equal
+    pairs of gold and answer are compared once. A verdict depends on these two only, not on earlier comparisons or on
+    the load of the machine.
     """
 
     def __init__(self, name: str = "math_verify", limit_s: float = LIMIT_S) -> None:
@@ -51,7 +51,7 @@ class Grader:
             raise EvaluationError(f"grader {name!r} is unknown; known graders: {', '.join(GRADERS)}")
         self._name = name
         self._verifier = MathVerifier(limit_s)
-        self._verdicts: dict[tuple[str, str, str], str] = {}
+        self._reasons: dict[tuple[str, str, str], str] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -61,22 +61,24 @@ class Grader:
     ) -> None:
         self._verifier.__exit__(kind, error, traceback)
 
-    def grade(self, text: str, gold: str, kind: str) -> Grade:
-        """Grades a whole generated text, from the thinking block's `<think>` on where it has one.
+    def grade(self, text: str, gold: str, kind: str) -> Verdict:
+        """Grades a whole generated text, including its thinking block from `<think>` on.
 
-        `kind` is "number", "letter" or "expression".
+        Args:
+          gold: the expected answer.
+          kind: "number", "letter" or "expression".
         """
         extracted = last_box(text) if self._name == "paper" else final_answer(text)
         if extracted is None:
-            return Grade(False, None, NO_BOX)
+            return Verdict(False, None, NO_BOX)
         if len(extracted) > MAX_ANSWER_CHARACTERS:
-            return Grade(False, extracted, TOO_LONG)
+            return Verdict(False, extracted, TOO_LONG)
         key = (gold, extracted, kind)
-        if key not in self._verdicts:
-            self._verdicts[key] = self._verdict(*key)
-        return Grade(self._verdicts[key] == CORRECT, extracted, self._verdicts[key])
+        if key not in self._reasons:
+            self._reasons[key] = self._reason(*key)
+        return Verdict(self._reasons[key] == CORRECT, extracted, self._reasons[key])
 
-    def _verdict(self, gold: str, answer: str, kind: str) -> str:
+    def _reason(self, gold: str, answer: str, kind: str) -> str:
         if self._name == "paper":
             return CORRECT if equal_by_paper_rules(gold, answer, kind) else WRONG
         if kind == "letter":
@@ -102,29 +104,23 @@ class Grader:
         return CORRECT if equal else WRONG
 
 
-def grader_identity(name: str) -> dict[str, object]:
-    """What verdicts of this grader depend on besides the answers: with it, results say when they are out of date."""
+def grader_version(name: str) -> dict[str, object]:
+    """What this grader's verdicts depend on besides the answers; recorded, so that outdated results are noticed."""
     packages = package_versions() if name == "math_verify" else {}
     return {"grader": name, "rules": RULES, **packages}
 
 
-def grade(text: str, gold: str, kind: str, grader: str = "math_verify") -> Grade:
-    """Grades one text. For many, keep one `Grader` open: it starts its child process only once."""
-    with Grader(grader) as opened:
-        return opened.grade(text, gold, kind)
-
-
 def final_answer(text: str) -> str | None:
-    """What stands in the last complete `\\boxed{}` after the thinking block, stripped; None without one.
+    """The content of the last complete `\\boxed{}` after the thinking block, stripped; None without one.
 
-    The thinking block ends with the last `</think>`; one that is opened and never closed leaves no answer.
+    The thinking block ends with the last `</think>`; if it is opened and never closed, there is no answer.
     """
     answer_part = text.rpartition("</think>")[2]
     return None if THOUGHT in answer_part else last_box(answer_part)
 
 
 def last_box(text: str) -> str | None:
-    """What stands in the last complete `\\boxed{}`, stripped; None without one."""
+    """The content of the last complete `\\boxed{}`, stripped; None without one."""
     openings = {box.end() - 1 for box in _BOX.finditer(text)}  # positions of their braces
     unclosed: list[int] = []
     last: tuple[int, int] | None = None

@@ -1,6 +1,6 @@
-"""Jaccard indices of the character 8-grams of many texts with those of many others: every pair, and exact.
+"""Exact Jaccard indices of character 8-grams, for every pair of two lists of texts.
 
-8-grams become integers by ranking, not by hashing, and shared ones are counted along an inverted index. Pure NumPy.
+8-grams become integers by ranking, not by hashing; shared ones are counted with an inverted index. Pure NumPy.
 """
 
 import re
@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 GRAM = 8  # characters; a power of two, see `_ranks_of_grams`
-_PADDING = 0x110000  # no character has this code
+_PADDING = 0x110000  # not a character code
 
-# A line break of LaTeX, "\\", is no part of the macro behind it; group 1 keeps it.
+# A LaTeX line break, "\\", is not part of the macro after it; group 1 keeps it.
 _THIN_SPACES = re.compile(r"(\\\\)|\\(?:[,:;!>]|(?:neg)?(?:thin|med|thick)space(?![a-z]) ?)")
 _WIDE_SPACES = re.compile(r"(\\\\)|\\(?: |(?:q?quad|enspace|enskip|space)(?![a-z])|[hv]space\*? *\{[^{}]*\})|(?<!\\)~")
 
@@ -19,7 +19,7 @@ _WIDE_SPACES = re.compile(r"(\\\\)|\\(?: |(?:q?quad|enspace|enskip|space)(?![a-z
 def normalize_problem(text: str) -> str:
     """Lower case, LaTeX's spacing macros stripped, white space collapsed.
 
-    Macros for less than a word space vanish ("3\\,000" is "3000"), wider ones become a space.
+    Macros narrower than a word space are removed ("3\\,000" is "3000"), wider ones become a space.
     """
     text = _THIN_SPACES.sub(r"\1", text.lower())
     text = _WIDE_SPACES.sub(lambda match: match[1] or " ", text)
@@ -29,7 +29,7 @@ def normalize_problem(text: str) -> str:
 def jaccard_rows(queries: Sequence[str], corpus: Sequence[str]) -> Iterator[np.ndarray]:
     """For each query, the Jaccard indices of its 8-grams with those of every text of the corpus, float64 [corpus].
 
-    A text of fewer than eight characters is its own only gram.
+    A text of fewer than eight characters is a single gram.
     """
     texts_g, grams_g, num_grams = _distinct_grams([*corpus, *queries])
     sizes_t = np.bincount(texts_g, minlength=len(corpus) + len(queries))
@@ -47,12 +47,12 @@ def jaccard_rows(queries: Sequence[str], corpus: Sequence[str]) -> Iterator[np.n
 
 
 def _distinct_grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Every pair of a text and a gram in it, once, by text: their numbers, int64 [pairs] each; how many grams exist."""
+    """The distinct (text, gram) pairs, sorted by text, as two int64 [pairs]; and the number of grams."""
     codes = [_codes(text) for text in texts]
-    texts_s = np.repeat(np.arange(len(texts)), [len(code) for code in codes])  # s: symbols, one after the other
+    texts_s = np.repeat(np.arange(len(texts)), [len(code) for code in codes])  # s: symbols of all texts, concatenated
     ranks, num_grams = _ranks_of_grams(np.concatenate(codes))
     owners = texts_s[: len(ranks)]
-    within = owners == texts_s[GRAM - 1 :]  # the other windows hold the end of one text and the start of the next
+    within = owners == texts_s[GRAM - 1 :]  # other windows span the end of one text and the start of the next
     pairs = np.unique(owners[within] * num_grams + ranks[within])
     return pairs // num_grams, pairs % num_grams, num_grams
 
@@ -63,9 +63,9 @@ def _codes(text: str) -> np.ndarray:
 
 
 def _ranks_of_grams(symbols: np.ndarray) -> tuple[np.ndarray, int]:
-    """A number for the GRAM symbols from each position on, the same for the same symbols; and how many there are.
+    """A number for the GRAM symbols from each position on, equal for equal symbols; and how many numbers there are.
 
-    By doubling: a window of 2n symbols is a pair of windows of n, and pairs of ranks are ranked again.
+    By doubling: a window of 2n symbols is a pair of windows of n, and the pairs of their ranks are ranked again.
     """
     values, ranks = np.unique(symbols, return_inverse=True)
     width = 1
@@ -76,7 +76,7 @@ def _ranks_of_grams(symbols: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """start, start + 1, ..., end - 1 of every pair, one after the other."""
+    """start, start + 1, ..., end - 1 of every pair, concatenated."""
     lengths = ends - starts
     offsets = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
     return offsets + np.arange(lengths.sum())

@@ -1,18 +1,18 @@
-"""One student on all benchmarks: prompts -> samples (in the worker) -> grades -> Acc@k.
+"""One student on all benchmarks: prompts -> samples (in the worker) -> verdicts -> Acc@k.
 
-Generations of a student, which another grader does not need again:
-  generations.jsonl         what the worker generated, beside its request and its log
+Generations of a student, which another grader can reuse:
+  generations.jsonl         the worker's output, next to its request and log
 Results of a student, which follow from them:
-  <benchmark>/samples.jsonl one row per sample: problem_id, seed, sample, text, extracted, correct, reason,
+  <benchmark>/samples.jsonl one line per sample: problem_id, seed, sample, text, extracted, correct, reason,
                             finish_reason, num_tokens
-  samples.parquet           the same of all benchmarks without the texts, with level, gold and truncation
-  summary.json              the `StudentResult`; written last, so its presence means that everything is there
+  samples.parquet           the same for all benchmarks without the texts, with level, gold and truncation
+  summary.json              the `StudentResult`; written last, so if it exists, everything does
 """
 
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,28 +30,14 @@ from lark_jax.evaluation.accuracy import (
     accuracies,
     level_accuracies,
 )
-from lark_jax.evaluation.benchmarks import (
-    Benchmark,
-    BenchmarkProblem,
-    load_system_prompts,
-    prompt_messages,
-    require_distinct,
-)
-from lark_jax.evaluation.engines import (
-    EngineChoice,
-    Generation,
-    build_request,
-    choose_engine,
-    fingerprint_of_all,
-    read_generations,
-    run_generation,
-)
-from lark_jax.evaluation.grading import GAVE_UP, NO_BOX, THOUGHT, Grader, grader_identity
-from lark_jax.evaluation.samples import SAMPLES, SampleRow, write_sample_table
-from lark_jax.evaluation.worker.worker_request import Prompt, Request
-from lark_jax.pool.records import Message
-from lark_jax.rendering.chat import ChatFormat, RenderRefusal, opens_thought, render_prompt
-from lark_jax.runtime.files import read_json, sha256_of_bytes, sha256_of_json, sha256_of_path, write_json, write_jsonl
+from lark_jax.evaluation.benchmark_records import Benchmark
+from lark_jax.evaluation.engines import EngineChoice, choose_engine, read_generations, run_generation
+from lark_jax.evaluation.generation_request import build_request, request_fingerprint
+from lark_jax.evaluation.grading import NO_BOX, THOUGHT, UNGRADED, Grader, grader_version
+from lark_jax.evaluation.prompts import StudentPrompts
+from lark_jax.evaluation.samples import GradedSample, write_sample_table, write_samples
+from lark_jax.evaluation.worker.worker_records import Generation, Request
+from lark_jax.runtime.files import read_json, sha256_of_bytes, sha256_of_json, sha256_of_path, write_json
 
 GENERATIONS = "generations.jsonl"
 SUMMARY = "summary.json"
@@ -69,7 +55,7 @@ def evaluate_student(
     student: str,
     model_dir: str | Path,
     benchmarks: Sequence[Benchmark],
-    chat: ChatFormat,
+    asked: StudentPrompts,
     config: EvaluateConfig,
     out_dir: str | Path,
     *,
@@ -77,89 +63,60 @@ def evaluate_student(
     engine: EngineChoice | None = None,
     model_fingerprint: str | None = None,
 ) -> StudentResult:
-    """Acc@k of one student; returns at once when `out_dir` already holds the result of the same question.
+    """Acc@k of one student; returns at once if `out_dir` already has the result for the same inputs.
 
     Args:
       student: its name in tables.
       model_dir: local folder with weights, config.json and tokenizer.
+      asked: the problems of `benchmarks`, from `render_prompts`.
       out_dir: where results go.
-      generations_dir: where samples go before they are graded. Those of an earlier call are kept and taken where they
-        are asked for again; all are set aside when other weights, another decoding or engine made them.
-      engine: from `engine_for`, so that all students of an experiment run under the same one; None: choose here.
-      model_fingerprint: hash of the weights where the caller knows it; None: hash `model_dir`.
+      generations_dir: where samples go before they are graded. Samples of an earlier call are reused if they are asked
+        for again; all are set aside if they were made with other weights, another decoding or another engine.
+      engine: from `engine_for`, so that all students of an experiment use the same one; None: choose here.
+      model_fingerprint: hash of the weights, if the caller has it; None: hash `model_dir`.
 
     Raises:
-      EvaluationError: a benchmark name is used twice, a prompt is too long, or the worker or the grader fails.
+      EvaluationError: a prompt is too long, or the worker or the grader fails.
     """
     model_fingerprint = model_fingerprint or sha256_of_path(model_dir)
     out_dir, generations_dir = Path(out_dir), Path(generations_dir)
+
+    def request_for(name: str) -> Request:
+        output = generations_dir / GENERATIONS
+        return build_request(model_dir, model_fingerprint, asked, config, name, output, student)
+
     requested = engine.engine if engine is not None else config.engine
-    request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, requested, generations_dir)
+    request = request_for(requested)
     golds = [benchmark.fingerprint for benchmark in benchmarks]
     fingerprint = sha256_of_json(
-        [student, fingerprint_of_all(request), requested, golds, grader_identity(config.grader)]
+        [student, request_fingerprint(request), requested, golds, grader_version(config.grader)]
     )
     if (out_dir / SUMMARY).exists() and read_json(out_dir / SUMMARY)["fingerprint"] == fingerprint:
         return read_student_result(out_dir)
     engine = engine or choose_engine(config, request, generations_dir)
-    request = _request(student, model_dir, model_fingerprint, benchmarks, chat, config, engine.engine, generations_dir)
+    if engine.engine != requested:
+        request = request_for(engine.engine)
     _set_other_generations_aside(request)
     run_generation(request, config.python, generations_dir)
-    results = _grade_all(benchmarks, request, chat, config, out_dir)
+    results = _grade_all(benchmarks, read_generations(request), asked, config, out_dir)
     result = StudentResult(student, engine, results, fingerprint)
     write_json(out_dir / SUMMARY, dataclasses.asdict(result))
     return result
 
 
 def engine_for(
-    model_dir: str | Path, benchmarks: Sequence[Benchmark], chat: ChatFormat, config: EvaluateConfig, folder: str | Path
+    model_dir: str | Path, asked: StudentPrompts, config: EvaluateConfig, folder: str | Path
 ) -> EngineChoice:
-    """The engine for all students that share an architecture: accuracies compare under one engine only.
+    """The engine for all students of one architecture: accuracies are comparable under the same engine only.
 
-    Runs the health check with `model_dir` when `evaluate.engine` is "auto"; its log goes to `folder`.
+    Runs the health check with `model_dir` if `evaluate.engine` is "auto"; its log goes to `folder`.
     """
-    request = _request("", model_dir, "", benchmarks, chat, config, config.engine, Path(folder))
+    request = build_request(model_dir, "", asked, config, config.engine, Path(folder) / GENERATIONS)
     return choose_engine(config, request, folder)
 
 
-def render_prompts(benchmarks: Sequence[Benchmark], chat: ChatFormat, system_prompts: str) -> tuple[Prompt, ...]:
-    """Token ids of every problem of every benchmark, as the student saw prompts in fine-tuning.
-
-    Raises:
-      EvaluationError: two benchmarks share a name, or the chat template cannot ask a problem.
-    """
-    require_distinct([benchmark.name for benchmark in benchmarks])
-    texts = load_system_prompts(system_prompts)
-    return tuple(
-        Prompt(benchmark.name, problem.problem_id, index, _prompt_tokens(chat, benchmark, problem, texts))
-        for benchmark in benchmarks
-        for index, problem in enumerate(benchmark.problems)
-    )
-
-
-def _prompt_tokens(
-    chat: ChatFormat, benchmark: Benchmark, problem: BenchmarkProblem, system_prompts: Mapping[str, str]
-) -> tuple[int, ...]:
-    messages = prompt_messages(problem, system_prompts)
-    try:
-        return tuple(render_prompt(chat, messages))
-    except RenderRefusal as refusal:
-        line = f"benchmark {benchmark.name}, problem {problem.problem_id}: {refusal}"
-        if messages[0].role == "system" and _can_render(chat, messages[1:]):
-            line += ", or ask without a system turn: evaluate.system_prompts=none"
-        raise EvaluationError(line) from refusal
-
-
-def _can_render(chat: ChatFormat, messages: Sequence[Message]) -> bool:
-    try:
-        render_prompt(chat, messages)
-    except RenderRefusal:
-        return False
-    return True
-
-
 def read_student_result(out_dir: str | Path) -> StudentResult:
-    """Reads summary.json back.
+    """Reads summary.json.
 
     Raises:
       EvaluationError: another version of this program wrote it.
@@ -171,22 +128,6 @@ def read_student_result(out_dir: str | Path) -> StudentResult:
         return StudentResult(engine=EngineChoice(**fields.pop("engine")), benchmarks=benchmarks, **fields)
     except (KeyError, TypeError) as error:
         raise EvaluationError(f"{path}: written by another version ({error}); run the stage evaluate again") from error
-
-
-def _request(
-    student: str,
-    model_dir: str | Path,
-    model_fingerprint: str,
-    benchmarks: Sequence[Benchmark],
-    chat: ChatFormat,
-    config: EvaluateConfig,
-    engine: str,
-    generations_dir: Path,
-) -> Request:
-    prompts = render_prompts(benchmarks, chat, config.system_prompts)
-    ids = (chat.end_of_turn_id, chat.pad_id)
-    output = generations_dir / GENERATIONS
-    return build_request(model_dir, model_fingerprint, prompts, *ids, config, engine, output, student)
 
 
 def _benchmark_result(fields: dict[str, Any]) -> BenchmarkResult:
@@ -201,13 +142,13 @@ def _by_k(entries: list[dict[str, Any]]) -> tuple[Accuracy, ...]:
 
 
 def _set_other_generations_aside(request: Request) -> None:
-    """Samples of other weights, another decoding or engine make way, and come back when they are asked for again."""
+    """Renames samples of other weights, another decoding or engine; renames them back when they are asked for again."""
     header = request.header().encode() + b"\n"
     for path in (Path(request.output), Path(request.output + ".partial")):
         if path.exists() and (first_line := _first_line(path)) != header:
             aside = _aside(path, first_line)
             print(
-                f"{path}: made by other weights, another decoding or another engine (or version of it); kept as "
+                f"{path}: made with other weights, another decoding or another engine (or version of it); kept as "
                 f"{aside.name}, generating anew",
                 file=sys.stderr,
             )
@@ -226,44 +167,43 @@ def _first_line(path: Path) -> bytes:
 
 
 def _grade_all(
-    benchmarks: Sequence[Benchmark], request: Request, chat: ChatFormat, config: EvaluateConfig, out_dir: Path
+    benchmarks: Sequence[Benchmark],
+    generations: Iterator[Generation],
+    asked: StudentPrompts,
+    config: EvaluateConfig,
+    out_dir: Path,
 ) -> tuple[BenchmarkResult, ...]:
-    thoughtful = frozenset(
-        (prompt.benchmark, prompt.problem_id) for prompt in request.prompts if opens_thought(chat, prompt.tokens)
-    )
     by_benchmark: dict[str, list[Generation]] = {benchmark.name: [] for benchmark in benchmarks}
-    for generation in read_generations(request):
-        by_benchmark[generation.benchmark].append(generation)
+    for generation in generations:
+        by_benchmark[generation.job.prompt.benchmark].append(generation)
     graded = []
     with Grader(config.grader) as grader:
         for benchmark in benchmarks:
-            rows = list(_sample_rows(benchmark, by_benchmark[benchmark.name], grader, thoughtful))
-            write_jsonl(out_dir / benchmark.name / SAMPLES, [dataclasses.asdict(row) for row in rows])
-            graded.append((benchmark, rows))
+            samples = list(_graded_samples(benchmark, by_benchmark[benchmark.name], grader, asked.open_thoughts))
+            write_samples(out_dir, benchmark.name, samples)
+            graded.append((benchmark, samples))
     write_sample_table(out_dir, graded)
-    return tuple(_summarize(benchmark, rows, config) for benchmark, rows in graded)
+    return tuple(_summarize(benchmark, samples, config) for benchmark, samples in graded)
 
 
-def _sample_rows(
-    benchmark: Benchmark, generations: Sequence[Generation], grader: Grader, thoughtful: frozenset[tuple[str, str]]
-) -> Iterator[SampleRow]:
-    """Samples of `thoughtful` prompts (benchmark, problem id) go on in a thought that the prompt has opened."""
+def _graded_samples(
+    benchmark: Benchmark, generations: Sequence[Generation], grader: Grader, open_thoughts: frozenset[tuple[str, str]]
+) -> Iterator[GradedSample]:
+    """A sample whose prompt has opened a thought starts inside it, and is graded that way."""
     problems = {problem.problem_id: problem for problem in benchmark.problems}
     for generation in tqdm(generations, desc=f"grading {benchmark.name}", unit="problem", disable=None):
-        problem = problems[generation.problem_id]
-        begun = THOUGHT if (benchmark.name, problem.problem_id) in thoughtful else ""
-        for index, sample in enumerate(generation.samples):
-            grade = grader.grade(begun + sample.text, problem.answer, problem.kind)
-            yield SampleRow(
-                problem.problem_id, generation.seed, index, sample.text,
-                grade.extracted, grade.correct, grade.reason, sample.finish_reason, sample.num_tokens,
-            )  # fmt: skip
+        _, problem_id, seed = generation.job.key
+        problem = problems[problem_id]
+        begun = THOUGHT if (benchmark.name, problem_id) in open_thoughts else ""
+        for number, sample in enumerate(generation.samples):
+            verdict = grader.grade(begun + sample.text, problem.answer, problem.kind)
+            yield GradedSample.of(problem_id, seed, number, sample, verdict)
 
 
-def _summarize(benchmark: Benchmark, rows: Sequence[SampleRow], config: EvaluateConfig) -> BenchmarkResult:
-    """Rows come by seed, problem, sample; the reshape fails where one is missing, so no average ever shrinks."""
+def _summarize(benchmark: Benchmark, samples: Sequence[GradedSample], config: EvaluateConfig) -> BenchmarkResult:
+    """Samples are ordered by seed, problem, number; the reshape fails if one is missing, so no average ever shrinks."""
     shape = (len(config.seeds), len(benchmark.problems), config.samples)
-    correct_spn = np.array([row.correct for row in rows], dtype=np.bool_).reshape(shape)
+    correct_spn = np.array([sample.correct for sample in samples], dtype=np.bool_).reshape(shape)
     return BenchmarkResult(
         benchmark=benchmark.name,
         fingerprint=benchmark.fingerprint,
@@ -272,10 +212,12 @@ def _summarize(benchmark: Benchmark, rows: Sequence[SampleRow], config: Evaluate
         seeds=config.seeds,
         by_k=accuracies(correct_spn),
         levels=level_accuracies(correct_spn, [problem.level for problem in benchmark.problems]),
-        num_unboxed=sum(row.reason == NO_BOX for row in rows),
-        num_cut=sum(row.truncated for row in rows),
-        mean_tokens=sum(row.num_tokens for row in rows) / len(rows),
+        num_unboxed=sum(sample.reason == NO_BOX for sample in samples),
+        num_cut=sum(sample.truncated for sample in samples),
+        mean_tokens=sum(sample.num_tokens for sample in samples) / len(samples),
         ungraded=tuple(
-            Ungraded(row.problem_id, row.seed, row.sample, row.reason) for row in rows if row.reason in GAVE_UP
+            Ungraded(sample.problem_id, sample.seed, sample.sample, sample.reason)
+            for sample in samples
+            if sample.reason in UNGRADED
         ),
     )

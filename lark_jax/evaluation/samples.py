@@ -1,8 +1,8 @@
-"""Graded samples on disk: `<benchmark>/samples.jsonl` with the texts, `samples.parquet` with all that is counted."""
+"""Graded samples on disk: `<benchmark>/samples.jsonl` with texts, `samples.parquet` with everything that is counted."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.benchmarks import Benchmark
-from lark_jax.runtime.files import atomic_path
+from lark_jax.evaluation.benchmark_records import Benchmark
+from lark_jax.evaluation.grading import Verdict
+from lark_jax.evaluation.worker.worker_records import Sample
+from lark_jax.runtime.files import atomic_path, write_jsonl
 
 SAMPLES = "samples.jsonl"
 SAMPLE_TABLE = "samples.parquet"
@@ -19,27 +21,27 @@ SCHEMA = pa.schema(
     [
         ("benchmark", pa.string()),
         ("problem_id", pa.string()),
-        ("level", pa.string()),  # null where the benchmark names none
+        ("level", pa.string()),  # null if the benchmark has none
         ("kind", pa.string()),
         ("gold", pa.string()),
         ("seed", pa.int64()),
         ("sample", pa.int32()),
         ("extracted", pa.string()),  # null without a box
         ("correct", pa.bool_()),
-        ("reason", pa.string()),  # of the verdict: `grading.Grade.reason`
+        ("reason", pa.string()),  # `grading.Verdict.reason`
         ("num_tokens", pa.int32()),
         ("truncated", pa.bool_()),  # ended at the token limit
     ]
 )
 
 
-@dataclass(frozen=True)
-class SampleRow:
-    """A line of samples.jsonl."""
+@dataclasses.dataclass(frozen=True)
+class GradedSample:
+    """A sample and its verdict: a line of samples.jsonl."""
 
     problem_id: str
     seed: int
-    sample: int
+    sample: int  # its number under this seed
     text: str
     extracted: str | None
     correct: bool
@@ -47,40 +49,52 @@ class SampleRow:
     finish_reason: str
     num_tokens: int
 
+    @classmethod
+    def of(cls, problem_id: str, seed: int, number: int, sample: Sample, verdict: Verdict) -> "GradedSample":
+        return cls(
+            problem_id, seed, number, sample.text,
+            verdict.extracted, verdict.correct, verdict.reason, sample.finish_reason, sample.num_tokens,
+        )  # fmt: skip
+
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 
 
-def read_samples(out_dir: str | Path, benchmark: str) -> Iterator[SampleRow]:
-    """The rows of a benchmark's samples.jsonl: by seed, problem, sample."""
+def write_samples(out_dir: str | Path, benchmark: str, samples: Sequence[GradedSample]) -> None:
+    """Writes a benchmark's samples.jsonl."""
+    write_jsonl(Path(out_dir) / benchmark / SAMPLES, [dataclasses.asdict(sample) for sample in samples])
+
+
+def read_samples(out_dir: str | Path, benchmark: str) -> Iterator[GradedSample]:
+    """Reads a benchmark's samples.jsonl line by line: by seed, problem, sample."""
     with (Path(out_dir) / benchmark / SAMPLES).open(encoding="utf-8") as stream:
         for line in stream:
-            yield SampleRow(**json.loads(line))
+            yield GradedSample(**json.loads(line))
 
 
-def write_sample_table(out_dir: str | Path, graded: Sequence[tuple[Benchmark, Sequence[SampleRow]]]) -> None:
-    """Writes samples.parquet: the samples of all benchmarks of a student, in the order given."""
+def write_sample_table(out_dir: str | Path, graded: Sequence[tuple[Benchmark, Sequence[GradedSample]]]) -> None:
+    """Writes samples.parquet: a student's samples of all benchmarks, in the given order."""
     records = []
-    for benchmark, rows in graded:
+    for benchmark, samples in graded:
         problems = {problem.problem_id: problem for problem in benchmark.problems}
-        for row in rows:
-            problem = problems[row.problem_id]
-            extracted = None if row.extracted is None else _encodable(row.extracted)
+        for sample in samples:
+            problem = problems[sample.problem_id]
+            extracted = None if sample.extracted is None else _encodable(sample.extracted)
             values = (
-                benchmark.name, row.problem_id, problem.level, problem.kind, problem.answer, row.seed, row.sample,
-                extracted, row.correct, row.reason, row.num_tokens, row.truncated,
+                benchmark.name, sample.problem_id, problem.level, problem.kind, problem.answer, sample.seed,
+                sample.sample, extracted, sample.correct, sample.reason, sample.num_tokens, sample.truncated,
             )  # fmt: skip
             records.append(dict(zip(SCHEMA.names, values, strict=True)))
     with atomic_path(Path(out_dir) / SAMPLE_TABLE) as temporary:
         pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), temporary)
 
 
-def read_verdicts(out_dir: str | Path) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Of each benchmark in samples.parquet: problem ids, and bool [seeds, problems, samples] in their order.
+def read_correctness(out_dir: str | Path) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Benchmark -> its problem ids and bool [seeds, problems, samples], from samples.parquet.
 
     Raises:
-      EvaluationError: the file is missing, or its rows do not fill such an array.
+      EvaluationError: the file is missing, or rows of it are.
     """
     path = Path(out_dir) / SAMPLE_TABLE
     if not path.exists():
@@ -100,5 +114,5 @@ def read_verdicts(out_dir: str | Path) -> dict[str, tuple[tuple[str, ...], np.nd
 
 
 def _encodable(text: str) -> str:
-    """Half a surrogate pair, which JSON of a server can hold, is no UTF-8; it becomes a question mark."""
+    """Replaces half a surrogate pair, which JSON from a server may contain and UTF-8 cannot, with a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")

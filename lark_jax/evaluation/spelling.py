@@ -1,29 +1,35 @@
-"""Spellings of an answer that math-verify stumbles over, brought into the one that it reads.
+"""Spellings of an answer: those that math-verify misreads, and the plain rules of the paper (Appendix C.4).
 
-Only marks that carry no value go: layout, the signs of mathematics around the whole, a full stop at the end, spaces
-between groups of three digits. What is said stays with math-verify to judge.
+For math-verify, `tidy` removes only marks without a value: layout, math delimiters around the answer, a full stop at
+its end, spaces between groups of three digits. Everything else is left to math-verify.
+
+By the paper's rules (`evaluate.grader="paper"`) numbers compare by value, letters by case-folded equality, and
+expressions as strings after a clean-up like that of Hendrycks et al. (2021) for MATH, which unifies spelling variants
+of fractions, roots, units and spacing.
 """
 
 import re
+from fractions import Fraction
 
-MAX_WRAPPINGS = 6  # such as `{$5.$}`; more is no spelling of anything
+MAX_WRAPPINGS = 6  # such as `{$5.$}`; deeper nesting is not a spelling of an answer
 
 _LAYOUT = re.compile(r"\\(?:displaystyle|textstyle|quad|qquad)(?![A-Za-z])")
-# Between groups of three digits: LaTeX's spaces or blanks, a braced comma, or a comma with \!, which draws it close.
-# With any other space a comma lists two numbers: "1, 234", "(100,\,200)".
+# Between groups of three digits: LaTeX's spaces or blanks, a braced comma, or a comma with \!, a negative space.
+# A comma with any other space separates two numbers: "1, 234", "(100,\,200)".
 _SEPARATOR = r"(?:\s*(?:\\[,!;: ]|~)+\s*|\s*,?\s*(?:\\!)+\s*,?\s*|\{,\}|\s+)"
 _GROUPED_NUMBER = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_SEPARATOR}\d{{3}})+(?!\d)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _LETTER = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?")
 _IN_BASE = re.compile(r"(\w+)_\{?(\d+)\}?")
-_STOP = re.compile(r"(?<![.\\])(?<!\\left)(?<!\\right)\.$")  # none of "...", `\.` and the empty delimiter `\right.`
+_STOP = re.compile(r"(?<![.\\])(?<!\\left)(?<!\\right)\.$")  # not "...", `\.` or the empty delimiter `\right.`
 _SPACES = ("\\,", "\\;", "\\:", "\\!", "\\ ")
+_DROPPED = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\:", "\\ ", "^{\\circ}", "^\\circ", "\\%", "%", "\\$", "$")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
 def tidy(answer: str) -> str:
-    """`answer` without marks that carry no value; a text that holds nothing else comes back empty."""
+    """`answer` without marks that have no value; empty if nothing else is left."""
     text = _LAYOUT.sub(" ", answer)
     text = _GROUPED_NUMBER.sub(lambda number: re.sub(r"\D", "", number.group()), text)
     text = text.replace(r"\varnothing", r"\emptyset").replace("~", " ")
@@ -34,9 +40,9 @@ def tidy(answer: str) -> str:
 
 
 def words(answer: str) -> str | None:
-    """The words that an answer wholly consists of, in small letters with single spaces; None for anything else.
+    """An answer that consists of words only, in lower case with single spaces; None for anything else.
 
-    Words are what stands in `\\text{}` or a bare run of four letters and more: shorter ones may be products.
+    Words are the content of `\\text{}` or bare runs of four or more letters: shorter ones may be products.
     """
     wrapped = _TEXT.fullmatch(answer.strip())
     text = " ".join((wrapped.group(1) if wrapped else answer).split()).strip(".")
@@ -46,7 +52,7 @@ def words(answer: str) -> str | None:
 
 
 def choice_letter(answer: str) -> str | None:
-    """The choice that `B`, `(b)`, `B.` or `\\text{B}` names, as a capital; None for anything else."""
+    """The choice named by `B`, `(b)`, `B.` or `\\text{B}`, as a capital letter; None for anything else."""
     match = _LETTER.fullmatch(_TEXT.sub(r"\1", answer.strip().strip("$")).strip())
     return match.group(1).upper() if match else None
 
@@ -58,12 +64,54 @@ def in_base(answer: str) -> tuple[str, str] | None:
 
 
 def without_percent(answer: str) -> str:
-    """`answer` without the sign of per cent at its end: problems that ask for per cent have golds of both kinds."""
+    """`answer` without a percent sign at its end: problems that ask for a percentage have golds of both kinds."""
     return re.sub(r"\s*\\?%$", "", answer)
 
 
+def equal_by_paper_rules(gold: str, answer: str, kind: str) -> bool:
+    """Whether `answer` is `gold` under the rules for `kind` ("number", "letter" or "expression")."""
+    if kind == "letter":
+        return answer.strip().upper() == gold.strip().upper()
+    if kind == "number":
+        gold_value, value = number_value(gold), number_value(answer)
+        return gold.strip() == answer.strip() if gold_value is None or value is None else gold_value == value
+    return normalize_expression(gold) == normalize_expression(answer)
+
+
+def number_value(text: str) -> Fraction | None:
+    """The exact value of a decimal or of a fraction a/b of two decimals; None for anything else."""
+    numerator, slash, denominator = (part.strip() for part in text.strip().partition("/"))
+    if not _NUMBER.fullmatch(numerator) or (slash and not _NUMBER.fullmatch(denominator)):
+        return None
+    if not slash:
+        return Fraction(numerator)
+    return None if Fraction(denominator) == 0 else Fraction(numerator) / Fraction(denominator)
+
+
+def normalize_expression(text: str) -> str:
+    """One spelling for the variants of a LaTeX answer; idempotent on known variants, harmless on other text."""
+    text = text.replace("\n", "")
+    text = re.sub(r"\\text\{\s.*?\}\s*$", "", text)  # a unit: "5 \text{ cm}"
+    text = re.sub(r"\\(text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\2", text)
+    for dropped in _DROPPED:
+        text = text.replace(dropped, "")
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"\s+", "", text).rstrip(".")
+    text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
+    name, equals, value = text.partition("=")
+    if equals and "=" not in value and len(name) <= 2:  # "k=5"
+        text = value
+    text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\frac(\w)(\w)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac(\w)\{", r"\\frac{\1}{", text)
+    text = re.sub(r"(\\frac\{[^{}]*\})(\w)", r"\1{\2}", text)
+    text = re.sub(r"\^(\w)", r"^{\1}", text)
+    text = re.sub(r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)
+    return "\\frac{1}{2}" if text == "0.5" else text
+
+
 def _trimmed(text: str) -> str:
-    """Without spaces at either end, those of LaTeX included."""
+    """Without spaces at either end, including those of LaTeX."""
     text = text.strip()
     while text[:2] in _SPACES:
         text = text[2:].lstrip()
@@ -85,7 +133,7 @@ def _without_stop(text: str) -> str:
 
 
 def _closes_last(text: str) -> bool:
-    """Whether the brace that opens `text` is closed by its last character."""
+    """Whether the brace that opens `text` is closed by the last character."""
     depth = 0
     for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)

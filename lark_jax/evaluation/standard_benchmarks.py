@@ -1,4 +1,4 @@
-"""The paper's four benchmarks by name: where they are to be had, and what a file of that name has to hold."""
+"""The paper's four benchmarks by name: where to download them, and what a file with that name must contain."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from types import MappingProxyType
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
 from lark_jax.evaluation.ngrams import normalize_problem
-from lark_jax.evaluation.paper_rules import number_value
+from lark_jax.evaluation.spelling import number_value
 from lark_jax.runtime.files import sha256_of_json
 
 
@@ -17,8 +17,8 @@ class StandardBenchmark:
     kind: str  # of every answer
     hub_id: str  # a dataset of the Hugging Face hub
     file: str  # pattern of its file there
-    levels: tuple[str, ...] = ()  # that its problems have
-    edition: str | None = None  # `content_fingerprint` of the texts that we have seen; None: of none
+    levels: tuple[str, ...] = ()  # of its problems
+    edition: str | None = None  # `content_fingerprint` of the published texts; None: unknown
 
 
 STANDARD: Mapping[str, StandardBenchmark] = MappingProxyType(
@@ -51,24 +51,24 @@ STANDARD: Mapping[str, StandardBenchmark] = MappingProxyType(
 
 
 def check_standard(benchmark: Benchmark, where: str) -> None:
-    """Refuses a benchmark that bears the name of a standard one and is another.
+    """Refuses a benchmark that has a standard name and different content.
 
     Raises:
-      EvaluationError: another number of problems, another kind of answer, or a level that is missing or unknown.
+      EvaluationError: another number of problems, another kind of answer, or a missing or unknown level.
     """
     standard = STANDARD.get(benchmark.name)
     if standard is None:
         return
-    advice = f"give a benchmark of your own another name: evaluate.benchmarks=NAME={where}"
+    advice = f"give your own benchmark another name: evaluate.benchmarks=NAME={where}"
     if len(benchmark.problems) != standard.num_problems:
         raise EvaluationError(
-            f"{where}: {benchmark.name} has {standard.num_problems} problems, here are "
+            f"{where}: {benchmark.name} has {standard.num_problems} problems, this file has "
             f"{len(benchmark.problems)}; {advice}"
         )
     for problem in benchmark.problems:
         if problem.kind != standard.kind:
             raise EvaluationError(
-                f"{where}: answers of {benchmark.name} are of kind {standard.kind!r}, that of problem "
+                f"{where}: answers of {benchmark.name} are of kind {standard.kind!r}, the answer of problem "
                 f"{problem.problem_id} is {problem.kind!r} ({problem.answer[:40]!r}); {advice}"
             )
         if standard.levels and problem.level not in standard.levels:
@@ -79,14 +79,14 @@ def check_standard(benchmark: Benchmark, where: str) -> None:
 
 
 def content_fingerprint(benchmark: Benchmark) -> str:
-    """Of problems and golds alone: the same for other ids, another order, other spacing, "25" in place of "025"."""
+    """A hash of problems and golds only: independent of ids, order and spacing, and of "25" or "025"."""
     return sha256_of_json(
         sorted([normalize_problem(problem.problem), _gold(problem)] for problem in benchmark.problems)
     )
 
 
 def edition_of(benchmark: Benchmark) -> str:
-    """Whether its texts are those that we know under its name: "known", "unknown", or "own" for another name."""
+    """Whether its texts are the published ones: "known" or "unknown" for a standard name, "own" for any other."""
     if benchmark.name not in STANDARD:
         return "own"
     return "known" if content_fingerprint(benchmark) == STANDARD[benchmark.name].edition else "unknown"

@@ -1,8 +1,8 @@
-"""math-verify behind a limit that holds: the parent's side of `verifier_process.py`.
+"""math-verify with hard limits on time and memory: the parent's side of `verifier_process.py`.
 
-Verdicts do not depend on the machine: the child counts CPU time, not the clock, so a busy machine gives the same ones;
-it hashes, draws and computes integers the same way everywhere; and no comparison sees what others left behind. What
-runs into the limit is reported apart: only there could a much faster machine have come to a verdict.
+Verdicts do not depend on the machine. The child counts CPU time, not wall time, so load does not matter; hashing,
+random numbers and integer arithmetic are the same everywhere; and every comparison starts from the same state.
+Comparisons that reach the limit are reported separately: only these could end differently on a much faster machine.
 """
 
 import importlib.metadata
@@ -20,24 +20,24 @@ from typing import Any, Self
 from lark_jax.errors import EvaluationError
 
 SCRIPT = Path(__file__).with_name("verifier_process.py")
-LIMIT_S = 10.0  # of CPU time per pair of answers; usual ones take milliseconds
+LIMIT_S = 10.0  # CPU time per pair of answers; most take milliseconds
 START_DEADLINE_S = 120.0
-CLOCK_PER_LIMIT = 60  # a child that neither computes nor answers is given up after this many times the limit
-# Sets are ordered by hashes, and gmpy2 would replace Python's integers where it happens to be installed.
+CLOCK_PER_LIMIT = 60  # a child that neither computes nor answers is killed after this many times the limit
+# Sets are ordered by hashes, and gmpy2, where installed, would replace Python's integers.
 FIXED_ENVIRONMENT = {"PYTHONHASHSEED": "0", "SYMPY_GROUND_TYPES": "python", "SYMPY_USE_CACHE": "yes"}
-PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")  # whose code decides
+PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")  # that decide verdicts
 
 
 class NoVerdict(Exception):
-    """One comparison came to no end; the next one starts afresh."""
+    """One comparison did not finish; the next one starts afresh."""
 
 
 class VerifierTimeout(NoVerdict):
-    """It did not end within its limit."""
+    """It did not finish within its limit."""
 
 
 class VerifierFailure(NoVerdict):
-    """It ran out of memory, or took down the process, not by its limit of CPU time."""
+    """It ran out of memory, or the process died for another reason than the CPU time limit."""
 
 
 def package_versions() -> dict[str, str]:
@@ -48,8 +48,8 @@ def package_versions() -> dict[str, str]:
 class MathVerifier:
     """Compares answers with math-verify in a child process; a context manager.
 
-    A comparison that passes the limit is interrupted for good: the kernel kills the child, and the next call starts
-    another. A child that dies otherwise (the machine ran out of memory) is replaced and asked once more.
+    When a comparison exceeds the limit the kernel kills the child, and the next call starts another. A child that dies
+    for another reason (the machine ran out of memory) is replaced and asked once more.
     """
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
@@ -84,7 +84,7 @@ class MathVerifier:
         return bool(reply["equal"])
 
     def _ask(self, line: bytes) -> dict[str, Any] | None:
-        """The child's reply; None when it died, not by its limit."""
+        """The child's reply; None if it died for another reason than its limit."""
         child = self._child or self._start()
         assert child.stdin is not None
         try:
@@ -95,7 +95,7 @@ class MathVerifier:
             self._stop()
             raise VerifierTimeout(f"no verdict within {self._limit_s * CLOCK_PER_LIMIT:g} s") from error
         except (OSError, EOFError) as error:
-            status = child.wait(START_DEADLINE_S)  # it is about to end: its pipes are closed
+            status = child.wait(START_DEADLINE_S)  # it is about to exit: its pipes are closed
             self._stop()
             if status == -signal.SIGXCPU:
                 raise VerifierTimeout(f"no verdict within {self._limit_s:g} s of CPU time") from error
@@ -104,7 +104,7 @@ class MathVerifier:
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # -P: the folder of the script must not shadow anybody's modules.
+        # -P: modules in the script's folder must not shadow others.
         command = [sys.executable, "-P", str(SCRIPT)]
         self._child = subprocess.Popen(
             command,
@@ -145,5 +145,5 @@ class MathVerifier:
         child.kill()
         try:
             child.communicate()
-        except BrokenPipeError:  # it died with part of a request unread
+        except BrokenPipeError:  # it died before it read the whole request
             child.wait()

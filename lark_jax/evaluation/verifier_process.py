@@ -1,9 +1,9 @@
-"""Runs as a script in a process of its own: compares pairs of answers with math-verify, one JSON line each.
+"""A script that compares pairs of answers with math-verify, one JSON line each.
 
-Own process, because SymPy can hang inside one big-integer operation, where no signal handler ever runs, or ask for all
-memory. The kernel ends this process when a comparison has used up its CPU time; the memory limit turns greed into a
-plain error, which the libraries often catch and say nothing of: what came near the limit counts as an error too. Every
-comparison begins from the same state, so that none depends on those before it.
+It runs in a process of its own because SymPy can hang inside one big-integer operation, where no signal handler runs,
+or exhaust the memory. The kernel ends the process when a comparison has used up its CPU time. The memory limit turns an
+oversized allocation into an error, which the libraries often swallow, so a comparison that came near the limit counts
+as an error too. Every comparison starts from the same state.
 """
 
 import itertools
@@ -23,16 +23,16 @@ MEMORY_LIMIT_BYTES = 4 << 30
 
 
 def equal(gold: str, answer: str, options: dict[str, Any]) -> bool:
-    """Whether math-verify takes `answer` for `gold`; its own time limits are off, the limit of CPU time rules.
+    """Whether math-verify accepts `answer` for `gold`; its own time limits are off in favour of the CPU time limit.
 
-    An answer that cannot be parsed, or compared in one of its readings, does not match by it.
+    A reading of the answer that cannot be parsed or compared does not match.
 
     Raises:
-      MemoryError: the limit of memory was met.
+      MemoryError: the memory limit was reached.
     """
     from math_verify import verify
 
-    # One pair of readings at a time: asked for all of them at once, `verify` would stop at the first error.
+    # One pair of readings at a time: given all of them at once, `verify` would stop at the first error.
     return any(
         without_error(partial(verify, *pair, timeout_seconds=None, raise_on_error=True, **options), False)
         for pair in itertools.product(readings(gold), readings(answer))
@@ -40,14 +40,14 @@ def equal(gold: str, answer: str, options: dict[str, Any]) -> bool:
 
 
 def readings(text: str) -> list[Any]:
-    """What `text` may mean: an expression, and the text that it was parsed from."""
+    """The possible meanings of `text`: an expression, and the text that it was parsed from."""
     from math_verify import parse
 
     return without_error(partial(parse, text, parsing_timeout=None, raise_on_error=True), [])
 
 
 def without_error(compute: Callable[[], Any], otherwise: Any) -> Any:
-    """What `compute` returns, or `otherwise` where it fails for any reason but want of memory."""
+    """What `compute` returns, or `otherwise` if it fails for any reason other than memory."""
     try:
         return compute()
     except MemoryError:
@@ -56,8 +56,8 @@ def without_error(compute: Callable[[], Any], otherwise: Any) -> Any:
         return otherwise
 
 
-def forget() -> None:
-    """Empties SymPy's caches and restarts every random stream that a comparison may draw from."""
+def reset_state() -> None:
+    """Empties SymPy's caches and reseeds every random generator that a comparison may use."""
     import sympy.core.random
     from sympy.core.cache import clear_cache
 
@@ -67,7 +67,7 @@ def forget() -> None:
 
 
 def peak_bytes() -> int:
-    """The most address space that this process has had; 0 where the system does not tell."""
+    """The peak address space of this process; 0 where the system does not report it."""
     if not os.path.exists("/proc/self/status"):
         return 0
     with open("/proc/self/status", encoding="ascii") as lines:
@@ -75,9 +75,9 @@ def peak_bytes() -> int:
 
 
 def require_room(start_bytes: int) -> None:
-    """Raises MemoryError when more than a quarter of the room behind `start_bytes` has been in use.
+    """Raises MemoryError if more than a quarter of the memory above `start_bytes` has been in use.
 
-    Numbers and lists double, at most, while they grow: who was refused memory had had that much before.
+    Numbers and lists at most double while they grow, so a comparison that was refused memory had used that much before.
     """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and peak_bytes() - start_bytes > (limit - start_bytes) / 4:
@@ -85,7 +85,7 @@ def require_room(start_bytes: int) -> None:
 
 
 def limit_cpu_time(seconds: float) -> None:
-    """Lets the kernel end this process with SIGXCPU after `seconds` more of CPU time, rounded up to whole seconds."""
+    """Makes the kernel end this process with SIGXCPU after `seconds` more of CPU time, rounded up to whole seconds."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     soft = math.ceil(time.process_time() + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
@@ -96,14 +96,14 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not reach the protocol
-    equal("$1$", "$1$", {})  # imports SymPy and compiles the grammars before the first limit holds
+    os.dup2(2, 1)  # what a library prints must not mix with the replies
+    equal("$1$", "$1$", {})  # imports SymPy and compiles the grammars before the first limit applies
     start_bytes = peak_bytes()
     replies.write("ready\n")
     replies.flush()
     for line in sys.stdin:
         request = json.loads(line)
-        forget()
+        reset_state()
         limit_cpu_time(request["cpu_s"])
         try:
             reply: dict[str, Any] = {"equal": equal(request["gold"], request["answer"], request["options"])}

@@ -1,8 +1,8 @@
-"""Every answer that a judge has given, by what it was asked: a file that only grows, so that nothing is paid twice.
+"""An append-only file of all answers of a judge, by question, so that no answer is paid for twice.
 
-A line of `answers.jsonl` is {"key", "text", "finish_reason"}. Each is on the disk before the next step depends on it; a
-last line that a killed process left unfinished is cut off. A key is a hash of model, messages and decoding: it names
-the question, not the record that raised it, so equal texts share an answer, and another pool finds it too.
+A line of `answers.jsonl` is {"key", "text", "finish_reason"}. Each is on disk before the next step depends on it; an
+incomplete last line, left by a killed process, is removed. A key is a hash of model, messages and decoding: it
+identifies the question, not the record that it comes from, so equal texts share an answer, even across pools.
 """
 
 import json
@@ -21,23 +21,23 @@ from lark_jax.runtime.files import sha256_of_json
 @dataclass(frozen=True)
 class Answer:
     text: str
-    finish_reason: str  # "stop", "length", or what else a server says
+    finish_reason: str  # "stop", "length", or another reason given by a server
 
 
 def question_key(model: str, messages: Sequence[Message], decoding: Mapping[str, Any]) -> str:
-    """What an answer depends on, as 64 hexadecimal digits."""
+    """A hash of everything that an answer depends on, as 64 hexadecimal digits."""
     return sha256_of_json([model, [[message.role, message.content] for message in messages], dict(decoding)])
 
 
 class AnswerFile:
-    """The file, open for appending; a context manager. Keeps the place of each answer in memory, not its text."""
+    """The file, open for appending; a context manager. Keeps the offset of each answer in memory, not its text."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        self._places: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}
 
     def __enter__(self) -> "AnswerFile":
-        """Raises JudgeError when a line before the last cannot be read."""
+        """Raises JudgeError if a line before the last cannot be read."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._path.open("a+b")
         self._index()
@@ -49,36 +49,36 @@ class AnswerFile:
         self._stream.close()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places
+        return key in self._offsets
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def get(self, key: str) -> Answer | None:
-        if key not in self._places:
+        if key not in self._offsets:
             return None
-        self._stream.seek(self._places[key])
+        self._stream.seek(self._offsets[key])
         record = json.loads(self._stream.readline())
         return Answer(record["text"], record["finish_reason"])
 
     def add(self, key: str, answer: Answer) -> None:
-        """Appends an answer; it is on the disk when this returns."""
+        """Appends an answer; it is on disk when this returns."""
         record = {"key": key, "text": answer.text, "finish_reason": answer.finish_reason}
-        place = self._stream.seek(0, os.SEEK_END)
+        offset = self._stream.seek(0, os.SEEK_END)
         self._stream.write(json.dumps(record).encode() + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self._places[key] = place
+        self._offsets[key] = offset
 
     def _index(self) -> None:
         self._stream.seek(0)
-        place = 0
+        offset = 0
         for number, line in enumerate(self._stream, 1):
-            if not line.endswith(b"\n"):  # the only way to be cut short by the end of a process
-                self._stream.truncate(place)
+            if not line.endswith(b"\n"):  # the only damage that a killed process can do
+                self._stream.truncate(offset)
                 break
-            self._places[self._key_of(line, number)] = place
-            place += len(line)
+            self._offsets[self._key_of(line, number)] = offset
+            offset += len(line)
 
     def _key_of(self, line: bytes, number: int) -> str:
         try:
@@ -92,5 +92,5 @@ class AnswerFile:
 
     def _damaged(self, number: int) -> JudgeError:
         return JudgeError(
-            f"{self._path}:{number}: not a judge's answer; delete the line, and its question will be asked again"
+            f"{self._path}:{number}: not a judge's answer; delete the line, then its question will be asked again"
         )

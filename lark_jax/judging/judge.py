@@ -1,7 +1,7 @@
-"""LLM-judged Quality (Appendix C.2): every trajectory of a pool before a judge, each question asked once.
+"""LLM-judged Quality (Appendix C.2): a judge scores every trajectory of a pool; each question is asked once.
 
-An answer that is of no use is asked for again, with the reason, a bounded number of times. Every step is a function of
-the texts and of earlier answers, which are kept: a run that was killed goes through the same questions and finds them.
+If an answer is unusable, the judge is asked again, with the reason, a bounded number of times. Every step depends only
+on the texts and on earlier answers, which are kept, so a run that was killed repeats the same questions and finds them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +9,37 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lark_jax.judging.answers import Answer, AnswerFile, question_key
+from lark_jax.judging.judgement import Judgement, UnusableAnswer, read_judgement
 from lark_jax.judging.rubric import Rubric, messages_for
-from lark_jax.judging.verdict import UselessAnswer, Verdict, read_verdict
 from lark_jax.pool.records import Message, Trajectory
+
+SEED_DIGITS = 8  # hexadecimal, of a question's key: 32 bits, all that torch's CPU generator reads
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What every judge is asked besides the messages."""
+
+    max_tokens: int  # of an answer
+    temperature: float  # 0: greedy
+    structured_output: str  # "schema", "json_object" or "none"
+    schema: Mapping[str, Any]  # of a usable answer
+    template_arguments: Mapping[str, Any]  # for the judge's chat template
+
+    def as_json(self) -> dict[str, Any]:
+        """What answers depend on; includes the schema only if the engine gets it."""
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "structured_output": self.structured_output,
+            "schema": self.schema if self.structured_output == "schema" else None,
+            "template_arguments": self.template_arguments,
+        }
+
+
+def seed_of(key: str) -> int:
+    """A question's seed, which depends on nothing but the question."""
+    return int(key[:SEED_DIGITS], 16)
 
 
 @dataclass(frozen=True)
@@ -21,43 +49,43 @@ class Question:
 
 
 class Engine(Protocol):
-    """Something that answers questions."""
+    """Answers questions."""
 
     @property
     def model(self) -> str:
-        """What the answers come from, as far as they depend on it: a name or a hash."""
+        """A name or hash of the model that answers."""
 
     @property
     def decoding(self) -> Mapping[str, Any]:
         """Everything else that answers depend on, as JSON."""
 
     def ask(self, questions: Iterator[Question], count: int, answers: AnswerFile) -> Mapping[str, str]:
-        """Adds an answer to each of `count` questions; returns why some have none, by key.
+        """Adds an answer to each of `count` questions; returns, by key, why some have none.
 
         Raises:
-          LarkError: it makes no sense to go on; answers that came are kept.
+          LarkError: there is no point in continuing; answers so far are kept.
         """
 
 
 @dataclass(frozen=True)
-class Judgements:
-    verdicts: tuple[Verdict | None, ...]  # in the order of the trajectories
+class JudgedPool:
+    judgements: tuple[Judgement | None, ...]  # in the order of the trajectories
     reasons: Mapping[int, str]  # position -> why there is none
-    num_asked: int  # questions put to the engine now
-    num_known: int  # questions that an earlier call, or an equal text, had answered
-    num_useless: int  # answers that had to be asked for again
+    num_asked: int  # questions sent to the engine in this call
+    num_known: int  # questions already answered, by an earlier call or for an equal text
+    num_unusable: int  # unusable answers
 
 
-Refusals = dict[int, tuple[str, ...]]  # position of a trajectory -> why its answers so far were of no use
+Refusals = dict[int, tuple[str, ...]]  # position of a trajectory -> why its answers so far were unusable
 
 
 def judge_trajectories(
     trajectories: Sequence[Trajectory], rubric: Rubric, engine: Engine, answers: AnswerFile, attempts: int
-) -> Judgements:
-    """The judge's verdict on each trajectory.
+) -> JudgedPool:
+    """The judge's scores for each trajectory.
 
     Args:
-      attempts: useful or not, so many answers are asked for at most per trajectory.
+      attempts: at most this many answers are requested per trajectory.
 
     Raises:
       LarkError: as `engine.ask`.
@@ -67,10 +95,10 @@ def judge_trajectories(
         messages = messages_for(rubric, trajectories[position], refusals)
         return Question(question_key(engine.model, messages, engine.decoding), messages)
 
-    verdicts: list[Verdict | None] = [None] * len(trajectories)
+    judgements: list[Judgement | None] = [None] * len(trajectories)
     reasons: dict[int, str] = {}
     pending: Refusals = dict.fromkeys(range(len(trajectories)), ())
-    num_asked = num_known = num_useless = 0
+    num_asked = num_known = num_unusable = 0
     for attempt in range(1, attempts + 1):
         keys = {position: question(position, refusals).key for position, refusals in pending.items()}
         to_ask = _first_of_each_new(keys, answers)
@@ -84,18 +112,18 @@ def judge_trajectories(
                 reasons[position] = failures[key]
                 continue
             try:
-                verdicts[position] = _verdict(answer, rubric)
+                judgements[position] = _judgement(answer, rubric)
                 reasons.pop(position, None)
-            except UselessAnswer as refusal:
+            except UnusableAnswer as refusal:
                 still_pending[position] = (*pending[position], str(refusal))
                 reasons[position] = f"no useful answer in {attempt} attempts; the last: {refusal}"
-        num_useless += len(still_pending)
+        num_unusable += len(still_pending)
         pending = still_pending
-    return Judgements(tuple(verdicts), reasons, num_asked, num_known, num_useless)
+    return JudgedPool(tuple(judgements), reasons, num_asked, num_known, num_unusable)
 
 
 def _first_of_each_new(keys: Mapping[int, str], answers: AnswerFile) -> list[int]:
-    """One position for each question that has no answer yet; equal texts are one question."""
+    """One position for each question without an answer; equal texts are one question."""
     first: dict[str, int] = {}
     for position, key in keys.items():
         if key not in answers:
@@ -103,9 +131,9 @@ def _first_of_each_new(keys: Mapping[int, str], answers: AnswerFile) -> list[int
     return list(first.values())
 
 
-def _verdict(answer: Answer, rubric: Rubric) -> Verdict:
+def _judgement(answer: Answer, rubric: Rubric) -> Judgement:
     if answer.finish_reason == "length":
-        raise UselessAnswer("it was cut off, so be briefer")
+        raise UnusableAnswer("it was cut off, so be briefer")
     if answer.finish_reason != "stop":
-        raise UselessAnswer(f"it ended by {answer.finish_reason!r}")
-    return read_verdict(answer.text, rubric.criteria)
+        raise UnusableAnswer(f"it ended by {answer.finish_reason!r}")
+    return read_judgement(answer.text, rubric.criteria)

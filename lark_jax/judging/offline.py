@@ -1,7 +1,7 @@
-"""A judge in a local folder, under vLLM in the evaluation's worker process: no server, all GPUs of the machine's own.
+"""A judge in a local folder, run by vLLM in the evaluation's worker process, on all GPUs of the machine.
 
-Questions become token ids by the judge's own chat template. The worker appends each finished answer to its file; that
-of an interrupted call is read first, whatever it was asked.
+Questions become token ids by the judge's own chat template. The worker appends each finished answer to its file; the
+file of an interrupted call is read first, whichever questions it holds.
 """
 
 import itertools
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.errors import JudgeError, one_line
-from lark_jax.evaluation.engines import read_model_json, run_generation, stop_ids_of
-from lark_jax.evaluation.worker.worker_request import Prompt, Request
+from lark_jax.evaluation.engines import run_generation
+from lark_jax.evaluation.generation_request import read_model_json, stop_ids_of
+from lark_jax.evaluation.worker.worker_records import Prompt, Request
 from lark_jax.judging.answers import Answer, AnswerFile
-from lark_jax.judging.decoding import Decoding, seed_of
-from lark_jax.judging.judge import Question
+from lark_jax.judging.judge import Decoding, Question, seed_of
 from lark_jax.runtime.files import sha256_of_json
 
-TOKENS_PER_CALL = 16_000_000  # of prompts handed to one worker: about 100 MB of JSON, an hour or so of a large judge
-NAME = "judge"  # in the place of a benchmark's
+TOKENS_PER_CALL = 16_000_000  # of prompts per worker call: about 100 MB of JSON, roughly an hour of a large judge
+NAME = "judge"  # takes the place of a benchmark's name
 
 
 class OfflineJudge:
-    """Asks vLLM, in calls of many questions."""
+    """Asks vLLM, many questions per call."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class OfflineJudge:
         tensor_parallel: int,
         engines: int | None,
     ) -> None:
-        """`work` is where the worker's files go; `engines` run side by side, None: as many as there are GPUs for.
+        """`work` is the folder for the worker's files; `engines` run at once, None: as many as the GPUs allow.
 
         Raises:
           JudgeError: the tokenizer cannot be read or has no chat template.
@@ -51,10 +51,10 @@ class OfflineJudge:
         self._stop_ids = stop_ids_of(folder, self._config, self._tokenizer.eos_token_id)
 
     def ask(self, questions: Iterator[Question], count: int, answers: AnswerFile) -> Mapping[str, str]:  # noqa: ARG002
-        """Adds an answer to each question; returns why some have none, by key.
+        """Adds an answer to each question; returns, by key, why some have none.
 
         Raises:
-          EvaluationError: the worker failed; what it had finished is kept.
+          EvaluationError: the worker failed; its finished answers are kept.
         """
         self._take_answers(answers)
         failures: dict[str, str] = {}
@@ -66,11 +66,11 @@ class OfflineJudge:
     def _next_prompts(
         self, questions: Iterator[Question], answers: AnswerFile, failures: dict[str, str]
     ) -> tuple[Prompt, ...]:
-        """As many of the questions as go into one call; those that cannot be asked become failures."""
+        """Takes the questions of one call; those that cannot be asked become failures."""
         prompts: list[Prompt] = []
         num_tokens = 0
         for question in questions:
-            if question.key in answers:  # an interrupted call's
+            if question.key in answers:  # from an interrupted call
                 continue
             tokens = self._tokens(question)
             room = self._config.get("max_position_embeddings", len(tokens) + self._decoding.max_tokens) - len(tokens)
@@ -92,9 +92,9 @@ class OfflineJudge:
             text = self._tokenizer.apply_chat_template(
                 turns, add_generation_prompt=True, tokenize=False, **self._decoding.template_arguments
             )
-        except Exception as error:  # whatever a template raises; it would for every question
+        except Exception as error:  # templates raise anything; it would happen for every question
             raise JudgeError(
-                f"{self._folder}: its chat template refuses the rubric's turns ({one_line(error)})"
+                f"{self._folder}: its chat template rejects the rubric's turns ({one_line(error)})"
             ) from error
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -127,7 +127,7 @@ class OfflineJudge:
         return self._work / "worker_answers.jsonl"
 
     def _take_answers(self, answers: AnswerFile) -> None:
-        """Moves what a worker has finished, in this call or in one that was interrupted, to the kept answers."""
+        """Moves finished answers of the worker, from this call or an interrupted one, to the kept answers."""
         for path in (self._output, self._output.with_name(self._output.name + ".partial")):
             if not path.exists():
                 continue
@@ -138,19 +138,19 @@ class OfflineJudge:
 
 
 def _finished(path: Path) -> Iterator[tuple[str, Answer]]:
-    """Keys and answers of a worker's file, from the line after its header. What cannot be read is asked again."""
+    """Keys and answers in a worker's file, after its header. Unreadable lines are skipped: they are asked again."""
     with path.open("rb") as stream:
         for line in itertools.islice(stream, 1, None):
             try:
                 record = json.loads(line)
                 (sample,) = record["samples"]
                 yield record["problem_id"], Answer(sample["text"], sample["finish_reason"])
-            except (ValueError, KeyError, TypeError):  # cut short by the end of the worker
+            except (ValueError, KeyError, TypeError):  # incomplete: the worker was killed
                 continue
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # slow to import; not for those who ask a server
+    from transformers import AutoTokenizer  # slow to import, and not needed to ask a server
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -159,5 +159,7 @@ def _load_tokenizer(folder: Path) -> Any:
             f"config.score.judge.model: {folder}: cannot read the tokenizer ({one_line(error)})"
         ) from error
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        raise JudgeError(f"config.score.judge.model: {folder}: the tokenizer has no chat template or no end token")
+        raise JudgeError(
+            f"config.score.judge.model: {folder}: the tokenizer has no chat template or no end-of-sequence token"
+        )
     return tokenizer

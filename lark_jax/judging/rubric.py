@@ -1,4 +1,4 @@
-"""What a judge is asked: a TOML file with criteria and texts, and the messages that it makes of a trajectory."""
+"""What a judge is asked: a TOML file with criteria and texts, and the messages for a trajectory."""
 
 import re
 import tomllib
@@ -11,7 +11,7 @@ from lark_jax.errors import JudgeError
 from lark_jax.pool.records import Message, Trajectory
 
 BUILT_IN = Path(__file__).with_name("rubric.toml")
-PLACES = ("{problem}", "{reasoning}")
+PLACEHOLDERS = ("{problem}", "{reasoning}")
 FIELDS = ("criteria", "system", "user")
 
 
@@ -19,14 +19,14 @@ FIELDS = ("criteria", "system", "user")
 class Rubric:
     criteria: tuple[str, ...]
     system: str | None
-    user: str  # with each of PLACES
+    user: str  # contains each of PLACEHOLDERS
 
 
 def read_rubric(path: str | Path | None) -> Rubric:
-    """The rubric in a file; None: the built-in one.
+    """Reads a rubric file; None: the built-in rubric.
 
     Raises:
-      JudgeError: the file cannot be read, or has unknown, missing or unusable fields.
+      JudgeError: the file cannot be read, or has unknown, missing or invalid fields.
     """
     path = BUILT_IN if path is None else Path(path)
     try:
@@ -36,9 +36,9 @@ def read_rubric(path: str | Path | None) -> Rubric:
     if unknown := set(fields) - set(FIELDS):
         raise JudgeError(f"{path}: unknown field {min(unknown)!r}; known fields: {', '.join(FIELDS)}")
     criteria, user = _criteria(path, fields.get("criteria")), _text(path, fields, "user")
-    for place in PLACES:
-        if place not in user:
-            raise JudgeError(f"{path}: field 'user' has no {place}, where the text would go")
+    for placeholder in PLACEHOLDERS:
+        if placeholder not in user:
+            raise JudgeError(f"{path}: field 'user' lacks {placeholder}, which the text replaces")
     return Rubric(criteria, _text(path, fields, "system") if "system" in fields else None, user)
 
 
@@ -46,20 +46,20 @@ def messages_for(rubric: Rubric, trajectory: Trajectory, refusals: Sequence[str]
     """The conversation that the judge continues.
 
     Args:
-      refusals: why earlier answers to it were refused, oldest first. They are told, so that a judge without chance in
-        its decoding does not say the same again.
+      refusals: why earlier answers were rejected, oldest first. The judge is told, so that even greedy decoding gives
+        another answer.
     """
     texts = {"{problem}": problem_of(trajectory), "{reasoning}": trajectory.response}
-    # One pass: a text that itself contains a place is not filled in again.
-    user = re.sub("|".join(map(re.escape, PLACES)), lambda place: texts[place.group()], rubric.user)
-    for number, refusal in enumerate(refusals, 1):
+    # One pass: a placeholder inside an inserted text is not replaced.
+    user = re.sub("|".join(map(re.escape, PLACEHOLDERS)), lambda placeholder: texts[placeholder.group()], rubric.user)
+    for number, refusal in enumerate(refusals, 1):  # the wording is part of the keys of kept answers
         user += f"\n\nAnswer {number} was of no use: {refusal}. Give one that is."
     system = () if rubric.system is None else (Message("system", rubric.system.strip()),)
     return (*system, Message("user", user.strip()))
 
 
 def problem_of(trajectory: Trajectory) -> str:
-    """The problem as text: the user's turn; of longer conversations all turns but the system's, with their roles."""
+    """The problem as text: the user's turn; for longer conversations all turns but the system's, with their roles."""
     turns = [message for message in trajectory.prompt if message.role != "system"]
     if len(turns) == 1:
         return turns[0].content
@@ -80,5 +80,5 @@ def _criteria(path: Path, value: Any) -> tuple[str, ...]:
 def _text(path: Path, fields: dict[str, Any], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise JudgeError(f"{path}: field {name!r} must be a text that is not empty, got {value!r}")
+        raise JudgeError(f"{path}: field {name!r} must be a non-empty text, got {value!r}")
     return value

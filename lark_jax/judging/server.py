@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible server: chat completions, many at once, within its rate limit."""
+"""A judge on an OpenAI-compatible server: many chat completions at once, within its rate limit."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,19 +14,18 @@ from lark_jax.evaluation.worker.server_client import (
     in_parallel,
 )
 from lark_jax.judging.answers import Answer, AnswerFile
-from lark_jax.judging.decoding import Decoding, seed_of
-from lark_jax.judging.judge import Question
+from lark_jax.judging.judge import Decoding, Question, seed_of
 from lark_jax.runtime import terminal
 
-GIVE_UP_AFTER = 20  # failures with no success between them
+MAX_FAILURES_IN_A_ROW = 20
 
 
 class ServerJudge:
-    """Asks a server; what it answers is kept at once."""
+    """Asks a server; every answer is kept at once."""
 
     def __init__(self, access: ServerAccess, model: str, decoding: Decoding, concurrency: int) -> None:
-        """Raises JudgeError when the environment variable of the key is not set."""
-        self.model = model  # its name: where it is served decides nothing
+        """Raises JudgeError if the environment variable of the key is not set."""
+        self.model = model  # its name: answers do not depend on the address
         self.decoding = decoding.as_json()
         self._decoding = decoding
         self._access = access
@@ -37,7 +36,7 @@ class ServerJudge:
             raise JudgeError(f"config.score.judge.key_variable: {error}") from None
 
     def ask(self, questions: Iterator[Question], count: int, answers: AnswerFile) -> Mapping[str, str]:
-        """Adds an answer to each question; returns why some have none, by key.
+        """Adds an answer to each question; returns, by key, why some have none.
 
         Raises:
           JudgeError: the server cannot be used, or it fails too often in a row.
@@ -55,16 +54,16 @@ class ServerJudge:
                     in_a_row = 0
                 else:
                     failures[finished.item.key] = self._reason(finished.error)
-                    # Refusals in a row may be long texts side by side, unless nothing else was ever heard; those for
-                    # which a moderated text and a wrong key get the same status are not.
+                    # Refusals in a row may be long texts that follow each other, so they count only before the first
+                    # answer; except for status 403, which a wrong key gets as well as a moderated text.
                     in_a_row += isinstance(finished.error, RequestUnanswered | RequestForbidden) or len(answers) == 0
-                if in_a_row >= GIVE_UP_AFTER:
+                if in_a_row >= MAX_FAILURES_IN_A_ROW:
                     raise self._stopped(f"{in_a_row} requests in a row failed; the last: {finished.error}")
                 bar.update()
         return failures
 
     def _reason(self, error: Exception | None) -> str:
-        """Why a question has no answer, where the next may have one."""
+        """Why a question has no answer; raises if the next would have none either."""
         if isinstance(error, RequestRefused | RequestUnanswered):
             return str(error)
         if isinstance(error, ServerUnusable):
@@ -73,7 +72,7 @@ class ServerJudge:
 
     def _stopped(self, why: str) -> JudgeError:
         return JudgeError(
-            f"judge {self.model} at {self._access.url}: {why}; the same command goes on, answers are kept"
+            f"judge {self.model} at {self._access.url}: {why}; run the same command again to continue, answers are kept"
         )
 
     def _body(self, question: Question) -> dict[str, Any]:
@@ -104,4 +103,4 @@ def _read_answer(answer: Any) -> Answer:
     text, reason = choice["message"]["content"], choice["finish_reason"]
     if not isinstance(text, str | None) or not isinstance(reason, str):
         raise ValueError(f"content {text!r}, finish_reason {reason!r}")
-    return Answer(text or "", reason)  # no content at all: a refusal, or cut off while it was thinking
+    return Answer(text or "", reason)  # no content: a refusal, or the token limit was reached while thinking

@@ -1,4 +1,4 @@
-"""The result of an experiment as a terminal table and as one self-contained HTML page."""
+"""The results of an experiment as a terminal table and as a self-contained HTML page."""
 
 from lark_jax.report.content import ReportContent
 from lark_jax.report.page import write_report

@@ -1,52 +1,31 @@
-"""Two students beside each other: the problems that one of them solves and the other does not.
+"""Pairs of students: the problems that one of them solves and the other does not.
 
-Under one seed a student solves a problem when any of its samples is correct, as in Acc@k. "More often" means under more
+Under one seed a student solves a problem if any of its samples is correct, as in Acc@k. "More often" means under more
 of the seeds.
 """
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
+from lark_jax.evaluation.samples import GradedSample
 
 PAIRS_WITH_PAGE = 200
-PROBLEMS_SHOWN = 12  # of each benchmark and direction, the clearest first
+PROBLEMS_SHOWN = 12  # per benchmark and direction, the clearest first
 BEGINNING_SHOWN, END_SHOWN = 1_500, 2_500  # characters of a text; the answer is at the end
 
 Key = tuple[str, str]  # of a problem: benchmark and id
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What was made of one sample."""
-
-    seed: int
-    sample: int
-    extracted: str | None  # the answer that was graded; None without a box
-    correct: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A student and what it did on every benchmark; all contestants were asked the same problems."""
+class ComparedStudent:
+    """A student's samples on every benchmark; all compared students answered the same problems."""
 
     name: str  # for file names, unique
     label: str
     budget: int | None  # None for the student before fine-tuning
-    verdicts: Mapping[Key, tuple[Verdict, ...]]  # of every seed and sample, in this order
-
-
-@dataclass(frozen=True)
-class Problem:
-    benchmark: str
-    problem_id: str
-    text: str
-    gold: str
-    level: str | None
-
-    @property
-    def key(self) -> Key:
-        return self.benchmark, self.problem_id
+    samples: Mapping[Key, tuple[GradedSample, ...]]  # ordered by seed and number; the texts may be empty
 
 
 @dataclass(frozen=True)
@@ -54,25 +33,25 @@ class Side:
     """One student's samples for a problem, and the text of one of them."""
 
     label: str
-    verdicts: tuple[Verdict, ...]
-    shown: Verdict
+    samples: tuple[GradedSample, ...]
+    shown: GradedSample
     text: str
 
     @property
     def solved(self) -> int:
-        return solved_seeds(self.verdicts)
+        return solved_seeds(self.samples)
 
     @property
-    def by_seed(self) -> dict[int, tuple[Verdict, ...]]:
-        seeds = dict.fromkeys(verdict.seed for verdict in self.verdicts)
-        return {seed: tuple(verdict for verdict in self.verdicts if verdict.seed == seed) for seed in seeds}
+    def by_seed(self) -> dict[int, tuple[GradedSample, ...]]:
+        seeds = dict.fromkeys(sample.seed for sample in self.samples)
+        return {seed: tuple(sample for sample in self.samples if sample.seed == seed) for seed in seeds}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A problem that the first side solves under more seeds than the second."""
+    """A problem that the first side solves under more seeds than the second; long texts are shortened."""
 
-    problem: Problem
+    problem: BenchmarkProblem
     sides: tuple[Side, Side]
 
 
@@ -83,67 +62,64 @@ class Direction:
     benchmark: str
     better: str
     worse: str
-    num_problems: int  # how many there are
-    entries: tuple[Entry, ...]  # the first of them
+    num_problems: int  # all of them
+    entries: tuple[Entry, ...]  # the first few
 
 
 @dataclass(frozen=True)
 class PairPage:
     file_name: str
     labels: tuple[str, str]
-    directions: tuple[Direction, ...]  # of every benchmark both
+    directions: tuple[Direction, ...]  # both, for every benchmark
 
 
 @dataclass(frozen=True)
 class Comparison:
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]  # problems that the row's student solves more often than the column's
-    files: Mapping[tuple[int, int], str]  # row and column, either way round -> the pair's page
+    files: Mapping[tuple[int, int], str]  # (row, column), in either order -> the pair's page
     pages: tuple[PairPage, ...]
 
 
-Tally = Mapping[Problem, tuple[int, int]]  # seeds under which it is solved, correct samples
-Texts = Mapping[Key, Mapping[bool, str]]  # of the first correct and of the first wrong sample
-TextsOf = Callable[[str, frozenset[Key]], Texts]  # a contestant's name and the problems that are shown
+Tally = Mapping[Key, tuple[int, int]]  # seeds under which the problem is solved, correct samples
+Texts = Mapping[Key, Mapping[bool, str]]  # of the first correct and the first wrong sample
+TextsOf = Callable[[str, frozenset[Key]], Texts]  # called with a student's name and the problems that are shown
 
 
 @dataclass(frozen=True)
 class _Entrant:
-    contestant: Contestant
+    student: ComparedStudent
     tally: Tally
-    texts: Texts  # for the problems that some page shows
+    texts: Texts  # of the problems that some page shows
 
 
-def compare(contestants: Sequence[Contestant], problems: Sequence[Problem], texts_of: TextsOf) -> Comparison:
-    """All pairs of students.
+def compare(students: Sequence[ComparedStudent], benchmarks: Sequence[Benchmark], texts_of: TextsOf) -> Comparison:
+    """Compares all pairs of students.
 
-    Pages come first for pairs of one budget and for those with the base student, then for others, at most
-    `PAIRS_WITH_PAGE`. Texts are asked for once per contestant, for the problems that a page shows.
+    Pairs with the same budget, and pairs with the base student, get pages first, then others, up to `PAIRS_WITH_PAGE`.
+    Texts are requested once per student, for the problems that a page shows.
     """
-    tallies = [_tally(contestant, problems) for contestant in contestants]
+    problems = {
+        (benchmark.name, problem.problem_id): problem for benchmark in benchmarks for problem in benchmark.problems
+    }
+    tallies = [{key: _tally(student.samples[key]) for key in problems} for student in students]
     counts = tuple(tuple(len(_more_often(row, column)) for column in tallies) for row in tallies)
-    pairs = list(itertools.combinations(range(len(contestants)), 2))
-    pairs.sort(key=lambda pair: not _alike(contestants[pair[0]], contestants[pair[1]]))
+    pairs = list(itertools.combinations(range(len(students)), 2))
+    pairs.sort(key=lambda pair: not _alike(students[pair[0]], students[pair[1]]))
     shown = pairs[:PAIRS_WITH_PAGE]
-    keys: list[set[Key]] = [set() for _ in contestants]
-    for better, worse in (order for pair in shown for order in (pair, pair[::-1])):
-        parts = _by_benchmark(_more_often(tallies[better], tallies[worse])).values()
-        found = {problem.key for part in parts for problem in part[:PROBLEMS_SHOWN]}
-        keys[better] |= found
-        keys[worse] |= found
+    keys = _shown_keys(tallies, shown)
     entrants = [
-        _Entrant(contestant, tally, texts_of(contestant.name, frozenset(of)))
-        for contestant, tally, of in zip(contestants, tallies, keys, strict=True)
+        _Entrant(student, tally, texts_of(student.name, frozenset(of)))
+        for student, tally, of in zip(students, tallies, keys, strict=True)
     ]
-    benchmarks = tuple(_by_benchmark(problems))
-    pages = tuple(_page(entrants[first], entrants[second], benchmarks) for first, second in shown)
+    pages = tuple(_page(entrants[first], entrants[second], benchmarks, problems) for first, second in shown)
     files = {order: page.file_name for pair, page in zip(shown, pages, strict=True) for order in (pair, pair[::-1])}
-    return Comparison(tuple(contestant.label for contestant in contestants), counts, files, pages)
+    return Comparison(tuple(student.label for student in students), counts, files, pages)
 
 
-def solved_seeds(verdicts: Sequence[Verdict]) -> int:
+def solved_seeds(samples: Sequence[GradedSample]) -> int:
     """Seeds under which some sample is correct."""
-    return len({verdict.seed for verdict in verdicts if verdict.correct})
+    return len({sample.seed for sample in samples if sample.correct})
 
 
 def excerpt(text: str) -> str:
@@ -154,58 +130,75 @@ def excerpt(text: str) -> str:
     return f"{text[:BEGINNING_SHOWN]}\n[... {left_out:,} characters left out ...]\n{text[-END_SHOWN:]}"
 
 
-def _alike(first: Contestant, second: Contestant) -> bool:
+def _alike(first: ComparedStudent, second: ComparedStudent) -> bool:
     return first.budget is None or second.budget is None or first.budget == second.budget
 
 
-def _by_benchmark(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
-    parts: dict[str, list[Problem]] = {}
-    for problem in problems:
-        parts.setdefault(problem.benchmark, []).append(problem)
+def _shown_keys(tallies: Sequence[Tally], pairs: Sequence[tuple[int, int]]) -> list[set[Key]]:
+    """For each student, the problems that a page shows."""
+    keys: list[set[Key]] = [set() for _ in tallies]
+    for better, worse in (order for pair in pairs for order in (pair, pair[::-1])):
+        parts = _by_benchmark(_more_often(tallies[better], tallies[worse])).values()
+        found = {key for part in parts for key in part[:PROBLEMS_SHOWN]}
+        keys[better] |= found
+        keys[worse] |= found
+    return keys
+
+
+def _by_benchmark(keys: Sequence[Key]) -> dict[str, list[Key]]:
+    parts: dict[str, list[Key]] = {}
+    for key in keys:
+        parts.setdefault(key[0], []).append(key)
     return parts
 
 
-def _page(first: _Entrant, second: _Entrant, benchmarks: Sequence[str]) -> PairPage:
+def _page(
+    first: _Entrant, second: _Entrant, benchmarks: Sequence[Benchmark], problems: Mapping[Key, BenchmarkProblem]
+) -> PairPage:
     directions = [
         (better, worse, _by_benchmark(_more_often(better.tally, worse.tally)))
         for better, worse in ((first, second), (second, first))
     ]
     return PairPage(
-        file_name=f"{first.contestant.name}_vs_{second.contestant.name}.html",
-        labels=(first.contestant.label, second.contestant.label),
+        file_name=f"{first.student.name}_vs_{second.student.name}.html",
+        labels=(first.student.label, second.student.label),
         directions=tuple(
-            _direction(benchmark, better, worse, parts.get(benchmark, []))
+            _direction(benchmark.name, better, worse, parts.get(benchmark.name, []), problems)
             for benchmark in benchmarks
             for better, worse, parts in directions
         ),
     )
 
 
-def _direction(benchmark: str, better: _Entrant, worse: _Entrant, found: Sequence[Problem]) -> Direction:
+def _direction(
+    benchmark: str, better: _Entrant, worse: _Entrant, keys: Sequence[Key], problems: Mapping[Key, BenchmarkProblem]
+) -> Direction:
     entries = tuple(
-        Entry(problem, (_side(better, problem, True), _side(worse, problem, False)))
-        for problem in found[:PROBLEMS_SHOWN]
+        Entry(
+            replace(problems[key], problem=excerpt(problems[key].problem)),
+            (_side(better, key, True), _side(worse, key, False)),
+        )
+        for key in keys[:PROBLEMS_SHOWN]
     )
-    return Direction(benchmark, better.contestant.label, worse.contestant.label, len(found), entries)
+    return Direction(benchmark, better.student.label, worse.student.label, len(keys), entries)
 
 
-def _tally(contestant: Contestant, problems: Sequence[Problem]) -> Tally:
-    verdicts = {problem: contestant.verdicts[problem.key] for problem in problems}
-    return {problem: (solved_seeds(of), sum(verdict.correct for verdict in of)) for problem, of in verdicts.items()}
+def _tally(samples: Sequence[GradedSample]) -> tuple[int, int]:
+    return solved_seeds(samples), sum(sample.correct for sample in samples)
 
 
-def _more_often(better: Tally, worse: Tally) -> list[Problem]:
-    """Problems that `better` solves under more seeds; the clearest first, by seeds and then by correct samples."""
-    margins = {problem: (ours[0] - worse[problem][0], ours[1] - worse[problem][1]) for problem, ours in better.items()}
-    found = [problem for problem, (seeds, _) in margins.items() if seeds > 0]
-    return sorted(found, key=lambda problem: margins[problem], reverse=True)
+def _more_often(better: Tally, worse: Tally) -> list[Key]:
+    """Problems that `better` solves under more seeds; largest margin first, by seeds and then by correct samples."""
+    margins = {key: (ours[0] - worse[key][0], ours[1] - worse[key][1]) for key, ours in better.items()}
+    found = [key for key, (seeds, _) in margins.items() if seeds > 0]
+    return sorted(found, key=lambda key: margins[key], reverse=True)
 
 
-def _side(student: _Entrant, problem: Problem, correct: bool) -> Side:
+def _side(entrant: _Entrant, key: Key, correct: bool) -> Side:
     """With the first correct sample of the student that solves the problem, and the first wrong one of the other.
 
     Both exist: the first is correct under some seed, the other is wrong in all samples of some seed.
     """
-    verdicts = student.contestant.verdicts[problem.key]
-    shown = next(verdict for verdict in verdicts if verdict.correct == correct)
-    return Side(student.contestant.label, verdicts, shown, student.texts[problem.key][correct])
+    samples = entrant.student.samples[key]
+    shown = next(sample for sample in samples if sample.correct == correct)
+    return Side(entrant.student.label, samples, shown, entrant.texts[key][correct])

@@ -1,4 +1,4 @@
-"""An audit as the paper's Table 2, and its nearest pairs beside each other."""
+"""A contamination audit as the paper's Table 2, and its nearest pairs side by side."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ from lark_jax.evaluation.contamination import THRESHOLDS, Audit, AuditRow, Overl
 from lark_jax.report.table import Table
 
 PAIRS_SHOWN = 100  # near matches on the page, the most similar first
-NEAREST_SHOWN = 3  # of every group, also where none is near
+NEAREST_SHOWN = 3  # per group, even if none is near
 CHARACTERS_SHOWN = 6_000  # of a problem
 
 
@@ -21,7 +21,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pair:
-    """An evaluation problem and its nearest pool problem, cut into what they share and what they do not."""
+    """An evaluation problem and its nearest pool problem, split into shared and differing segments."""
 
     overlap: Overlap
     problem: tuple[Segment, ...]
@@ -30,12 +30,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class ContaminationSection:
-    """What the template contamination.html.j2 shows."""
+    """The content of the template contamination.html.j2."""
 
     table: Table
     pairs: tuple[Pair, ...]
     num_pool_problems: int
-    left_out: tuple[str, ...]  # texts that all problems of the pool have
+    left_out: tuple[str, ...]  # texts that all problems of the pool share
     pairs_shown: int = PAIRS_SHOWN
 
 
@@ -52,7 +52,7 @@ def contamination_table(audit: Audit) -> Table:
 
 
 def nearest_pairs(audit: Audit) -> tuple[Pair, ...]:
-    """What to look at: every near match up to `PAIRS_SHOWN`, and of each group the nearest; most similar first."""
+    """The pairs to look at: near matches up to `PAIRS_SHOWN` and the nearest of each group; most similar first."""
     ordered = sorted(audit.overlaps, key=lambda overlap: -overlap.jaccard)
     near = [overlap for overlap in ordered if overlap.num_near][:PAIRS_SHOWN]
     of_groups = [
@@ -69,7 +69,7 @@ def _row(row: AuditRow) -> tuple[str, ...]:
 
 
 def _pair(overlap: Overlap) -> Pair:
-    """Words are compared; the rest of a very long problem is left out, and the cut is said."""
+    """Compares words; a very long problem is cut, with a note."""
     words = [re.findall(r"\s*\S+", _cut(text)) for text in (overlap.problem, overlap.pool_problem)]
     blocks = difflib.SequenceMatcher(a=words[0], b=words[1], autojunk=False).get_matching_blocks()
     first = tuple(_segments(words[0], [(block.a, block.size) for block in blocks]))
@@ -78,7 +78,7 @@ def _pair(overlap: Overlap) -> Pair:
 
 
 def _segments(words: Sequence[str], shared: Sequence[tuple[int, int]]) -> Iterator[Segment]:
-    """`shared`: (start, size) of the runs of words that both have, in order; the last is empty and at the end."""
+    """`shared`: (start, size) of the runs of words in both problems, in order; the last one is empty, at the end."""
     position = 0
     for start, size in shared:
         for run, differs in ((words[position:start], True), (words[start : start + size], False)):

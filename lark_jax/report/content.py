@@ -1,4 +1,4 @@
-"""What a report shows. The report stage fills these records from files; nothing in this folder reads any."""
+"""What a report shows. The report stage fills these records from files; this package reads no files."""
 
 import dataclasses
 import math
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lark_jax.evaluation.accuracy import Difference
+from lark_jax.evaluation.benchmark_records import BenchmarkProblem
 from lark_jax.evaluation.contamination import Audit
+from lark_jax.evaluation.samples import GradedSample
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.report.comparison import Comparison
 
@@ -24,7 +26,7 @@ class AccuracyResult:
     num_seeds: int
     mean: float  # over decoding seeds
     std: float | None = None  # sample standard deviation over seeds; None or NaN with one seed
-    interval: tuple[float, float] | None = None  # confidence interval of the mean, as `interval_note` says
+    interval: tuple[float, float] | None = None  # confidence interval of the mean; see `interval_note`
 
     @property
     def student(self) -> str:
@@ -32,7 +34,7 @@ class AccuracyResult:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation, or None where there is none to show."""
+        """The standard deviation; None if there is none to show."""
         return None if self.std is None or not math.isfinite(self.std) else self.std
 
 
@@ -50,11 +52,11 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A loss (nats per token), and what the student had been trained on when it had it."""
+    """A loss (nats per token), and how far the student had been trained at that point."""
 
     step: int  # completed optimizer steps
-    trajectories: int  # seen; one that was seen twice counts twice
-    target_tokens: int  # seen
+    trajectories: int  # seen so far; a trajectory seen twice counts twice
+    target_tokens: int  # seen so far
     loss: float
 
 
@@ -64,8 +66,8 @@ class LossCurve:
 
     method: str
     budget: int | None
-    training: tuple[CurvePoint, ...]  # weighted, of the trajectories of each step
-    held_out: tuple[CurvePoint, ...] = ()  # unweighted, on the same trajectories for all runs
+    training: tuple[CurvePoint, ...]  # weighted loss of each step
+    held_out: tuple[CurvePoint, ...] = ()  # unweighted loss, on the same trajectories for all runs
 
     @property
     def student(self) -> str:
@@ -78,10 +80,10 @@ class LandscapeCandidate:
 
     candidate_id: str
     teacher: str
-    score: float  # g_hat; NaN where the candidate could not be scored
+    score: float  # g_hat; NaN if the candidate could not be scored
     weight: float = 0.0
     selected: bool = False
-    text: str = ""  # the trajectory, beginning and end of a long one; shown for selected candidates
+    text: str = ""  # the trajectory, shortened if long; shown for selected candidates
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Landscape:
     candidates: tuple[LandscapeCandidate, ...]
 
     def by_teacher(self) -> dict[str, tuple[LandscapeCandidate, ...]]:
-        """Teachers in order of first appearance, each with its candidates in the order given."""
+        """Teachers in order of first appearance, each with its candidates in the given order."""
         groups: dict[str, list[LandscapeCandidate]] = {}
         for candidate in self.candidates:
             groups.setdefault(candidate.teacher, []).append(candidate)
@@ -109,13 +111,13 @@ class Landscape:
 
 @dataclass(frozen=True)
 class SelectionProfile:
-    """What one selection consists of: trajectories of positive weight."""
+    """A summary of one selection: the trajectories with positive weight."""
 
     method: str
     budget: int
     trajectories: int
-    mean_tokens: float  # target tokens of a trajectory, every one counted once
-    teachers: tuple[tuple[str, float], ...]  # and the part of the training weight that each has
+    mean_tokens: float  # target tokens per trajectory, unweighted
+    teachers: tuple[tuple[str, float], ...]  # name and share of the training weight
 
     @property
     def name(self) -> str:
@@ -124,22 +126,20 @@ class SelectionProfile:
 
 @dataclass(frozen=True)
 class SelectionComparison:
-    """Selections from one score table beside each other."""
+    """Selections from one score table, compared."""
 
     profiles: tuple[SelectionProfile, ...]
-    overlap: tuple[tuple[float, ...], ...]  # Jaccard index of the trajectories of every two
+    overlap: tuple[tuple[float, ...], ...]  # Jaccard index of the trajectories of every pair
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One graded answer of one student; of long texts beginning and end."""
+class ShownAnswer:
+    """One graded answer of one student; long texts are shortened."""
 
     student: str
     benchmark: str
-    problem: str
-    response: str
-    gold: str
-    correct: bool
+    problem: BenchmarkProblem
+    sample: GradedSample
 
 
 @dataclass(frozen=True)
@@ -150,17 +150,17 @@ class Count:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """What went through a stage, and every record that it left out."""
+    """What a stage processed, and every record that it skipped."""
 
     stage: str
     counts: tuple[Count, ...] = ()
     skipped: tuple[SkippedRecord, ...] = ()
-    manifest: str = "manifest.json"  # the stage's own, which the page names where it shows a part
+    manifest: str = "manifest.json"  # named on the page if it shows only some of the records
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration field as it is written on the command line, or a package and its version."""
+    """A configuration field, named as on the command line, or a package and its version."""
 
     name: str
     value: str
@@ -173,11 +173,11 @@ class ReportContent:
     versions: tuple[Setting, ...] = ()
     results: tuple[AccuracyResult, ...] = ()
     interval_note: str = ""  # how `AccuracyResult.interval` was computed
-    differences: tuple[PairedDifference, ...] = ()  # intervals as for `results`
+    differences: tuple[PairedDifference, ...] = ()  # intervals computed in the same way
     curves: tuple[LossCurve, ...] = ()
     selections: SelectionComparison | None = None
     landscape: Landscape | None = None
-    samples: tuple[Sample, ...] = ()
+    answers: tuple[ShownAnswer, ...] = ()
     comparison: Comparison | None = None
     contamination: Audit | None = None
     stages: tuple[StageSummary, ...] = ()

@@ -25,7 +25,7 @@ from lark_jax.report.style import (
 )
 
 _PANELS_PER_ROW = 2
-_BAR_SLOT = 0.8  # of the distance between two budgets; the rest is air
+_BAR_SLOT = 0.8  # share of the distance between two budgets that bars fill
 
 
 def accuracy_figure(results: Sequence[AccuracyResult], styles: Mapping[str, MethodStyle]) -> Figure:
@@ -47,10 +47,10 @@ def accuracy_figure(results: Sequence[AccuracyResult], styles: Mapping[str, Meth
 
 
 def loss_figure(curves: Sequence[LossCurve], styles: Mapping[str, MethodStyle]) -> Figure:
-    """Losses of every run at equal trajectories (left) and at equal tokens (right).
+    """Losses of every run by trajectories seen (left) and by tokens seen (right).
 
-    Above the training loss of each step, pale, with its trailing mean over 1/20 of the run on top; below the held-out
-    loss, where there is one.
+    Top: the training loss of each step, pale, and its trailing mean over 1/20 of the run. Bottom: the held-out loss, if
+    there is one.
     """
     has_held_out = any(curve.held_out for curve in curves)
     budgets = list(dict.fromkeys(curve.budget for curve in curves))
@@ -175,7 +175,7 @@ def _draw_bar(axes: Axes, position: float, width: float, result: AccuracyResult,
 
 
 def _draw_error(axes: Axes, position: float, result: AccuracyResult) -> float:
-    """Thick with caps: ± one standard deviation over seeds. Thin: the confidence interval. Returns the top end."""
+    """Thick with caps: ± one standard deviation over seeds. Thin: the confidence interval. Returns the upper end."""
     mean = 100 * result.mean
     top = mean
     if result.interval is not None and all(math.isfinite(end) for end in result.interval):
@@ -196,7 +196,7 @@ def _upper_limit(results: Sequence[AccuracyResult]) -> float:
 
 
 def _shared_legend(figure: Figure, grid: np.ndarray) -> None:
-    """One legend above all panels; every label once."""
+    """One legend above all panels, with every label once."""
     entries: dict[str, Artist] = {}
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -206,7 +206,7 @@ def _shared_legend(figure: Figure, grid: np.ndarray) -> None:
 
 
 def _score_limits(candidates: Sequence[LandscapeCandidate]) -> tuple[float, float]:
-    """Zero and every finite score, with room above for the upright weight labels."""
+    """Limits that include zero and every finite score, with room for the vertical weight labels."""
     scores = [candidate.score for candidate in candidates if math.isfinite(candidate.score)]
     low, high = min([0.0, *scores]), max([0.0, *scores])
     span = (high - low) or 1.0

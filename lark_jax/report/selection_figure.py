@@ -1,4 +1,4 @@
-"""The figure of the selections: how much they overlap, and whose trajectories they take."""
+"""The figure of the selections: how much they overlap, and whose trajectories they contain."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,18 +9,18 @@ from lark_jax.report.content import SelectionComparison
 from lark_jax.report.style import INK, PALETTE, drawing_style, new_figure, quiet_axes, short
 
 _SCALE = LinearSegmentedColormap.from_list("overlap", ["#f2f5f8", PALETTE[0]])
-_TEACHERS_SHOWN = len(PALETTE) - 1  # by weight over all selections; the others are drawn as one
+_TEACHERS_SHOWN = len(PALETTE) - 1  # by weight over all selections; the others are combined
 _OTHERS = "others"
-_DARK = 0.55  # overlap from which white figures are read more easily
+_DARK = 0.55  # overlap above which white numbers are easier to read
 
 
 def selection_figure(comparison: SelectionComparison) -> Figure:
-    """Left the Jaccard index of every two selections, right the teachers' shares of each, rows aligned."""
+    """Left: the Jaccard index of every two selections. Right: each selection's teachers. Rows are aligned."""
     size = len(comparison.profiles)
     with drawing_style():
-        further = max(0.0, 0.3 * (size - 12))  # inches, so that the figures in the cells stay apart
-        figure = new_figure(10.5 + further, max(3.0, 0.34 * size + 1.6))
-        overlap, teachers = figure.subplots(1, 2, sharey=True, width_ratios=[4 + further, 4])
+        extra = max(0.0, 0.3 * (size - 12))  # inches, so that the numbers in the cells do not touch
+        figure = new_figure(10.5 + extra, max(3.0, 0.34 * size + 1.6))
+        overlap, teachers = figure.subplots(1, 2, sharey=True, width_ratios=[4 + extra, 4])
         _draw_overlap(overlap, comparison)
         _draw_teachers(teachers, comparison)
         overlap.set_yticks(range(size), [short(profile.name) for profile in comparison.profiles])
@@ -37,7 +37,7 @@ def _draw_overlap(axes: Axes, comparison: SelectionComparison) -> None:
         for column, value in enumerate(values):
             if row == column:
                 continue
-            colour = "white" if value > _DARK else "#1f2329"  # on a coloured cell in light and in dark mode alike
+            colour = "white" if value > _DARK else "#1f2329"  # the cell's colour is the same in light and dark mode
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(range(size), [short(profile.name) for profile in comparison.profiles], rotation=90, fontsize=8)
     axes.set_title("overlap: Jaccard index (%)")

@@ -1,7 +1,7 @@
-"""How the figures look, and how a figure becomes bytes: the same content always gives the same bytes.
+"""The style of the figures, and their deterministic export: the same content always gives the same bytes.
 
-Figures are drawn with matplotlib's object interface (no pyplot, no display). The neutral colours below become CSS
-variables in the SVG, so that an inline figure follows the page into dark mode; the PNG keeps them as they are.
+Figures are drawn with matplotlib's object interface (no pyplot, no display). In SVG the neutral colours below become
+CSS variables, so an inline figure follows the page into dark mode; PNG keeps the colours.
 """
 
 import io
@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 INK = "#1f2328"  # text and axes
 MUTED = "#6a737d"  # secondary text and lines
 GRID = "#d8dee4"
-QUIET = "#b8c4d0"  # bars that are context
-HIGHLIGHT = "#d1242f"  # the red border of what was selected
+QUIET = "#b8c4d0"  # bars for context
+HIGHLIGHT = "#d1242f"  # the red border of selected candidates
 CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", QUIET: "--quiet", HIGHLIGHT: "--highlight"}
 
-# Okabe & Ito's palette, told apart with every common form of colour blindness; yellow left out: too pale on white.
+# Okabe & Ito's palette, distinguishable with every common form of colour blindness, without yellow (too pale on white).
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-HATCHES = ("", "///", "...", "xxx")  # a palette used up starts again with the next hatch
+HATCHES = ("", "///", "...", "xxx")  # after the last colour the palette repeats with the next hatch
 DASHES = ("-", "--", ":", "-.")
 
 SETTINGS: dict[Any, Any] = {
@@ -38,7 +38,7 @@ SETTINGS: dict[Any, Any] = {
     "axes.unicode_minus": True,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so the layout does not depend on the machine
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so the layout is the same on every machine
     "font.size": 10,
     "grid.color": GRID,
     "hatch.linewidth": 0.6,
@@ -46,7 +46,7 @@ SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lark_jax",
     "text.color": INK,
-    "text.parse_math": False,  # names from a pool may hold dollar signs
+    "text.parse_math": False,  # names in a pool may contain dollar signs
     "xtick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.color": MUTED,
@@ -75,18 +75,18 @@ def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
 
 
 def clean(text: str) -> str:
-    """`text` without the characters that XML and fonts cannot show."""
+    """`text` with characters that XML and fonts cannot show replaced."""
     return "".join(mark if mark.isprintable() else "\N{REPLACEMENT CHARACTER}" for mark in text)
 
 
 def short(name: str) -> str:
-    """`name` for a label in a figure; the tables beside the figure have it in full."""
+    """`name` shortened for a label in a figure; tables have it in full."""
     name = clean(name)
     return name if len(name) <= _LABEL_LENGTH else name[: _LABEL_LENGTH - 1] + "…"
 
 
 def drawing_style() -> AbstractContextManager[None]:
-    """matplotlib's settings for drawing and for saving, put back as they were when the block ends."""
+    """A context with the matplotlib settings for drawing and saving."""
     return matplotlib.rc_context(SETTINGS)
 
 
@@ -109,9 +109,9 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def svg_text(figure: Figure, name: str, title: str, description: str) -> str:
-    """The figure as an SVG element for an HTML page: labelled for screen readers, following the page's colours.
+    """The figure as an SVG element for an HTML page, labelled for screen readers and with the page's colours.
 
-    `name` goes in front of every id, so that several figures can share a page.
+    Every id gets the prefix `name`, so that several figures can share a page.
     """
     stream = io.StringIO()
     with drawing_style():

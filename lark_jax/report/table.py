@@ -1,5 +1,7 @@
-"""Tables as plain data, and as aligned text or markdown."""
+"""Tables as plain data, and as aligned text, markdown, CSV or LaTeX."""
 
+import csv
+import io
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -15,13 +17,26 @@ from lark_jax.report.content import (
 )
 
 MISSING = "–"
+_LATEX = str.maketrans(
+    {
+        **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\ensuremath{<}",
+        ">": r"\ensuremath{>}",
+        "≥": r"\ensuremath{\ge}",
+        "±": r"\ensuremath{\pm}",
+        "–": "--",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    numeric: tuple[bool, ...]  # per column: aligned to the right
+    numeric: tuple[bool, ...]  # per column: right-aligned
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in (self.header, self.numeric, *self.rows)}
@@ -64,7 +79,7 @@ def accuracy_detail_table(results: Sequence[AccuracyResult]) -> Table:
 
 
 def loss_table(curves: Sequence[LossCurve]) -> Table:
-    """One row per run: what it was trained on, first and last training loss; held-out loss where there is one."""
+    """One row per run: its training data, first and last training loss, and held-out loss if there is one."""
     header = ["method", "B", "steps", "trajectories", "target tokens", "first loss", "last loss"]
     if any(curve.held_out for curve in curves):
         header += ["held out before", "lowest (step)", "after"]
@@ -81,8 +96,8 @@ def loss_table(curves: Sequence[LossCurve]) -> Table:
 
 
 def selection_table(comparison: SelectionComparison) -> Table:
-    """One row per selection: size, length, the teachers with most weight, and the one that it overlaps with most."""
-    header = ("method", "B", "trajectories", "mean tokens", "most weight", "most like (Jaccard)")
+    """One row per selection: size, length, the teachers with the most weight, and the most similar selection."""
+    header = ("method", "B", "trajectories", "mean tokens", "most weight", "most similar (Jaccard)")
     rows = tuple(
         (
             profile.method,
@@ -90,7 +105,7 @@ def selection_table(comparison: SelectionComparison) -> Table:
             f"{profile.trajectories:,}",
             f"{profile.mean_tokens:,.1f}",
             ", ".join(f"{teacher} {share:.0%}" for teacher, share in sorted(profile.teachers, key=_by_share)[:3]),
-            _most_like(comparison, index),
+            _most_similar(comparison, index),
         )
         for index, profile in enumerate(comparison.profiles)
     )
@@ -101,8 +116,8 @@ def _by_share(teacher: tuple[str, float]) -> tuple[float, str]:
     return -teacher[1], teacher[0]
 
 
-def _most_like(comparison: SelectionComparison, index: int) -> str:
-    """Among the selections of the same budget: others share trajectories because they hold more of them."""
+def _most_similar(comparison: SelectionComparison, index: int) -> str:
+    """Among selections of the same budget: larger ones overlap more because of their size."""
     own = comparison.profiles[index]
     others = [
         (overlap, profile.method)
@@ -129,7 +144,7 @@ def _lowest_loss(points: Sequence[CurvePoint]) -> str:
 
 
 def accuracy_cell(result: AccuracyResult) -> str:
-    """`41.3 ± 0.6` in percent; says so where there is no mean or no standard deviation."""
+    """`41.3 ± 0.6` in percent; a note if the mean or the standard deviation is missing."""
     if not math.isfinite(result.mean):
         return "not measured"
     if result.spread is None:
@@ -138,7 +153,7 @@ def accuracy_cell(result: AccuracyResult) -> str:
 
 
 def text_table(table: Table) -> str:
-    """Aligned plain text with a rule under the header; every line has the same display width."""
+    """Aligned plain text with a rule below the header; every line has the same display width."""
     lines = [_one_line_cells(line) for line in (table.header, *table.rows)]
     widths = [max(_display_width(line[column]) for line in lines) for column in range(len(table.header))]
     padded = ["  ".join(map(_pad, line, widths, table.numeric)) for line in lines]
@@ -154,8 +169,28 @@ def markdown_table(table: Table) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [escaped[0], rule, *escaped[1:]])
 
 
+def csv_table(table: Table) -> str:
+    """A header and one line per row, quoted where needed (RFC 4180, but with single line feeds)."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([table.header, *table.rows])
+    return stream.getvalue()
+
+
+def latex_table(table: Table, rule_before_last: bool = False) -> str:
+    """A `tabular` for the package booktabs, with special characters escaped.
+
+    `rule_before_last` adds a rule above the last row, for totals.
+    """
+    columns = "".join("r" if numeric else "l" for numeric in table.numeric)
+    rows = [_latex_row(row) for row in table.rows]
+    if rule_before_last:
+        rows.insert(-1, r"\midrule")
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(table.header), r"\midrule", *rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
 def terminal_report(content: ReportContent) -> str:
-    """What a run prints at its end: the accuracy table, counts per stage, and how many records were skipped."""
+    """What a run prints at its end: the accuracy table, and for each stage its counts and skipped records."""
     blocks = [content.title]
     if content.results:
         blocks.append(text_table(accuracy_detail_table(content.results)))
@@ -169,7 +204,7 @@ def terminal_report(content: ReportContent) -> str:
 
 
 def _stage_line(stage: StageSummary) -> str:
-    """Counts of zero are left to the page; how many records were skipped is always said."""
+    """Leaves out counts of zero, but always shows the number of skipped records."""
     counts = [f"{count.value:,} {count.name}" for count in stage.counts if count.value]
     return f"{stage.stage}: " + ", ".join([*counts, f"{len(stage.skipped):,} skipped"])
 
@@ -192,15 +227,19 @@ def _interval_cell(interval: tuple[float, float] | None) -> str:
 
 
 def _one_line_cells(cells: Sequence[str]) -> list[str]:
-    """Cells without line breaks and without control characters (a terminal obeys them)."""
+    """Cells without line breaks and control characters, which a terminal would obey."""
     return ["".join(mark for mark in " ".join(cell.split()) if mark.isprintable()) for cell in cells]
 
 
 def _display_width(text: str) -> int:
-    """Terminal columns of `text`: wide characters take two, combining marks none."""
+    """Terminal columns of `text`: two for wide characters, none for combining marks."""
     return sum(0 if unicodedata.combining(mark) else 1 + (unicodedata.east_asian_width(mark) in "WF") for mark in text)
 
 
 def _pad(text: str, width: int, numeric: bool) -> str:
     space = " " * (width - _display_width(text))
     return space + text if numeric else text + space
+
+
+def _latex_row(cells: tuple[str, ...]) -> str:
+    return " & ".join(" ".join(cell.split()).translate(_LATEX) for cell in cells) + r" \\"

@@ -1,4 +1,4 @@
-"""The paper's Table 1: models x methods down, budgets x benchmarks across; and the same results as long lists."""
+"""The paper's Table 1: models x methods as rows, budgets x benchmarks as columns; and the same results as lists."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult
 from lark_jax.report.content import PairedDifference, student_label
-from lark_jax.report.table import MISSING, Table
-from lark_jax.report.table_files import latex_table
+from lark_jax.report.table import MISSING, Table, latex_table
 
 AVERAGE = "Avg"
-WHOLE = "all"  # in the column "level": the benchmark as a whole
+WHOLE = "all"  # in the column "level": the whole benchmark
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,11 @@ class EvaluatedStudent:
 def table_one(students: Sequence[EvaluatedStudent]) -> Table:
     """Acc@n in percent, mean±std over decoding seeds; models, methods and benchmarks in order of first appearance.
 
-    A student before fine-tuning has the same cells under every budget. `Avg` is the unweighted mean over the
-    benchmarks; its deviation is that of the seeds' averages. Missing cells are dashes.
+    A student before fine-tuning has the same cells for every budget. `Avg` is the unweighted mean over the benchmarks;
+    its deviation is that of the seeds' averages. Missing cells are dashes.
 
     Raises:
-      EvaluationError: results that do not compare: another number of samples, or other problems under one name.
+      EvaluationError: results are not comparable: different numbers of samples, or different problems under one name.
     """
     _require_comparable(students)
     names, budgets = _benchmarks(students), _budgets(students)
@@ -63,7 +62,7 @@ def table_one_latex(students: Sequence[EvaluatedStudent]) -> str:
 
 
 def accuracy_list(students: Sequence[EvaluatedStudent]) -> Table:
-    """One row per student, benchmark, level and k; fractions in [0, 1], the std empty for one seed."""
+    """One row per student, benchmark, level and k; fractions in [0, 1]; std is empty for one seed."""
     header = ("model", "method", "budget", "benchmark", "level", "k", "mean", "std", "low", "high", "problems", "seeds")
     rows = []
     for student in students:
@@ -117,10 +116,10 @@ def _require_comparable(students: Sequence[EvaluatedStudent]) -> None:
             other, known = first.setdefault(result.benchmark, (student, result))
             pair = f"{_name(other)} and {_name(student)}"
             if known.fingerprint != result.fingerprint:
-                raise EvaluationError(f"{result.benchmark}: {pair} were given different problems under this name")
+                raise EvaluationError(f"{result.benchmark}: {pair} answered different problems under this name")
             if known.samples != result.samples:
                 raise EvaluationError(
-                    f"{result.benchmark}: {pair} do not compare: Acc@{known.samples} and Acc@{result.samples}; "
+                    f"{result.benchmark}: {pair} are not comparable: Acc@{known.samples} and Acc@{result.samples}; "
                     "evaluate them with the same evaluate.samples"
                 )
 
@@ -141,7 +140,7 @@ def _cells(student: EvaluatedStudent | None, names: Sequence[str]) -> list[str]:
 
 
 def _average(accuracies: Sequence[Accuracy]) -> str:
-    """The deviation needs the same number of seeds everywhere."""
+    """The deviation is left out unless all benchmarks have the same number of seeds."""
     mean = statistics.mean(accuracy.mean for accuracy in accuracies)
     if len({len(accuracy.per_seed) for accuracy in accuracies}) > 1:
         return _cell(mean, None)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lark_jax.config import STAGES, Experiment
 from lark_jax.errors import ConfigError
-from lark_jax.evaluation.benchmark_sources import find_source
-from lark_jax.evaluation.benchmarks import BUILT_IN_PROMPTS
+from lark_jax.evaluation.benchmarks import benchmark_source
+from lark_jax.evaluation.prompts import BUILT_IN_PROMPTS
 from lark_jax.finetuning.loggers import require_installed
 from lark_jax.pool.sources import is_hub_id
 from lark_jax.runtime import processes
@@ -80,7 +80,7 @@ def check_paths(experiment: Experiment) -> None:
         paths += [("score.judge.prompt_file", judge.prompt_file)]
         paths += [("score.judge.model", judge.model if judge.engine == "vllm" else None)]
     if evaluating:
-        sources = [find_source(entry) for entry in experiment.evaluate.benchmarks]
+        sources = [benchmark_source(entry) for entry in experiment.evaluate.benchmarks]
         paths += [("evaluate.benchmarks", source.location) for source in sources if not source.on_hub]
         for source in sources:
             if source.on_hub:

@@ -9,12 +9,12 @@ from typing import Any
 
 from lark_jax.config import EvaluateConfig, Experiment
 from lark_jax.errors import ConfigError, EvaluationError
-from lark_jax.evaluation.benchmark_records import READING
-from lark_jax.evaluation.benchmark_sources import find_source
-from lark_jax.evaluation.benchmarks import Benchmark, load_system_prompts, read_benchmark, require_distinct
-from lark_jax.evaluation.engine_versions import engine_versions
-from lark_jax.evaluation.engines import EngineChoice, require_separate_seeds, server_for
-from lark_jax.evaluation.grading import grader_identity
+from lark_jax.evaluation.benchmark_records import READING, Benchmark
+from lark_jax.evaluation.benchmarks import benchmark_source, read_benchmark, require_distinct
+from lark_jax.evaluation.engines import EngineChoice
+from lark_jax.evaluation.generation_request import engine_versions, require_separate_seeds, server_for
+from lark_jax.evaluation.grading import grader_version
+from lark_jax.evaluation.prompts import StudentPrompts, load_system_prompts, render_prompts
 from lark_jax.evaluation.runner import StudentResult, engine_for, evaluate_student
 from lark_jax.evaluation.standard_benchmarks import content_fingerprint, edition_of
 from lark_jax.rendering.chat import load_chat_format
@@ -27,30 +27,41 @@ from lark_jax.students import local_folder
 
 ENGINE = "engine.json"
 DECODING_FIELDS = ("samples", "seeds", "temperature", "top_p", "repetition_penalty", "max_tokens")
+Render = Callable[[Path, tuple[Benchmark, ...]], StudentPrompts]  # a student's folder and the benchmarks
 
 
 def evaluate_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
-    """First, once for all students, what is asked and which engine works here; then one task per student."""
-    tasks = [_benchmarks_task(experiment, layout), _engine_task(experiment, layout)]
+    """First, once for all students, the benchmarks and the engine; then one task per student."""
+
+    # Remembers the last student: the choice of the engine and the evaluation of the base student share its prompts.
+    @functools.lru_cache(maxsize=1)
+    def render(student: Path, benchmarks: tuple[Benchmark, ...]) -> StudentPrompts:
+        chat = load_chat_format(student, experiment.student.chat_template)
+        return render_prompts(benchmarks, chat, experiment.evaluate.system_prompts)
+
+    students: dict[str, Callable[[], Path]] = {}
     if experiment.evaluate.include_base:
-        tasks.append(_student_task(experiment, layout, BASE, lambda: local_folder(experiment.student.path)))
-    return tasks + [
-        _student_task(experiment, layout, run.name, functools.partial(_exported, layout, run)) for run in layout.runs
+        students[BASE] = lambda: local_folder(experiment.student.path)
+    students |= {run.name: functools.partial(_exported, layout, run) for run in layout.runs}
+    return [
+        _benchmarks_task(experiment, layout),
+        _engine_task(experiment, layout, render),
+        *(_student_task(experiment, layout, name, folder, render) for name, folder in students.items()),
     ]
 
 
 def check_evaluation(experiment: Experiment) -> None:
-    """Reads what students will be asked, so that nothing of it is found wrong after days of training.
+    """Reads everything that students will be asked, so that errors are found before days of training, not after.
 
-    Files that are not there yet are left to the stage that writes them.
+    Files that do not exist yet are left to the stage that writes them.
 
     Raises:
-      ConfigError, EvaluationError: as the stage itself, which comes last: a benchmark or the system prompts cannot be
-        read, two benchmarks have one name, decoding seeds would draw equal samples, or the server's key is missing.
+      ConfigError, EvaluationError: as the stage itself would: a benchmark or the system prompts cannot be read, two
+        benchmarks share a name, decoding seeds would draw equal samples, or the server's key is missing.
     """
     config = experiment.evaluate
-    require_distinct([find_source(entry).name for entry in config.benchmarks])
-    present = [entry for entry in config.benchmarks if find_source(entry).local_file().exists()]
+    require_distinct([benchmark_source(entry).name for entry in config.benchmarks])
+    present = [entry for entry in config.benchmarks if benchmark_source(entry).local_file().exists()]
     sizes = [len(read_benchmark(entry).problems) for entry in present]
     require_separate_seeds(config.seeds, max(sizes, default=1), config.samples)
     if Path(config.system_prompts).exists():
@@ -66,7 +77,7 @@ def _exported(layout: Layout, run: Run) -> Path:
 
 
 def _benchmarks_task(experiment: Experiment, layout: Layout) -> Task:
-    """Leaves every problem as it is asked, and in the manifest what the benchmarks are."""
+    """Writes every problem as it is asked, and describes the benchmarks in the manifest."""
 
     def inputs() -> dict[str, Any]:
         return {"benchmarks": _hashed_benchmarks(experiment, layout), "reading": READING}
@@ -85,7 +96,7 @@ def _benchmarks_task(experiment: Experiment, layout: Layout) -> Task:
 def _described(benchmark: Benchmark) -> dict[str, Any]:
     edition = edition_of(benchmark)
     if edition == "unknown":
-        say(f"{benchmark.name}: as many problems as it should have, but not the texts that lark_jax knows of it")
+        say(f"{benchmark.name}: the number of problems is right, but their texts are not the published ones")
     return {
         "problems": len(benchmark.problems),
         "fingerprint": benchmark.fingerprint,
@@ -96,10 +107,10 @@ def _described(benchmark: Benchmark) -> dict[str, Any]:
 
 def _hashed_benchmarks(experiment: Experiment, layout: Layout) -> list[list[str]]:
     entries = experiment.evaluate.benchmarks
-    return [[entry, layout.hashes.of(find_source(entry).local_file(), EvaluationError)] for entry in entries]
+    return [[entry, layout.hashes.of(benchmark_source(entry).local_file(), EvaluationError)] for entry in entries]
 
 
-def _engine_task(experiment: Experiment, layout: Layout) -> Task:
+def _engine_task(experiment: Experiment, layout: Layout, render: Render) -> Task:
     config = experiment.evaluate
 
     def inputs() -> dict[str, Any]:
@@ -108,14 +119,13 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
             "student": student,
             "engine": config.engine,
             "python": config.python,
-            # Another version, or a later install, repeats the health check.
+            # Another version, or a later installation, repeats the health check.
             "installed": engine_versions(config.engine, config.python),
         }
 
     def choose(directory: Path) -> Outcome:
         folder = local_folder(experiment.student.path)
-        chat = load_chat_format(folder, experiment.student.chat_template)
-        choice = engine_for(folder, benchmarks_of(experiment), chat, config, directory)
+        choice = engine_for(folder, render(folder, benchmarks_of(experiment)), config, directory)
         files.write_json(directory / ENGINE, dataclasses.asdict(choice))
         versions = engine_versions(choice.engine, config.python)
         return Outcome(counts={}, notes={**dataclasses.asdict(choice), "versions": versions})
@@ -123,7 +133,9 @@ def _engine_task(experiment: Experiment, layout: Layout) -> Task:
     return Task("evaluate/engine", layout.evaluation("engine"), inputs, choose, environment=("installed",))
 
 
-def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Callable[[], Path]) -> Task:
+def _student_task(
+    experiment: Experiment, layout: Layout, name: str, folder: Callable[[], Path], render: Render
+) -> Task:
     config = experiment.evaluate
 
     def inputs() -> dict[str, Any]:
@@ -138,18 +150,19 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
             "engine_versions": engine_versions(engine, config.python),
             **({"served_as": server_for(config, name).model} if engine == "openai" else {}),
             "decoding": {field: getattr(config, field) for field in DECODING_FIELDS},
-            "grader": grader_identity(config.grader),
+            "grader": grader_version(config.grader),
         }
 
     def evaluate(directory: Path) -> Outcome:
         student = folder()
         engine = engine_of(layout)
-        _say_how(name, student, engine, config, layout)
+        _announce(name, student, engine, config, layout)
+        benchmarks = benchmarks_of(experiment)
         result = evaluate_student(
             name,
             student,
-            benchmarks_of(experiment),
-            load_chat_format(student, experiment.student.chat_template),
+            benchmarks,
+            render(student, benchmarks),
             config,
             directory,
             generations_dir=layout.generations(name),
@@ -167,7 +180,7 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
 
 
 def ungraded_samples(result: StudentResult) -> list[dict[str, str]]:
-    """What the manifest lists: every sample that counts as wrong because the grader gave it up."""
+    """For the manifest: every sample that counts as wrong because the grader could not judge it."""
     return [
         {
             "problem_id": sample.problem_id,
@@ -184,17 +197,17 @@ def engine_of(layout: Layout) -> EngineChoice:
     return EngineChoice(**files.read_json(layout.evaluation("engine") / ENGINE))
 
 
-def _say_how(name: str, student: Path, engine: EngineChoice, config: EvaluateConfig, layout: Layout) -> None:
-    """What the user has to know before hours are spent."""
+def _announce(name: str, student: Path, engine: EngineChoice, config: EvaluateConfig, layout: Layout) -> None:
+    """Tells the user what to know before hours are spent."""
     if config.engine == "auto" and engine.engine == "transformers":
         say(
-            f"{name}: by transformers ({engine.reason}); where that is over, delete {layout.evaluation('engine')} and "
-            "start again: vLLM is then tried once more"
+            f"{name}: evaluated with transformers ({engine.reason}); to try vLLM again once that is fixed, delete "
+            f"{layout.evaluation('engine')} and run again"
         )
     if engine.engine == "openai":
         say(
-            f"{name}: {config.server} has to serve {student} under the name {server_for(config, name).model!r} now; "
-            "what it serves cannot be seen from here"
+            f"{name}: {config.server} must serve {student} under the name {server_for(config, name).model!r} now; "
+            "lark_jax cannot check what it serves"
         )
 
 

@@ -1,7 +1,7 @@
 """The metric "judge": LLM-judged Quality, one overall score per trajectory (Appendix C.2 of the paper).
 
-`verdicts.jsonl` in the metric's folder has every verdict in full. The judge's answers are kept outside of it, in
-`judge/answers.jsonl` of the working directory: another rubric empties the folder, and an answer was paid for.
+`verdicts.jsonl` in the metric's folder has all scores and reasons. The judge's answers are stored elsewhere, in
+`judge/answers.jsonl` of the working directory: another rubric empties the metric's folder, and answers cost money.
 """
 
 import json
@@ -16,12 +16,11 @@ from lark_jax.config import Experiment
 from lark_jax.errors import JudgeError
 from lark_jax.evaluation.worker.server_client import ServerAccess
 from lark_jax.judging.answers import AnswerFile
-from lark_jax.judging.decoding import Decoding
-from lark_jax.judging.judge import Engine, Judgements, judge_trajectories
+from lark_jax.judging.judge import Decoding, Engine, JudgedPool, judge_trajectories
+from lark_jax.judging.judgement import answer_schema
 from lark_jax.judging.offline import OfflineJudge
 from lark_jax.judging.rubric import Rubric, read_rubric
 from lark_jax.judging.server import ServerJudge
-from lark_jax.judging.verdict import answer_schema
 from lark_jax.pool import Pool
 from lark_jax.runtime import terminal
 from lark_jax.runtime.files import write_jsonl
@@ -36,7 +35,7 @@ ANSWERS = "answers.jsonl"
 
 
 def _inputs(experiment: Experiment, layout: Layout) -> Mapping[str, Any]:
-    """Where the judge is served, and how hard it is asked, decides nothing."""
+    """The judge's address and its rate limits are left out: scores do not depend on them."""
     config = experiment.score.judge
     rubric = read_rubric(config.prompt_file)
     return {
@@ -54,15 +53,15 @@ def _compute(experiment: Experiment, layout: Layout, pool: Pool, directory: Path
     with AnswerFile(layout.judge / ANSWERS) as answers:
         terminal.say(f"judge: {config.model} by {config.engine}, {len(answers):,} answers known")
         judged = judge_trajectories(pool.trajectories, rubric, engine, answers, config.attempts)
-    _refuse_if_nothing_judged(judged)
-    write_jsonl(directory / VERDICTS, _verdict_rows(pool, judged))
+    _require_some_judgement(judged)
+    write_jsonl(directory / VERDICTS, _judgement_rows(pool, judged))
     return _result(pool, judged)
 
 
 def _engine(experiment: Experiment, layout: Layout, rubric: Rubric) -> Engine:
     config = experiment.score.judge
     decoding = _decoding(experiment, rubric)
-    assert config.model is not None  # the configuration was validated
+    assert config.model is not None  # the configuration is validated
     if config.engine == "openai":
         assert config.server is not None
         access = ServerAccess(
@@ -97,52 +96,52 @@ def _model_hash(experiment: Experiment, layout: Layout) -> str:
 
 
 def waits_for_the_accelerator(experiment: Experiment) -> bool:
-    """Whether this process holds what the judge needs: JAX keeps an accelerator's memory until its process ends."""
+    """Whether this process holds the accelerator that the judge needs: JAX keeps it until the process ends."""
     score = experiment.score
     return "judge" in score.metrics and score.judge.engine == "vllm" and jax.default_backend() != "cpu"
 
 
 def _require_free_accelerator(experiment: Experiment) -> None:
-    """Raises JudgeError, which names the command that goes on from here, where the judge has to wait."""
+    """Raises JudgeError, which names the commands that continue, if the judge needs the accelerator that JAX holds."""
     if waits_for_the_accelerator(experiment):
         raise JudgeError(
-            'config.score.judge.engine: "vllm" needs the accelerator that this process holds. All else of the stage '
-            '"score" is finished and kept: start the same command again under JAX_PLATFORMS=cpu and with '
-            "--config.stages=score in place of its stages, which runs the judge alone, and then as it was; or serve "
-            'the judge, engine "openai"'
+            'config.score.judge.engine: "vllm" needs the accelerator that this process holds. Everything else in the '
+            'stage "score" is finished and kept. Run the same command under JAX_PLATFORMS=cpu with '
+            "--config.stages=score instead of its own stages, which runs only the judge, then the original command "
+            'again; or serve the judge and use engine "openai"'
         )
 
 
-def _refuse_if_nothing_judged(judged: Judgements) -> None:
-    if judged.reasons and len(judged.reasons) == len(judged.verdicts):
+def _require_some_judgement(judged: JudgedPool) -> None:
+    if judged.reasons and len(judged.reasons) == len(judged.judgements):
         first = judged.reasons[min(judged.reasons)]
         raise JudgeError(
-            f"the judge was of no use for any of {len(judged.verdicts):,} trajectories; the first: {first}"
+            f"the judge gave no usable answer for any of {len(judged.judgements):,} trajectories; the first: {first}"
         )
 
 
-def _verdict_rows(pool: Pool, judged: Judgements) -> Iterator[dict[str, Any]]:
-    for (problem_id, candidate_id), verdict in zip(pool.ids(), judged.verdicts, strict=True):
-        if verdict is not None:
+def _judgement_rows(pool: Pool, judged: JudgedPool) -> Iterator[dict[str, Any]]:
+    for (problem_id, candidate_id), judgement in zip(pool.ids(), judged.judgements, strict=True):
+        if judgement is not None:
             yield {
                 "problem_id": problem_id,
                 "candidate_id": candidate_id,
-                "overall_score": verdict.overall_score,
-                "overall_reason": verdict.overall_reason,
-                "scores": verdict.scores,
+                "overall_score": judgement.overall_score,
+                "overall_reason": judgement.overall_reason,
+                "scores": judgement.scores,
             }
 
 
-def _result(pool: Pool, judged: Judgements) -> MetricResult:
+def _result(pool: Pool, judged: JudgedPool) -> MetricResult:
     candidates = tuple(pool.ids())
-    scores = [np.nan if verdict is None else verdict.overall_score for verdict in judged.verdicts]
+    scores = [np.nan if judgement is None else judgement.overall_score for judgement in judged.judgements]
     return MetricResult(
         MetricColumns(candidates, {COLUMN: np.array(scores, np.float64)}),
         reasons={candidates[position]: reason for position, reason in judged.reasons.items()},
         counts={
             "questions asked": judged.num_asked,
             "questions known": judged.num_known,
-            "answers of no use": judged.num_useless,
+            "answers of no use": judged.num_unusable,
         },
     )
 

@@ -1,6 +1,5 @@
-"""Stage "report": reads what the other stages left and writes `report/index.html`, `report/table.txt` and tables."""
+"""Stage "report": reads the outputs of the other stages and writes `report/index.html`, `table.txt` and tables."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from lark_jax.config import Experiment
 from lark_jax.evaluation.accuracy import CONFIDENCE, RESAMPLES
 from lark_jax.evaluation.contamination import Audit, audit_benchmarks, pool_problems
 from lark_jax.evaluation.runner import StudentResult, read_student_result
-from lark_jax.evaluation.samples import SampleRow, read_samples
 from lark_jax.finetuning import HeldOutMetrics, StepMetrics, read_held_out, read_metrics
 from lark_jax.finetuning.metrics import HELD_OUT, METRICS
 from lark_jax.pool.records import SkippedRecord, Trajectory
@@ -24,9 +22,9 @@ from lark_jax.report.content import (
     Landscape,
     LandscapeCandidate,
     LossCurve,
-    Sample,
     SelectionComparison,
     Setting,
+    ShownAnswer,
     StageSummary,
     settings_from,
 )
@@ -34,7 +32,7 @@ from lark_jax.runtime import environment, files
 from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest
 from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, Choice, method_scores, select_trajectories
-from lark_jax.stages.comparison import comparison_of_students
+from lark_jax.stages.comparison import comparison_of_students, shown_answers
 from lark_jax.stages.evaluate import benchmarks_of, engine_of
 from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.pool import open_pool
@@ -43,7 +41,6 @@ from lark_jax.stages.selections import comparison_of, read_picks
 from lark_jax.stages.tables import Evaluation, in_order, paired_differences, read_students, write_tables
 
 TABLE = "table.txt"
-PROBLEMS_SHOWN = 2  # of each benchmark, with an answer of every student
 
 
 def report_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -68,12 +65,12 @@ def report_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
 
 
 def settings_of(experiment: Experiment) -> tuple[Setting, ...]:
-    """All fields but those of the processes, on which no result depends."""
+    """All fields except those of the processes, on which no result depends."""
     return tuple(s for s in settings_from(experiment) if not s.name.startswith("distributed."))
 
 
 def gather(experiment: Experiment, layout: Layout) -> ReportContent:
-    """Everything that the report shows, from the files of finished tasks; what did not run stays empty."""
+    """Everything that the report shows, from the files of finished tasks; empty where a task did not run."""
     return ReportContent(
         title=f"LARK: {Path(experiment.workdir).name}",
         settings=settings_of(experiment),
@@ -84,7 +81,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
         curves=tuple(_curves(layout)),
         selections=_selections(layout),
         landscape=_landscape(experiment, layout),
-        samples=tuple(_samples(experiment, layout)),
+        answers=_answers(experiment, layout),
         comparison=_comparison(experiment, layout),
         contamination=_contamination(experiment, layout),
         stages=tuple(_summaries(layout)),
@@ -92,7 +89,7 @@ def gather(experiment: Experiment, layout: Layout) -> ReportContent:
 
 
 def _environment(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, str]]:
-    """Software and hardware of the stages that did the work, engine and benchmarks of the evaluation."""
+    """Software and hardware of the stages that made the results, engine and benchmarks of the evaluation."""
     metrics = [layout.metric(name) for name in experiment.score.metrics]
     asked = [layout.evaluation(name) for name in ("benchmarks", "engine")]
     manifests = _manifests([layout.statistics, *metrics, *_counted(layout), *asked])
@@ -110,7 +107,7 @@ def _environment(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, 
 
 
 def _benchmark_line(described: Mapping[str, Any]) -> str:
-    editions = {"known": ", the texts that lark_jax knows", "unknown": ", other texts than lark_jax knows"}
+    editions = {"known": ", published texts", "unknown": ", not the published texts"}
     line = f"{described['problems']:,} problems, fingerprint {described['content_fingerprint'][:12]}"
     return line + editions.get(described["edition"], "")
 
@@ -125,7 +122,7 @@ def _model(experiment: Experiment) -> str:
 
 
 def _evaluated(experiment: Experiment, layout: Layout) -> tuple[Evaluation, ...]:
-    """Every student of the experiment whose evaluation is there."""
+    """Every student of the experiment whose evaluation is finished."""
     base = [Evaluation(BASE, None, layout.evaluation(BASE))] if experiment.evaluate.include_base else []
     tuned = [Evaluation(run.method.name, run.budget, layout.evaluation(run.name)) for run in layout.runs]
     return tuple(found for found in (*base, *tuned) if read_manifest(found.directory) is not None)
@@ -146,36 +143,22 @@ def _accuracies(method: str, budget: int | None, result: StudentResult) -> Itera
         )
 
 
-def _samples(experiment: Experiment, layout: Layout) -> Iterator[Sample]:
-    """What every student answered first to the first problems of each benchmark; a problem's answers side by side."""
+def _answers(experiment: Experiment, layout: Layout) -> tuple[ShownAnswer, ...]:
     students = _evaluated(experiment, layout)
-    for benchmark in benchmarks_of(experiment) if students else ():
-        shown = benchmark.problems[:PROBLEMS_SHOWN]
-        answers = {found.label: _first_samples(found.directory, benchmark.name, len(shown)) for found in students}
-        for index, problem in enumerate(shown):
-            for student, rows in answers.items():
-                row = rows[index]
-                texts = excerpt(problem.problem), excerpt(row.text)
-                yield Sample(student, benchmark.name, *texts, problem.answer, row.correct)
+    return tuple(shown_answers(benchmarks_of(experiment), students)) if students else ()
 
 
 def _comparison(experiment: Experiment, layout: Layout) -> Comparison | None:
-    students = [(found.label, found.budget, found.directory) for found in _evaluated(experiment, layout)]
+    students = _evaluated(experiment, layout)
     return comparison_of_students(benchmarks_of(experiment), students) if len(students) > 1 else None
 
 
 def _contamination(experiment: Experiment, layout: Layout) -> Audit | None:
-    """Of the benchmarks that students were evaluated on, with the pool that they were selected from."""
+    """The benchmarks that students were evaluated on against the pool that they were trained from."""
     if read_manifest(layout.score) is None or not any(_evaluated(experiment, layout)):
         return None
     pool = open_pool(experiment)
     return audit_benchmarks(benchmarks_of(experiment), pool_problems(pool.by_problem()))
-
-
-def _first_samples(directory: Path, benchmark: str, num_problems: int) -> list[SampleRow]:
-    """Sample 0 under the first seed, of the first problems; reads no further."""
-    firsts = (row for row in read_samples(directory, benchmark) if row.sample == 0)
-    return list(itertools.islice(firsts, num_problems))
 
 
 def _curves(layout: Layout) -> Iterator[LossCurve]:
@@ -185,7 +168,7 @@ def _curves(layout: Layout) -> Iterator[LossCurve]:
 
 
 def loss_curve(method: str, budget: int | None, directory: Path) -> LossCurve:
-    """From the logs that `finetune` left in `directory`."""
+    """From the logs that the stage `finetune` wrote to `directory`."""
     training = tuple(map(_curve_point, read_metrics(directory / METRICS)))
     return LossCurve(method, budget, training, tuple(map(_curve_point, read_held_out(directory / HELD_OUT))))
 
@@ -195,7 +178,7 @@ def _curve_point(metrics: StepMetrics | HeldOutMetrics) -> CurvePoint:
 
 
 def _selections(layout: Layout) -> SelectionComparison | None:
-    """The finished selections of the experiment beside each other; None without two of them."""
+    """The finished selections of the experiment compared; None if there are fewer than two."""
     finished = [run for run in layout.runs if read_manifest(layout.selection(run)) is not None]
     if len(finished) < 2 or read_manifest(layout.score) is None:
         return None
@@ -204,9 +187,9 @@ def _selections(layout: Layout) -> SelectionComparison | None:
 
 
 def _landscape(experiment: Experiment, layout: Layout) -> Landscape | None:
-    """LARK's scores of one problem: the first, in table order, whose weights come out of positive margins.
+    """LARK's scores of one problem: the first, in table order, whose weights come from positive margins.
 
-    The budget is the largest of the experiment that leaves a threshold candidate; None without a score table.
+    The budget is the experiment's largest one that leaves a threshold candidate; None without a score table.
     """
     if read_manifest(layout.score) is None:
         return None
@@ -248,14 +231,14 @@ def _candidate(trajectory: Trajectory, g_hat: float, choice: Choice | None) -> L
 
 
 def _counted(layout: Layout) -> list[Path]:
-    """Folders of the tasks whose records the report counts."""
+    """Folders of the tasks whose record counts the report shows."""
     directories = [layout.prepared_data, layout.pretraining, layout.score]
     directories += [folder(run) for folder in (layout.selection, layout.finetune, layout.export) for run in layout.runs]
     return directories + [layout.evaluation(name) for name in (BASE, *(run.name for run in layout.runs))]
 
 
 def _manifests(directories: Sequence[Path]) -> list[Manifest]:
-    """Of the tasks that are finished."""
+    """Those of the finished tasks."""
     return [manifest for directory in directories if (manifest := read_manifest(directory)) is not None]
 
 
@@ -270,3 +253,7 @@ def _summary(manifest: Manifest, path: Path) -> StageSummary:
     outcome = manifest.outcome
     counts = tuple(Count(name, value) for name, value in outcome.counts.items())
     return StageSummary(manifest.name, counts, tuple(SkippedRecord(**record) for record in outcome.skipped), str(path))
+
+
+def _stage_of(task: str) -> str:
+    return task.partition("/")[0]

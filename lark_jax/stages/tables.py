@@ -1,4 +1,4 @@
-"""Results of evaluated students: from the working directories into the paper's Table 1 and lists of all figures."""
+"""Results of evaluated students in working directories -> the paper's Table 1 and lists of all accuracies."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +9,9 @@ from typing import Any
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import paired_difference
 from lark_jax.evaluation.runner import read_student_result
-from lark_jax.evaluation.samples import read_verdicts
+from lark_jax.evaluation.samples import read_correctness
 from lark_jax.report.content import PairedDifference, student_label
-from lark_jax.report.table import markdown_table
-from lark_jax.report.table_files import csv_table
+from lark_jax.report.table import csv_table, markdown_table
 from lark_jax.report.table_one import (
     EvaluatedStudent,
     accuracy_list,
@@ -26,13 +25,13 @@ from lark_jax.selection import METHODS
 from lark_jax.stages.layout import BASE
 
 _RUN_NAME = re.compile(r"(.+)_B(\d+)")
-ASKED = ("decoding", "engine", "grader", "system_prompts")  # inputs of an evaluation that no comparison may mix
-REFERENCE = "lark"  # the method that the others are compared with, where it was evaluated
+ASKED = ("decoding", "engine", "grader", "system_prompts")  # inputs of an evaluation that compared students must share
+REFERENCE = "lark"  # the method that others are compared with, if it was evaluated
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Where the results of one student lie."""
+    """The folder with the results of one student."""
 
     method: str
     budget: int | None
@@ -44,10 +43,10 @@ class Evaluation:
 
 
 def find_evaluations(workdir: Path) -> tuple[Evaluation, ...]:
-    """All students that were evaluated in a working directory, in the order of the paper's Table 1.
+    """All evaluated students of a working directory, in the order of the paper's Table 1.
 
     Raises:
-      EvaluationError: there is none.
+      EvaluationError: there are none.
     """
     found = []
     for directory in sorted((workdir / "evaluate").glob("*")):
@@ -61,17 +60,17 @@ def find_evaluations(workdir: Path) -> tuple[Evaluation, ...]:
 
 
 def in_order(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
-    """The student before fine-tuning, the baselines, LARK, then anything else by name; each by budget."""
+    """The student before fine-tuning, the baselines, LARK, then others by name; each by budget."""
     known = [BASE, *(name for name in METHODS if name != REFERENCE), REFERENCE]
     order = {name: place for place, name in enumerate(known)}
     return tuple(sorted(evaluations, key=lambda e: (order.get(e.method, len(known)), e.method, e.budget or 0)))
 
 
-def require_asked_alike(evaluations: Sequence[Evaluation]) -> None:
-    """Refuses students that were asked or graded in different ways: their accuracies do not compare.
+def require_same_settings(evaluations: Sequence[Evaluation]) -> None:
+    """Refuses students that were evaluated with different settings: their accuracies are not comparable.
 
     Raises:
-      EvaluationError: names the two folders, the fields in which their manifests differ, and the values.
+      EvaluationError: names two folders and the fields and values in which their manifests differ.
     """
     first, *others = (found.directory for found in evaluations)
     asked = _asked(first)
@@ -81,8 +80,8 @@ def require_asked_alike(evaluations: Sequence[Evaluation]) -> None:
         if differing:
             values = ", ".join(f"{name} {asked.get(name)} and {of_other.get(name)}" for name in differing)
             raise EvaluationError(
-                f"{first} and {other} do not compare: {values}; evaluate them with the same settings, or put them "
-                "into tables of their own"
+                f"{first} and {other} are not comparable: {values}; evaluate them with the same settings or make "
+                "separate tables"
             )
 
 
@@ -92,7 +91,7 @@ def _asked(directory: Path) -> dict[str, Any]:
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names of what nested mappings hold, and the values."""
+    """Dotted names and values of nested mappings."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -111,29 +110,29 @@ def paired_differences(model: str, evaluations: Sequence[Evaluation]) -> tuple[P
     """LARK minus every other student of its budget and minus the base student; without LARK, the last method.
 
     Raises:
-      EvaluationError: two students answered different problems of one benchmark.
+      EvaluationError: two students answered different problems of a benchmark.
     """
     tuned = [found for found in evaluations if found.budget is not None]
     if not tuned:
         return ()
     reference = REFERENCE if any(found.method == REFERENCE for found in tuned) else tuned[-1].method
-    verdicts = {found: read_verdicts(found.directory) for found in evaluations}
+    correct = {found: read_correctness(found.directory) for found in evaluations}
     pairs = [
         (one, other)
         for one in tuned
         for other in evaluations
         if one.method == reference and other is not one and other.budget in (None, one.budget)
     ]
-    return tuple(row for one, other in pairs for row in _differences(model, one, other, verdicts))
+    return tuple(row for one, other in pairs for row in _differences(model, one, other, correct))
 
 
 def _differences(
-    model: str, one: Evaluation, other: Evaluation, verdicts: dict[Evaluation, dict]
+    model: str, one: Evaluation, other: Evaluation, results: dict[Evaluation, dict]
 ) -> Iterator[PairedDifference]:
-    for benchmark, (ids, correct) in verdicts[one].items():
-        if benchmark not in verdicts[other]:
+    for benchmark, (ids, correct) in results[one].items():
+        if benchmark not in results[other]:
             continue
-        other_ids, other_correct = verdicts[other][benchmark]
+        other_ids, other_correct = results[other][benchmark]
         if ids != other_ids:
             raise EvaluationError(f"{other.directory}: {benchmark} has other problems than in {one.directory}")
         k = min(correct.shape[2], other_correct.shape[2])

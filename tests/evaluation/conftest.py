@@ -1,20 +1,29 @@
-"""Tiny students on disk, a random one and one whose answers are known exactly; the worker with a fake engine."""
+"""Tiny students on disk: a random one, and one whose answers are known exactly. The worker with a fake engine."""
 
+import functools
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
+from flax import nnx
 
 from lark_jax.config import EvaluateConfig
-from lark_jax.evaluation.engines import WORKER, build_request, choose_engine
-from lark_jax.evaluation.worker.worker_request import Job, Prompt, Request, Sample
+from lark_jax.evaluation.engines import WORKER, choose_engine, run_generation
+from lark_jax.evaluation.generation_request import build_request
+from lark_jax.evaluation.prompts import StudentPrompts
+from lark_jax.evaluation.worker.worker_records import Generation, Job, Prompt, Request, Sample
+from lark_jax.students import export_student, load_student
+from lark_jax.students.parameters import flatten_parameters, replace_parameters
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -22,6 +31,7 @@ CHATML = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 128
+MANY_PROMPTS = 80  # of three samples each: more than one batch of the transformers engine
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -63,7 +73,7 @@ def _save(model: transformers.Qwen2ForCausalLM, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def random_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random float32 Qwen2, head_dim 32, with weights large enough that its choices are clear."""
+    """A random float32 Qwen2 with head_dim 32 and weights large enough for clear choices."""
     torch.manual_seed(7)
     return _save(transformers.Qwen2ForCausalLM(_config(initializer_range=0.15)), tmp_path_factory.mktemp("random"))
 
@@ -71,7 +81,7 @@ def random_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_bigram_student(folder: Path, seven: float) -> Path:
     """A student that answers every prompt by "\\boxed{7}" with probability `seven` and by "\\boxed{8}" otherwise.
 
-    Attention and MLP add nothing, embeddings are one-hot, so that the head is a table of next-token log-probabilities.
+    Attention and MLP add nothing and embeddings are one-hot, so the head is a table of next-token log-probabilities.
     """
     tokenizer = tiny_tokenizer()
     model = transformers.Qwen2ForCausalLM(_config())
@@ -93,6 +103,28 @@ def save_bigram_student(folder: Path, seven: float) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_decoder(random_student: Path) -> nnx.Module:
+    """The random student's decoder with other weights, as after fine-tuning."""
+    graph, state = nnx.split(load_student(random_student, dtype=jnp.float32)[0])
+    noise = np.random.default_rng()
+    values = {
+        name: value + 0.05 * noise.standard_normal(value.shape, np.float32)
+        for name, value in flatten_parameters(state).items()
+    }
+    return nnx.merge(graph, replace_parameters(state, values))
+
+
+@pytest.fixture(scope="session")
+def trained_student(
+    trained_decoder: nnx.Module, random_student: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder that `trained_decoder` is exported to."""
+    folder = tmp_path_factory.mktemp("trained") / "student"
+    export_student(trained_decoder, random_student, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bigram_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_bigram_student(tmp_path_factory.mktemp("bigram"), seven=0.25)
 
@@ -111,11 +143,35 @@ def make_request() -> MakeRequest:
             for index in range(num_prompts)
         )
         evaluate = EvaluateConfig(**{"samples": 3, "seeds": (0, 5), "max_tokens": 24, "temperature": 1.0, **config})
-        return build_request(
-            model, "weights", prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, evaluate, engine, output
-        )
+        asked = StudentPrompts(prompts, frozenset(), tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return build_request(model, "weights", asked, evaluate, engine, output)
 
     return make
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A request of the trained student that one engine served in one go."""
+
+    request: Request
+    output: bytes
+
+
+@pytest.fixture(scope="session")
+def reference_of(
+    trained_student: Path, make_request: MakeRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Reference]:
+    """Engine -> its samples, which killed workers, several engines and a server must reproduce. Generated once."""
+
+    @functools.cache
+    def generated(engine: str) -> Reference:
+        folder = tmp_path_factory.mktemp(engine)
+        options = {"num_prompts": MANY_PROMPTS, "repetition_penalty": 1.1, "top_p": 0.9, "engines": 1}
+        request = make_request(trained_student, folder / "out.jsonl", engine, **options)
+        run_generation(request, None, folder)
+        return Reference(request, Path(request.output).read_bytes())
+
+    return generated
 
 
 @pytest.fixture
@@ -130,19 +186,19 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class FakeEngine:
-    """Yields jobs last first, as an engine may; counts what it was asked for; can die halfway."""
+    """Yields the last job first, as an engine may; records what it was asked for; can die halfway."""
 
-    def __init__(self, sample_type: type[Sample], die_after: int | None = None) -> None:
-        self.sample_type, self.die_after = sample_type, die_after
+    def __init__(self, die_after: int | None = None) -> None:
+        self.die_after = die_after
         self.asked: list[tuple[str, str, int]] = []
 
-    def __call__(self, request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, list[Sample]]]:
+    def __call__(self, request: Request, pending: Sequence[Job]) -> Iterator[Generation]:
         for count, job in enumerate(reversed(pending)):
             if count == self.die_after:
                 raise RuntimeError("engine died")
             self.asked.append(job.key)
             texts = [f"{job.key} é {request.first_seed(job) + index}" for index in range(request.samples)]
-            yield job, [self.sample_type(text, "stop", len(text)) for text in texts]
+            yield Generation(job, tuple(Sample(text, "stop", len(text)) for text in texts))
 
 
 RunFake = Callable[..., list[tuple[str, str, int]]]
@@ -150,10 +206,10 @@ RunFake = Callable[..., list[tuple[str, str, int]]]
 
 @pytest.fixture
 def run_fake(main: Any, monkeypatch: pytest.MonkeyPatch) -> RunFake:
-    """Runs the worker in this process, its engine a fake one; gives the jobs that it was asked for."""
+    """Runs the worker in this process with a fake engine; returns the jobs that it was asked for."""
 
     def run(request: Request, die_after: int | None = None) -> list[tuple[str, str, int]]:
-        engine = FakeEngine(main.Sample, die_after)
+        engine = FakeEngine(die_after)
         monkeypatch.setattr(main, "engine_named", lambda _: engine)
         main.run(request, Path(request.output).with_name("unread.json"))
         return engine.asked
@@ -169,7 +225,7 @@ def single_thread_worker() -> None:
 
 @pytest.fixture(scope="session")
 def vllm_reason(tmp_path_factory: pytest.TempPathFactory, random_student: Path, make_request: MakeRequest) -> str:
-    """Why vLLM cannot be tested here; empty where its health check generates."""
+    """Why vLLM cannot be tested here; empty if its health check generates."""
     folder = tmp_path_factory.mktemp("vllm")
     request = make_request(random_student, folder / "out.jsonl", "transformers")
     choice = choose_engine(EvaluateConfig(engine="auto"), request, folder)

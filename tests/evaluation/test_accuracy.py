@@ -99,7 +99,7 @@ def test_interval_has_the_width_of_a_binomial():
     assert high == pytest.approx(0.3 + half_width, abs=0.01)
 
 
-def test_interval_is_a_function_of_its_seed():
+def test_the_interval_depends_on_its_seed_only():
     values = np.random.default_rng(3).random((50, 2))
     first, again = (bootstrap_intervals(values, 1, resamples=50) for _ in range(2))
     assert first == again
@@ -112,7 +112,7 @@ def test_empty_or_misshapen_tables_are_refused(shape):
         accuracies(np.zeros(shape, dtype=bool))
 
 
-def test_levels_are_benchmarks_of_their_own():
+def test_the_accuracy_of_a_level_is_that_of_its_problems():
     correct_spn = random_table(3, 40, 4)
     levels = [None if index % 5 == 0 else str(index % 5) for index in range(40)]
     found = level_accuracies(correct_spn, levels)

@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from lark_jax.evaluation.benchmarks import Benchmark, BenchmarkProblem, read_benchmark
+from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
+from lark_jax.evaluation.benchmarks import read_benchmark
 from lark_jax.evaluation.contamination import (
     AuditRow,
     Frame,
@@ -48,7 +49,7 @@ def math500(shared_data):
     return read_benchmark(shared_data / "benchmarks" / "math500.jsonl")
 
 
-def test_math_l5_against_math_500_finds_the_problems_that_stand_in_both(math_l5, math500):
+def test_math_l5_against_math_500_finds_the_problems_in_both(math_l5, math500):
     """Both were drawn from the same test set; comparing the texts themselves finds 52 that they share."""
     audit = audit_benchmarks([math500], math_l5)
     identical = {problem.problem_id for problem in math500.problems if problem.problem in math_l5.values()}
@@ -61,7 +62,7 @@ def test_math_l5_against_math_500_finds_the_problems_that_stand_in_both(math_l5,
 
 
 def test_planted_copies_are_found_among_real_problems(math_l5, math500):
-    """A verbatim copy, up to case and spacing, has an index of 1; one with other numerals lies in [0.7, 0.95]."""
+    """A verbatim copy, up to case and spacing, has an index of 1; one with other numerals is in [0.7, 0.95]."""
     rng = random.Random()
     numerals = {text: len(re.findall(r"\d+", text)) for text in math_l5.values()}
     texts = [text for text, count in numerals.items() if count >= 2 and 70 <= len(text) / count <= 150]
@@ -76,7 +77,7 @@ def test_planted_copies_are_found_among_real_problems(math_l5, math500):
 
 def test_rows_count_problems_at_every_threshold():
     text = "the quick brown fox jumps over the lazy dog"  # 36 grams, all different
-    tails = ["", "!", "!" * 7, "!?" * 8, "abcdefgh" * 8]  # 0, 1, 7 (6 of them new), 9 and 15 further grams
+    tails = ["", "!", "!" * 7, "!?" * 8, "abcdefgh" * 8]  # 0, 1, 7 (6 of them new), 9 and 15 additional grams
     texts = [text + tail for tail in tails]
     sets = [{entry[start : start + 8] for start in range(len(entry) - 7)} for entry in texts]
     expected = [len(sets[0] & other) / len(sets[0] | other) for other in sets]
@@ -105,7 +106,7 @@ def test_a_benchmark_is_split_by_level_only_where_every_problem_has_one():
     assert [(row.group, row.num_problems) for row in audit.rows] == [("m-L2", 1), ("m-L5", 2), ("n", 2)]
 
 
-def test_an_instruction_of_every_pool_problem_takes_no_part():
+def test_an_instruction_in_every_pool_problem_is_ignored():
     rng = random.Random()
     bare = ["".join(rng.choices(LETTERS + " ", k=60)) + mark for mark in ".?" * 15]
     pool = {str(index): f"Solve the following problem: {text}{INSTRUCTION}" for index, text in enumerate(bare)}
@@ -129,7 +130,7 @@ def test_a_frame_is_whole_words_of_many_problems(texts, frame):
     assert shared_frame(texts) == frame
 
 
-def test_problems_of_a_pool_are_what_the_user_says():
+def test_problems_of_a_pool_are_the_user_turns():
     messages = (Message("system", "Reason."), Message("user", "2+2?"), Message("assistant", "4"))
     trajectories = [Trajectory("p", str(index), "t", messages, "here") for index in range(2)]
     assert pool_problems({"p": trajectories}) == {"p": "2+2?"}

@@ -1,5 +1,6 @@
+"""Choosing an engine, and the life of the worker process."""
+
 import dataclasses
-import json
 import subprocess
 import sys
 import time
@@ -10,10 +11,12 @@ import pytest
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import engines
-from lark_jax.evaluation.engines import build_request, choose_engine, fingerprint_of_all, run_generation
-from lark_jax.evaluation.worker.worker_request import Prompt, write_request
+from lark_jax.evaluation.engines import choose_engine, run_generation
+from lark_jax.evaluation.generation_request import build_request
+from lark_jax.evaluation.prompts import StudentPrompts
+from lark_jax.evaluation.worker.worker_records import Prompt, write_request
 
-PROMPT = Prompt("b", "first", 0, (1, 2, 3))
+PROMPTS = StudentPrompts((Prompt("b", "first", 0, (1, 2, 3)),), frozenset(), end_of_turn_id=97, pad_id=95)
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +25,8 @@ def _work_in_a_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def request_for(model, config, prompts=(PROMPT,)):
-    return build_request(model, "weights", prompts, 97, 95, config, "transformers", "out.jsonl")
+def request_for(model, config):
+    return build_request(model, "weights", PROMPTS, config, "transformers", "out.jsonl")
 
 
 EXEC = 'exec "$PYTHON" "$@"'
@@ -39,73 +42,6 @@ def interpreter_with_module(folder, name, source, start=EXEC):
     return str(script)
 
 
-def test_length_limit_is_the_models_or_what_the_prompts_need(random_student):
-    assert request_for(random_student, EvaluateConfig(max_tokens=100)).max_model_len == 103
-    long_request = request_for(random_student, EvaluateConfig(max_tokens=32_768))
-    assert long_request.max_model_len == 512
-    assert long_request.budget(PROMPT) == 509
-
-
-def test_generation_stops_at_the_end_of_turn_and_at_the_checkpoints_own_end(tmp_path, random_student):
-    for name in ("config.json", "generation_config.json"):
-        (tmp_path / name).write_text((random_student / name).read_text())
-    fields = json.loads((tmp_path / "generation_config.json").read_text())
-    (tmp_path / "generation_config.json").write_text(json.dumps({**fields, "eos_token_id": [95, 96]}))
-    assert request_for(tmp_path, EvaluateConfig()).stop_ids == (95, 96, 97)
-
-
-@pytest.mark.parametrize(
-    ("config", "prompts", "message"),
-    [
-        (EvaluateConfig(), (PROMPT, Prompt("b", "long", 1, (1,) * 512)), "benchmark b, problem long: .* 512 tokens"),
-        (EvaluateConfig(seeds=(3, 2**32 + 3)), (PROMPT,), r"evaluate.seeds: \(3, 4294967299\) would draw equal"),
-    ],
-)
-def test_impossible_requests_are_refused(random_student, config, prompts, message):
-    with pytest.raises(EvaluationError, match=message):
-        request_for(random_student, config, prompts)
-
-
-def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(EvaluationError, match=r"config\.json: cannot be read"):
-        request_for(tmp_path, EvaluateConfig())
-
-
-@pytest.mark.parametrize(
-    "change", [{"temperature": 0.5}, {"top_p": 0.5}, {"max_tokens": 9}, {"samples": 2}, {"repetition_penalty": 1.1}]
-)
-def test_fingerprint_follows_what_decides_any_sample(random_student, change):
-    request = request_for(random_student, EvaluateConfig())
-    assert request.fingerprint == request_for(random_student, EvaluateConfig(grader="paper")).fingerprint
-    other = request_for(random_student, EvaluateConfig(**change))
-    assert request.fingerprint != other.fingerprint
-    assert fingerprint_of_all(request) != fingerprint_of_all(other)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seeds": (0, 1)},
-        {"prompts": (Prompt("b", "first", 0, (1, 2, 4)),)},
-        {"prompts": (Prompt("b", "first", 1, (1, 2, 3)),)},
-        {"prompts": (Prompt("c", "first", 0, (1, 2, 3)),)},
-        {"prompts": (PROMPT, Prompt("b", "second", 1, (1,)))},
-    ],
-)
-def test_what_else_is_asked_is_no_part_of_the_fingerprint_but_of_the_whole_requests(random_student, change):
-    request = request_for(random_student, EvaluateConfig())
-    seeds, prompts = change.get("seeds", (0, 1, 2)), change.get("prompts", (PROMPT,))
-    other = request_for(random_student, EvaluateConfig(seeds=seeds), prompts)
-    assert request.fingerprint == other.fingerprint
-    assert fingerprint_of_all(request) != fingerprint_of_all(other)
-
-
-def test_the_number_of_gpus_decides_no_sample(random_student):
-    requests = [request_for(random_student, EvaluateConfig(tensor_parallel=count, engines=count)) for count in (1, 4)]
-    assert requests[0] != requests[1]
-    assert len({fingerprint_of_all(request) for request in requests}) == 1
-
-
 def test_a_named_engine_is_taken_without_a_health_check(tmp_path, random_student):
     config = EvaluateConfig(engine="vllm", python="/nowhere/python")
     assert choose_engine(config, request_for(random_student, EvaluateConfig()), tmp_path).engine == "vllm"
@@ -118,7 +54,7 @@ def test_a_named_engine_is_taken_without_a_health_check(tmp_path, random_student
         ("import os; os.abort()", "signal 6"),  # an engine that takes its process down
     ],
 )
-def test_auto_falls_back_and_says_why(tmp_path, random_student, capsys, source, reason):
+def test_auto_falls_back_and_gives_the_reason(tmp_path, random_student, capsys, source, reason):
     config = EvaluateConfig(python=interpreter_with_module(tmp_path, "vllm", source))
     choice = choose_engine(config, request_for(random_student, config), tmp_path)
     assert choice.engine == "transformers"
@@ -126,7 +62,7 @@ def test_auto_falls_back_and_says_why(tmp_path, random_student, capsys, source, 
     assert f"evaluation engine: transformers ({choice.reason})" in capsys.readouterr().err
 
 
-def test_auto_distrusts_a_vllm_that_imports_but_does_not_generate(tmp_path, random_student):
+def test_auto_rejects_a_vllm_that_imports_but_does_not_generate(tmp_path, random_student):
     package = tmp_path / "vllm"
     package.mkdir()
     (package / "__init__.py").write_text("class LLM:\n    def __init__(self, **_): raise RuntimeError('no kernel')\n")
@@ -139,14 +75,10 @@ def test_auto_distrusts_a_vllm_that_imports_but_does_not_generate(tmp_path, rand
 
 
 def test_a_failing_worker_is_one_line_with_cause_and_log(tmp_path, random_student):
-    (tmp_path / "model").mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model" / name).write_bytes((random_student / name).read_bytes())
-    request = request_for(tmp_path / "model", EvaluateConfig(max_tokens=4))
-    with pytest.raises(
-        EvaluationError, match=r"evaluation worker \(transformers\) failed, status 1: OSError"
-    ) as caught:
-        run_generation(request, None, tmp_path)
+    python = interpreter_with_module(tmp_path, "vllm", "raise OSError('no weights\\nin this folder')")
+    request = dataclasses.replace(request_for(random_student, EvaluateConfig()), engine="vllm")
+    with pytest.raises(EvaluationError, match=r"evaluation worker \(vllm\) failed, status 1: OSError: no w") as caught:
+        run_generation(request, python, tmp_path)
     assert "\n" not in str(caught.value)
     log = Path(str(caught.value).rpartition("log: ")[2])
     assert "Traceback" in log.read_text()
@@ -187,7 +119,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 
 @needs_proc
-def test_a_health_check_that_hangs_ends_with_all_its_processes(tmp_path, random_student, monkeypatch):
+def test_a_hanging_health_check_is_killed_with_all_its_processes(tmp_path, random_student, monkeypatch):
     monkeypatch.setattr(engines, "HEALTH_CHECK_TIMEOUT_S", 5.0)
     config = EvaluateConfig(python=worker_with_child(tmp_path, then="time.sleep(600)"))
     choice = choose_engine(config, request_for(random_student, config), tmp_path)
@@ -218,7 +150,7 @@ def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student,
     write_request(tmp_path / "request.json", request)
     source = (
         "import sys; from lark_jax.evaluation.engines import run_generation; "
-        "from lark_jax.evaluation.worker.worker_request import read_request; "
+        "from lark_jax.evaluation.worker.worker_records import read_request; "
         "run_generation(read_request(sys.argv[1]), sys.argv[2], sys.argv[3])"
     )
     arguments = [str(tmp_path / "request.json"), config.python, str(tmp_path)]
@@ -231,7 +163,7 @@ def test_all_processes_of_a_worker_end_with_its_parent(tmp_path, random_student,
     assert ends(int((tmp_path / "child").read_text()), within_s=5.0)
 
 
-def test_a_wrapper_that_stays_between_parent_and_worker_is_an_interpreter(tmp_path, random_student):
+def test_a_wrapper_script_may_run_between_parent_and_worker(tmp_path, random_student):
     """It reports what the worker reports, and the worker does not take itself for an orphan."""
     source = "import time; time.sleep(1.5); raise RuntimeError('as far as this')"
     python = interpreter_with_module(tmp_path, "vllm", source, WRAPPER)
@@ -240,7 +172,7 @@ def test_a_wrapper_that_stays_between_parent_and_worker_is_an_interpreter(tmp_pa
         run_generation(request, python, tmp_path)
 
 
-def test_an_interpreter_that_keeps_standard_input_to_itself_is_told_so(tmp_path, random_student):
+def test_an_interpreter_that_does_not_pass_on_standard_input_is_named(tmp_path, random_student):
     python = interpreter_with_module(tmp_path, "unused", "", '"$PYTHON" "$@" < /dev/null')
     with pytest.raises(EvaluationError, match=r"standard input does not reach the worker.*evaluate\.python"):
         run_generation(request_for(random_student, EvaluateConfig()), python, tmp_path)

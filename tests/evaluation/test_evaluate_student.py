@@ -12,10 +12,11 @@ from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import runner
 from lark_jax.evaluation.accuracy import Ungraded, accuracies
 from lark_jax.evaluation.benchmarks import read_benchmark
-from lark_jax.evaluation.engines import EngineChoice, Generation
+from lark_jax.evaluation.engines import EngineChoice
+from lark_jax.evaluation.prompts import render_prompts
 from lark_jax.evaluation.runner import engine_for, evaluate_student, read_student_result
-from lark_jax.evaluation.samples import read_samples, read_verdicts
-from lark_jax.evaluation.worker.worker_request import Sample
+from lark_jax.evaluation.samples import read_correctness, read_samples
+from lark_jax.evaluation.worker.worker_records import Generation, Sample
 from lark_jax.rendering.chat import load_chat_format
 from lark_jax.stages.evaluate import ungraded_samples
 
@@ -41,8 +42,9 @@ def chat(bigram_student):
 
 
 def evaluate(folder, model, benchmarks, chat, config=CONFIG, **options):
+    asked = render_prompts(benchmarks, chat, config.system_prompts)
     return evaluate_student(
-        "known", model, benchmarks, chat, config, folder / "results", generations_dir=folder / "generations", **options
+        "known", model, benchmarks, asked, config, folder / "results", generations_dir=folder / "generations", **options
     )
 
 
@@ -51,11 +53,14 @@ def read_rows(path):
 
 
 @pytest.mark.slow
-def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat, engine):
-    config = replace(CONFIG, engine=engine)
-    choice = engine_for(bigram_student, benchmarks, chat, config, tmp_path)
-    assert choice.engine == engine
-    result = evaluate(tmp_path, bigram_student, benchmarks, chat, config, engine=choice)
+def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat, engine, request):
+    if engine == "transformers":
+        tmp_path, result = request.getfixturevalue("evaluated")
+    else:
+        config = replace(CONFIG, engine=engine)
+        choice = engine_for(bigram_student, render_prompts(benchmarks, chat, "none"), config, tmp_path)
+        result = evaluate(tmp_path, bigram_student, benchmarks, chat, config, engine=choice)
+    assert result.engine.engine == engine
     digits, nines = result.benchmarks
     assert (digits.num_problems, digits.samples, digits.seeds) == (50, 5, (0, 1))
     assert (digits.num_unboxed, digits.num_cut, digits.mean_tokens) == (0, 0, 10.0)  # nine characters, end of turn
@@ -76,7 +81,7 @@ def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat,
     by_seed = [[row["text"] for row in rows if row["seed"] == seed] for seed in (0, 1)]
     assert by_seed[0] != by_seed[1]
     assert read_student_result(tmp_path / "results") == result
-    ids, correct_spn = read_verdicts(tmp_path / "results")["digits"]
+    ids, correct_spn = read_correctness(tmp_path / "results")["digits"]
     assert ids == tuple(gold)
     assert accuracies(correct_spn) == digits.by_k
     assert [accuracy.k for accuracy in digits.by_k] == [1, 2, 3, 4, 5]
@@ -85,7 +90,7 @@ def test_accuracy_of_a_known_student(tmp_path, bigram_student, benchmarks, chat,
 @pytest.mark.parametrize(
     ("now", "then"), [('"by_k"', '"accuracy"'), ('"ungraded": []', '"ungraded": ["3 seed 0 sample 1: timed out"]')]
 )
-def test_a_summary_of_another_version_is_named(now, then, copied):
+def test_a_summary_from_another_version_is_refused_by_name(now, then, copied):
     folder, _ = copied
     path = folder / "results" / "summary.json"
     assert now in path.read_text()
@@ -118,6 +123,14 @@ def no_worker(monkeypatch):
     monkeypatch.setattr(runner, "run_generation", forbidden)
 
 
+def generate_always(monkeypatch, *samples):
+    """In place of the worker: these samples for every job."""
+    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
+    monkeypatch.setattr(
+        runner, "read_generations", lambda request: [Generation(job, samples) for job in request.jobs()]
+    )
+
+
 @pytest.mark.usefixtures("no_worker")
 def test_a_finished_student_is_not_run_again(copied, bigram_student, benchmarks, chat):
     folder, result = copied
@@ -126,7 +139,7 @@ def test_a_finished_student_is_not_run_again(copied, bigram_student, benchmarks,
         evaluate(folder, bigram_student, benchmarks, chat, replace(CONFIG, top_p=0.5))
 
 
-def test_another_grader_grades_the_same_samples_in_an_empty_folder(copied, bigram_student, benchmarks, chat):
+def test_another_grader_reuses_the_samples_in_an_empty_folder(copied, bigram_student, benchmarks, chat):
     folder, result = copied
     shutil.rmtree(folder / "results")  # as the pipeline does when a task's inputs change
     path = folder / "generations" / "generations.jsonl"
@@ -139,24 +152,35 @@ def test_another_grader_grades_the_same_samples_in_an_empty_folder(copied, bigra
     assert regraded.fingerprint != result.fingerprint
 
 
-def test_samples_of_other_weights_make_way_and_come_back(copied, bigram_student, benchmarks, chat, capsys):
-    folder, result = copied
-    path = folder / "generations" / "generations.jsonl"
+@pytest.fixture
+def fake_worker(run_fake, monkeypatch):
+    """In place of the worker, an engine that answers at once; collects how many jobs it was asked for."""
+    asked = []
+    monkeypatch.setattr(runner, "run_generation", lambda request, *_: asked.append(len(run_fake(request))))
+    return asked
+
+
+def test_samples_of_other_weights_are_set_aside_and_restored(
+    tmp_path, bigram_student, benchmarks, chat, capsys, fake_worker
+):
+    result = evaluate(tmp_path, bigram_student, benchmarks, chat)
+    path = tmp_path / "generations" / "generations.jsonl"
     old = path.read_bytes()
-    again = evaluate(folder, bigram_student, benchmarks, chat, model_fingerprint="other")
-    assert "made by other weights, another decoding or another engine" in capsys.readouterr().err
+    again = evaluate(tmp_path, bigram_student, benchmarks, chat, model_fingerprint="other")
+    assert "made with other weights, another decoding or another engine" in capsys.readouterr().err
     assert again.benchmarks == result.benchmarks
     assert again.fingerprint != result.fingerprint
     assert path.read_bytes() != old
 
-    shutil.rmtree(folder / "results")
-    assert evaluate(folder, bigram_student, benchmarks, chat).fingerprint == result.fingerprint
+    shutil.rmtree(tmp_path / "results")
+    assert evaluate(tmp_path, bigram_student, benchmarks, chat).fingerprint == result.fingerprint
     assert path.read_bytes() == old
+    assert fake_worker == [102, 102, 0]
 
 
 @pytest.mark.parametrize("damage", [lambda header: header.replace("2", "1", 1), lambda header: header[:9]])
 @pytest.mark.usefixtures("no_worker")
-def test_samples_in_another_form_are_discarded(copied, bigram_student, benchmarks, chat, capsys, damage):
+def test_samples_in_another_format_are_set_aside(copied, bigram_student, benchmarks, chat, capsys, damage):
     folder, _ = copied
     shutil.rmtree(folder / "results")
     path = folder / "generations" / "generations.jsonl"
@@ -168,12 +192,10 @@ def test_samples_in_another_form_are_discarded(copied, bigram_student, benchmark
     assert not path.exists()
 
 
-def test_a_further_benchmark_and_seed_generate_what_is_new_alone(
-    tmp_path, bigram_student, benchmarks, chat, run_fake, monkeypatch
+def test_an_additional_benchmark_or_seed_generates_only_what_is_new(
+    tmp_path, bigram_student, benchmarks, chat, fake_worker
 ):
-    """To the same bytes as at once; taking them out again costs nothing either."""
-    asked = []
-    monkeypatch.setattr(runner, "run_generation", lambda request, *_: asked.append(len(run_fake(request))))
+    """And gives the same bytes as one run; removing them again costs nothing either."""
     few, more = replace(CONFIG, seeds=(1,)), replace(CONFIG, seeds=(0, 1))
 
     def results_of(folder, asked_benchmarks, config):
@@ -191,20 +213,21 @@ def test_a_further_benchmark_and_seed_generate_what_is_new_alone(
     assert names[0].read_bytes() == names[1].read_bytes()
     assert results_of(grown, benchmarks[:1], few) == first
     assert results_of(grown, benchmarks[::-1], more) == all_at_once
-    assert asked == [50, 102, 52, 0, 0]
+    assert fake_worker == [50, 102, 52, 0, 0]
 
 
-def test_a_partial_result_ends_with_the_same_files(copied, bigram_student, benchmarks, chat, tmp_path):
-    folder, result = copied
+def test_a_partial_result_ends_with_the_same_files(tmp_path, bigram_student, benchmarks, chat, fake_worker):
+    whole, restarted = tmp_path / "whole", tmp_path / "restarted"
+    result = evaluate(whole, bigram_student, benchmarks, chat)
     names = ("digits/samples.jsonl", "nines/samples.jsonl", "samples.parquet", "summary.json")
     names = ("generations/generations.jsonl", *(f"results/{name}" for name in names))
-    expected = {name: (folder / name).read_bytes() for name in names}
+    expected = {name: (whole / name).read_bytes() for name in names}
     lines = expected[names[0]].splitlines(keepends=True)
-    restarted = tmp_path / "restarted"
     (restarted / "generations").mkdir(parents=True)
     (restarted / "generations" / "generations.jsonl.partial").write_bytes(b"".join(lines[:20]) + lines[20][:-9])
     assert evaluate(restarted, bigram_student, benchmarks, chat) == result
     assert {name: (restarted / name).read_bytes() for name in names} == expected
+    assert fake_worker == [102, 102 - 19]
 
 
 def test_a_given_engine_is_used_for_all_students(tmp_path, bigram_student, benchmarks, chat, monkeypatch):
@@ -223,21 +246,12 @@ def test_a_given_engine_is_used_for_all_students(tmp_path, bigram_student, bench
     assert asked == ["transformers"]
 
 
-def test_benchmarks_of_one_name_are_refused(tmp_path, bigram_student, benchmarks, chat):
-    with pytest.raises(EvaluationError, match="names must differ"):
-        evaluate(tmp_path, bigram_student, benchmarks + benchmarks, chat)
-
-
-def test_samples_that_the_grader_gives_up_are_listed_by_problem_seed_and_sample(
+def test_samples_that_cannot_be_graded_are_listed_by_problem_seed_and_sample(
     tmp_path, bigram_student, chat, monkeypatch
 ):
     (tmp_path / "own.json").write_text(json.dumps([{"problem": "?", "answer": "9", "id": "AIME 2024 I 1"}]))
     endless = Sample(f"\\boxed{{{'1' * 5_000}}}", "stop", 9)
-    generations = [
-        Generation("own", "AIME 2024 I 1", seed, (Sample("\\boxed{9}", "stop", 9), endless)) for seed in (3, 4)
-    ]
-    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
-    monkeypatch.setattr(runner, "read_generations", lambda _: generations)
+    generate_always(monkeypatch, Sample("\\boxed{9}", "stop", 9), endless)
     config = replace(CONFIG, samples=2, seeds=(3, 4))
     result = evaluate(tmp_path, bigram_student, [read_benchmark(tmp_path / "own.json")], chat, config)
     assert result.benchmarks[0].ungraded == tuple(
@@ -263,43 +277,15 @@ THOUGHTS = ("is it \\boxed{9}? no, wait", "is it \\boxed{8}?</think> \\boxed{9}"
 
 
 @pytest.mark.parametrize(("opened", "correct"), [(True, [False, True, True]), (False, [True, True, True])])
-def test_a_thought_that_the_prompt_opens_and_no_one_closes_holds_no_answer(
+def test_a_thought_that_the_prompt_opens_and_nothing_closes_has_no_answer(
     opened, correct, tmp_path, bigram_student, benchmarks, monkeypatch
 ):
     (tmp_path / "opening.jinja").write_text(OPENING)
     chat = load_chat_format(bigram_student, tmp_path / "opening.jinja" if opened else None)
     nines = benchmarks[1]
     samples = tuple(Sample(text, "stop", 9) for text in THOUGHTS)
-    monkeypatch.setattr(runner, "run_generation", lambda *_: None)
-    monkeypatch.setattr(runner, "read_generations", lambda _: [Generation("nines", "0", 0, samples)])
+    generate_always(monkeypatch, *samples)
     evaluate(tmp_path, bigram_student, [nines], chat, replace(CONFIG, samples=3, seeds=(0,)))
     rows = list(read_samples(tmp_path / "results", "nines"))
     assert [row.correct for row in rows] == correct
     assert [row.text for row in rows] == list(THOUGHTS)  # as they were generated
-
-
-TURNS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-NO_SYSTEM_TURN = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS
-DROPS_SYSTEM_TURN = TURNS.replace("messages %}", "messages if m.role != 'system' %}")
-WITHOUT = "or ask without a system turn: evaluate.system_prompts=none"
-
-
-@pytest.mark.parametrize(
-    ("template", "question", "message", "advised"),
-    [
-        (TURNS, "what does <|im_end|> do?", r"message 1 \(user\) contains the control token", False),
-        (NO_SYSTEM_TURN, "1+1?", r"the template fails on roles \(system, user\): no system", True),
-        (NO_SYSTEM_TURN, "what does <|im_end|> do?", "contains the control token", False),
-        (DROPS_SYSTEM_TURN, "1+1?", r"changes or drops message 0 \(system\); set student.chat_template", True),
-    ],
-)
-def test_a_problem_that_cannot_be_asked_is_named(template, question, message, advised, tmp_path, bigram_student):
-    (tmp_path / "template.jinja").write_text(template)
-    (tmp_path / "own.json").write_text(json.dumps([{"problem": question, "answer": "1", "id": "p 17"}]))
-    chat = load_chat_format(bigram_student, tmp_path / "template.jinja")
-    with pytest.raises(EvaluationError, match=rf"^benchmark own, problem p 17: .*{message}") as caught:
-        runner.render_prompts([read_benchmark(tmp_path / "own.json")], chat, "by_kind")
-    assert str(caught.value).endswith(WITHOUT) is advised

@@ -9,10 +9,10 @@ from fractions import Fraction
 import pytest
 
 from lark_jax.evaluation.grading import Grader
-from lark_jax.evaluation.paper_rules import normalize_expression
+from lark_jax.evaluation.spelling import normalize_expression
 from lark_jax.evaluation.verifier import MathVerifier
 
-SAMPLE = 60  # golds that every run of the tests draws; the slow test takes all 500
+SAMPLE = 60  # golds drawn in every test run; the slow test uses all 500
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 FRACTION = re.compile(r"(-?)\\frac\{(\d+)\}\{(\d+)\}")
 WORD = re.compile(r"\\text\{([A-Za-z ]+)\}")
@@ -73,7 +73,7 @@ def rewritten_fraction(sign: str, value: Fraction) -> Iterator[str]:
 
 
 def refused(golds: list[str]) -> tuple[int, list[tuple[str, str]]]:
-    """How many rewrites there are, and those of them that the grader takes for wrong."""
+    """The number of rewrites, and those that the grader marks wrong."""
     pairs = [(gold, text) for gold in golds for text in sorted(set(rewrites(gold)) - {gold})]
     with Grader() as grader:
         return len(pairs), [
@@ -102,7 +102,7 @@ def test_golds_equal_their_rewrites(golds):
 
 
 def test_golds_differ_from_one_another(golds):
-    """Shifted by one, nearly all pairs are wrong: the figures above are not those of a grader that says yes."""
+    """Shifted by one, nearly all pairs are wrong: the grader does not simply accept everything."""
     drawn = random.sample(sorted(set(golds)), SAMPLE)
     with Grader() as grader:
         agreed = sum(

@@ -8,8 +8,7 @@ import pytest
 from lark_jax.errors import EvaluationError, JudgeError
 from lark_jax.judging import offline
 from lark_jax.judging.answers import Answer, AnswerFile
-from lark_jax.judging.decoding import Decoding, seed_of
-from lark_jax.judging.judge import Question
+from lark_jax.judging.judge import Decoding, Question, seed_of
 from lark_jax.judging.offline import OfflineJudge
 from lark_jax.pool.records import Message
 
@@ -83,7 +82,7 @@ def test_many_questions_are_several_calls(judge, requests, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["worker_answers.jsonl", "worker_answers.jsonl.partial"])
-def test_what_an_interrupted_worker_had_finished_is_not_asked_again(judge, requests, tmp_path, name, monkeypatch):
+def test_finished_answers_of_an_interrupted_worker_are_not_asked_again(judge, requests, tmp_path, name, monkeypatch):
     def dies(request, *_):
         whole = [{"format": 1}, *(line_for(prompt) for prompt in request.prompts[:3])]
         lines = "".join(json.dumps(line) + "\n" for line in whole)

@@ -1,4 +1,4 @@
-"""The table of graded samples says what was counted."""
+"""The table of graded samples has everything that is counted."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -6,8 +6,8 @@ import pytest
 
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import accuracies
-from lark_jax.evaluation.benchmarks import Benchmark, BenchmarkProblem
-from lark_jax.evaluation.samples import SAMPLE_TABLE, SCHEMA, SampleRow, read_verdicts, write_sample_table
+from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
+from lark_jax.evaluation.samples import SAMPLE_TABLE, SCHEMA, GradedSample, read_correctness, write_sample_table
 
 SEEDS, SAMPLES = (7, 3), 4
 
@@ -19,7 +19,7 @@ def benchmark(name, count):
 
 def rows_of(bench, correct_spn):
     return [
-        SampleRow(
+        GradedSample(
             problem.problem_id, seed, sample, "text", "\ud800" if sample == 1 else None,
             bool(correct_spn[s, p, sample]), "wrong", "length" if sample == 2 else "stop", 10 + sample,
         )
@@ -39,7 +39,7 @@ def written(tmp_path):
     return tmp_path, benches, tables
 
 
-def test_every_sample_has_a_row_and_verdicts_come_back(written):
+def test_every_sample_has_a_row_and_is_read_back(written):
     folder, benches, tables = written
     table = pq.read_table(folder / SAMPLE_TABLE)
     assert table.schema.equals(SCHEMA)
@@ -49,22 +49,22 @@ def test_every_sample_has_a_row_and_verdicts_come_back(written):
     assert {name: first[name] for name in expected} == expected
     assert table["truncated"].to_pylist() == [False, False, True, False] * 12
     assert set(table["extracted"].to_pylist()) == {None, "?"}
-    verdicts = read_verdicts(folder)
+    correctness = read_correctness(folder)
     for bench, correct_spn in zip(benches, tables, strict=True):
-        ids, found = verdicts[bench.name]
+        ids, found = correctness[bench.name]
         assert ids == tuple(problem.problem_id for problem in bench.problems)
         np.testing.assert_array_equal(found, correct_spn)
         assert accuracies(found) == accuracies(correct_spn)
 
 
-def test_a_table_with_a_row_missing_is_refused(written):
+def test_a_table_with_a_missing_row_is_refused(written):
     folder, _, _ = written
     table = pq.read_table(folder / SAMPLE_TABLE)
     pq.write_table(table.slice(1), folder / SAMPLE_TABLE)
     with pytest.raises(EvaluationError, match="many: 39 samples of 5 problems and 2 seeds"):
-        read_verdicts(folder)
+        read_correctness(folder)
 
 
 def test_a_missing_table_is_named(tmp_path):
     with pytest.raises(EvaluationError, match=r"samples\.parquet: no such file"):
-        read_verdicts(tmp_path)
+        read_correctness(tmp_path)

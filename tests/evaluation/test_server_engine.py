@@ -13,8 +13,9 @@ from scripted_server import Asked, Reply, completion, json_reply, serving
 from lark_jax.config import EvaluateConfig, experiment_from_mapping
 from lark_jax.config.judge import JudgeConfig
 from lark_jax.errors import ConfigError, EvaluationError
-from lark_jax.evaluation.engines import WORKER, read_generations, run_generation, server_for
-from lark_jax.evaluation.worker.worker_request import read_request, write_request
+from lark_jax.evaluation.engines import WORKER, read_generations, run_generation
+from lark_jax.evaluation.generation_request import server_for
+from lark_jax.evaluation.worker.worker_records import read_request, write_request
 
 KEY = "sk-engine-91011"
 
@@ -33,7 +34,7 @@ def request_to(random_student, make_request):
     return make
 
 
-def test_every_sample_is_asked_for_with_its_own_seed_and_all_of_the_decoding(tmp_path, request_to):
+def test_every_sample_is_requested_with_its_own_seed_and_the_full_decoding(tmp_path, request_to):
     with serving(echo) as server:
         request = request_to(
             server.url, tmp_path / "out.jsonl", top_p=0.9, repetition_penalty=1.1, server_concurrency=4
@@ -53,13 +54,13 @@ def test_every_sample_is_asked_for_with_its_own_seed_and_all_of_the_decoding(tmp
     assert (body["top_k"], body["min_p"], body["model"]) == (-1, 0.0, "served-")
     assert {asked.path for asked in server.asked} == {"/v1/completions"}
     for job, line in zip(request.jobs(), read_generations(request), strict=True):
-        assert (line.problem_id, line.seed) == (job.prompt.problem_id, job.seed)
+        assert line.job == job
         seeds = [request.first_seed(job) + index for index in range(request.samples)]
         assert [sample.text for sample in line.samples] == [f"{len(job.prompt.tokens)}:{seed}" for seed in seeds]
         assert [sample.num_tokens for sample in line.samples] == [seed % 7 + 1 for seed in seeds]
 
 
-def test_a_killed_worker_asks_no_finished_problem_again_and_ends_with_the_same_bytes(tmp_path, request_to):
+def test_a_killed_worker_repeats_no_finished_problem_and_gives_the_same_bytes(tmp_path, request_to):
     with serving(echo) as server:
         whole = request_to(server.url, tmp_path / "whole.jsonl", num_prompts=12, server_concurrency=2)
         run_generation(whole, None, tmp_path / "whole")
@@ -88,12 +89,12 @@ def test_a_killed_worker_asks_no_finished_problem_again_and_ends_with_the_same_b
     [
         (json_reply({"error": {"message": "no model of this name"}}, 404), "ServerUnusable: .*404: no model of this"),
         (json_reply({"error": {"message": "8 tokens at most"}}, 400), "benchmark b, problem p[01]: HTTP 400: 8 tokens"),
-        (completion("x", reason="abort"), "problem p[01]: the answer is not as expected: .*'abort'"),
-        (json_reply({"choices": []}), "problem p[01]: the answer is not as expected"),
-        (completion("x", tokens=0), "problem p[01]: the answer is not as expected: .*completion_tokens 0"),
+        (completion("x", reason="abort"), "problem p[01]: unexpected response: .*'abort'"),
+        (json_reply({"choices": []}), "problem p[01]: unexpected response"),
+        (completion("x", tokens=0), "problem p[01]: unexpected response: .*completion_tokens 0"),
     ],
 )
-def test_what_a_server_refuses_ends_the_worker_with_problem_and_reason(tmp_path, request_to, reply, message):
+def test_a_refused_request_ends_the_worker_with_problem_and_reason(tmp_path, request_to, reply, message):
     with serving(lambda *_: reply) as server:
         request = request_to(server.url, tmp_path / "out.jsonl", server_retries=0, server_concurrency=1)
         with pytest.raises(EvaluationError, match=message):
@@ -115,7 +116,7 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, req
 
 
 @pytest.mark.parametrize("value", ["sk-live-1234", "", "1KEY", "TWO WORDS", "LINE\n", "é"])
-def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated(value):
+def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(value):
     for make in (lambda: EvaluateConfig(server_key_variable=value), lambda: JudgeConfig(key_variable=value)):
         with pytest.raises(ConfigError, match=r"key_variable: expected the name of an environment variable") as caught:
             make()
@@ -123,7 +124,7 @@ def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated(value):
     assert EvaluateConfig(server_key_variable="_API_KEY_2").server_key_variable == "_API_KEY_2"
 
 
-def test_only_the_served_name_decides_the_samples(tmp_path, request_to):
+def test_samples_depend_on_the_served_name_not_on_the_address(tmp_path, request_to):
     with serving(echo) as server:
         request = request_to(server.url, tmp_path / "out.jsonl")
         moved = request_to("https://elsewhere/v1", tmp_path / "out.jsonl", server_timeout=9.0)

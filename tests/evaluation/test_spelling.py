@@ -1,10 +1,20 @@
-"""Spellings without a difference become one; differences stay."""
+"""Spellings of one answer become one; differences remain. The paper's plain rules."""
 
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lark_jax.evaluation.spelling import choice_letter, in_base, tidy, words
+from lark_jax.evaluation.spelling import (
+    choice_letter,
+    equal_by_paper_rules,
+    in_base,
+    normalize_expression,
+    number_value,
+    tidy,
+    words,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +60,7 @@ from lark_jax.evaluation.spelling import choice_letter, in_base, tidy, words
         ("$", "$"),
     ],
 )
-def test_marks_without_value_go_and_others_stay(spelling, tidied):
+def test_marks_without_value_are_removed_and_others_kept(spelling, tidied):
     assert tidy(spelling) == tidied
 
 
@@ -92,10 +102,30 @@ def test_a_base_belongs_to_a_number():
 @pytest.mark.parametrize(
     "piece", [" ", "~", "\\,", "\\!", " \\!", "1 ", "100 ", "{", "$", "{,}", "1, ", "\\text{", "\\quad ", "."]
 )
-def test_no_text_within_the_longest_answer_takes_long(piece):
+def test_no_answer_of_allowed_length_takes_long(piece):
     started = time.process_time()
     for text in (piece * (4_096 // len(piece)), "1" + piece * (4_000 // len(piece)) + "x"):
         tidy(text)
         words(text)
         in_base(text)
     assert time.process_time() - started < 2.0
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(1, 999))
+def test_paper_numbers_compare_by_value(numerator, denominator):
+    assert equal_by_paper_rules(f"{2 * numerator}/{2 * denominator}", f" {numerator}/{denominator} ", "number")
+    assert number_value(f"{numerator}.50") == number_value(f"{numerator}.5")
+    assert not equal_by_paper_rules(f"{numerator}/{denominator}", f"{numerator + 1}/{denominator}", "number")
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        (r"\frac{3}{4}", r"\tfrac34", r"\dfrac{3}{4}", "3/4", r"\frac3{4}", r"\frac{3}4", r"$\frac{3}{4}$"),
+        (r"5", r"5 \text{ cm}", r"5\%", r"5^\circ", r"\$5", "x = 5", "5."),
+        (r"x^{2}", "x^2", " x ^ 2"),
+        (r"0.25", ".25"),
+    ],
+)
+def test_paper_expressions_have_one_spelling(variants):
+    assert len({normalize_expression(variant) for variant in variants}) == 1

@@ -33,7 +33,7 @@ def test_the_four_benchmarks_have_the_counts_of_the_paper():
 
 
 @pytest.mark.parametrize("file", ["aime24.json", "amc83.json", "math500.jsonl"])
-def test_the_public_files_are_the_known_editions(shared_data, file):
+def test_the_public_files_are_known_editions(shared_data, file):
     assert edition_of(read_benchmark(shared_data / "benchmarks" / file)) == "known"
 
 
@@ -49,17 +49,17 @@ def test_a_standard_name_with_another_count_is_refused(tmp_path, name, change):
     records = records[:change] if change < 0 else [*records, records[0]]
     path = write(tmp_path, name, records)
     count = STANDARD[name].num_problems
-    with pytest.raises(EvaluationError, match=rf"has {count} problems, here are {count + change}; .*another name"):
+    with pytest.raises(EvaluationError, match=rf"has {count} problems, this file has {count + change}; .*another name"):
         read_benchmark(path)
     assert len(read_benchmark(f"own={path}").problems) == count + change
-    with pytest.raises(EvaluationError, match="has 500 problems" if name == "math500" else "problems, here are"):
+    with pytest.raises(EvaluationError, match="has 500 problems" if name == "math500" else "problems, this file has"):
         read_benchmark(f"{name}={path}")
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("aime24", {"answer": "x + 1"}, "kind 'number', that of problem 0 is 'expression' \\('025'\\)"),
+        ("aime24", {"answer": "x + 1"}, "kind 'number', the answer of problem 0 is 'expression' \\('025'\\)"),
         ("gpqa_diamond", {"answer": "BC"}, "kind 'letter'"),
         ("math500", {"level": 6}, "level from 1 to 5, problem 7 has '6'"),
         ("math500", {"level": None}, "problem 7 has None"),
@@ -72,7 +72,7 @@ def test_a_standard_name_with_other_answers_or_levels_is_refused(tmp_path, name,
         read_benchmark(write(tmp_path, name, records))
 
 
-def test_content_fingerprint_is_that_of_problems_and_golds_alone(tmp_path):
+def test_content_fingerprint_covers_only_problems_and_golds(tmp_path):
     base = [{"problem": "How much is $1{,}0$?", "answer": "025"}, {"problem": "And two?", "answer": 2}]
     same = [{"problem": "and   TWO?", "answer": 2.0, "id": "z"}, {"problem": "How much is $1{,}0$? ", "answer": "25"}]
     others = [[{**base[0], "problem": "How much is $1{,}1$?"}, base[1]], [base[0], {**base[1], "answer": 3}], base[:1]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lark_jax.evaluation import verifier_process
-from lark_jax.evaluation.grading import CORRECT, FAILED, GAVE_UP, NO_BOX, TIMED_OUT, WRONG, Grader
+from lark_jax.evaluation.grading import CORRECT, FAILED, NO_BOX, TIMED_OUT, UNGRADED, WRONG, Grader
 from lark_jax.evaluation.verifier import MathVerifier, VerifierFailure
 
 # Cases whose published verdict math-verify 0.9.0 itself does not give. Both put line breaks into inline mathematics and
@@ -26,11 +26,11 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def verdicts(pairs: list[tuple[str, str]], verifier: MathVerifier) -> dict[tuple[str, str], bool]:
+def equalities(pairs: list[tuple[str, str]], verifier: MathVerifier) -> dict[tuple[str, str], bool]:
     return {pair: verifier.equal(*(f"\\boxed{{{text}}}" for text in pair)) for pair in pairs}
 
 
-def test_published_cases_agree_but_for_the_listed(shared_data):
+def test_published_cases_agree_except_for_the_listed_ones(shared_data):
     cases = json.loads((shared_data / "grader" / "math_verify_cases.json").read_text())
     assert len(cases) == 254
     differing = set()
@@ -46,16 +46,16 @@ def test_published_cases_agree_but_for_the_listed(shared_data):
 
 def test_verdicts_depend_neither_on_order_nor_on_what_the_process_did_before(monkeypatch):
     with MathVerifier() as verifier:
-        expected = verdicts(PAIRS, verifier)
+        expected = equalities(PAIRS, verifier)
         assert len(set(expected.values())) == 2
         for _ in range(2):
             shuffled = random.sample(PAIRS, len(PAIRS))
-            assert verdicts(shuffled, verifier) == expected, shuffled
+            assert equalities(shuffled, verifier) == expected, shuffled
     for hash_seed in ("1", "random"):  # another process, in an environment that sets another
         monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
         with MathVerifier() as cold:
             shuffled = random.sample(PAIRS, len(PAIRS))
-            assert verdicts(shuffled, cold) == expected, shuffled
+            assert equalities(shuffled, cold) == expected, shuffled
 
 
 def test_a_comparison_that_hangs_in_c_code_is_interrupted_and_the_next_one_works():
@@ -115,7 +115,7 @@ def test_a_comparison_out_of_memory_has_no_verdict_and_is_listed(answer):
         assert grader.grade(r"\boxed{2+4}", "6", "expression").reason == CORRECT  # by another process
 
 
-def test_an_error_of_one_reading_is_no_match_but_want_of_memory_ends_the_comparison(monkeypatch):
+def test_an_error_in_one_reading_is_no_match_but_a_memory_error_ends_the_comparison(monkeypatch):
     def fail_with(error):
         def fail(*_):
             raise error
@@ -146,17 +146,17 @@ GOLDS = ("1", "42", "\\frac{1}{2}", "(1,2)", "\\text{even}", "B", "x^2", "\\begi
 
 
 def grade_random_texts(count: int) -> dict[str, int]:
-    """How often each reason came."""
+    """The number of verdicts with each reason."""
     rng = random.Random()
     reasons: dict[str, int] = {}
     with Grader(limit_s=1.0) as grader:
         for _ in range(count):
             body = "".join(rng.choices(PIECES, k=rng.randrange(10)))
             text = rng.choice([body, f"\\boxed{{{body}}}"])
-            grade = grader.grade(text, rng.choice(GOLDS), rng.choice(KINDS))
-            assert grade.reason in (CORRECT, WRONG, NO_BOX, *GAVE_UP), text
-            assert grade.correct == (grade.reason == CORRECT), text
-            reasons[grade.reason] = reasons.get(grade.reason, 0) + 1
+            verdict = grader.grade(text, rng.choice(GOLDS), rng.choice(KINDS))
+            assert verdict.reason in (CORRECT, WRONG, NO_BOX, *UNGRADED), text
+            assert verdict.correct == (verdict.reason == CORRECT), text
+            reasons[verdict.reason] = reasons.get(verdict.reason, 0) + 1
     return reasons
 
 

@@ -1,4 +1,4 @@
-"""The file of answers: what is in it stays, whatever ended the process."""
+"""The file of answers: what is in it stays there, however the process ended."""
 
 import random
 
@@ -29,7 +29,7 @@ def test_answers_are_found_again(path):
         assert answers.get("d" * 64) is None
 
 
-def test_wherever_a_process_ended_whole_lines_stay_and_the_next_one_is_whole(path):
+def test_after_a_kill_at_any_byte_complete_lines_are_kept_and_appending_works(path):
     whole = path.read_bytes()
     ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
     for cut in [0, 1, *ends, *(end - 1 for end in ends), *random.sample(range(len(whole)), 20)]:
@@ -46,7 +46,7 @@ def test_wherever_a_process_ended_whole_lines_stay_and_the_next_one_is_whole(pat
 @pytest.mark.parametrize(
     "line", [b"\x00" * 20, b"[1]", b'{"key": "x"}', b'{"key": 1, "text": "", "finish_reason": ""}', b""]
 )
-def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_thrown_away(path, line):
+def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_deleted(path, line):
     lines = path.read_bytes().split(b"\n")
     lines[1] = line
     path.write_bytes(b"\n".join(lines))
@@ -56,7 +56,7 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_thrown_away(path, 
     assert path.read_bytes() == before
 
 
-def test_the_key_follows_model_roles_texts_and_decoding():
+def test_the_key_depends_on_model_roles_texts_and_decoding():
     ask = (Message("system", "a"), Message("user", "b"))
     variants = [
         question_key("m", ask, {"max_tokens": 5}),

@@ -1,12 +1,12 @@
-"""The rubric file and what it makes of a trajectory."""
+"""The rubric file and the messages for a trajectory."""
 
 import json
 
 import pytest
 
 from lark_jax.errors import JudgeError
+from lark_jax.judging.judgement import read_judgement
 from lark_jax.judging.rubric import BUILT_IN, messages_for, problem_of, read_rubric
-from lark_jax.judging.verdict import read_verdict
 from lark_jax.pool.records import Message, Trajectory
 
 GOOD = 'criteria = ["taste"]\nuser = "{problem} and {reasoning}"\n'
@@ -21,13 +21,13 @@ def test_the_built_in_rubric_shows_an_answer_of_the_form_that_is_read():
     rubric = read_rubric(None)
     assert len(rubric.criteria) == 5  # C.2
     example = rubric.user[rubric.user.rindex('{"criteria"') :]
-    assert read_verdict(example.replace("...", "x"), rubric.criteria).overall_score == 0.0
+    assert read_judgement(example.replace("...", "x"), rubric.criteria).overall_score == 0.0
     json.loads(example)
     for criterion in rubric.criteria:
         assert f"- {criterion}:" in rubric.user
 
 
-def test_texts_go_in_once_and_as_they_are(tmp_path):
+def test_texts_are_inserted_once_and_unchanged(tmp_path):
     (tmp_path / "rubric.toml").write_text(GOOD)
     rubric = read_rubric(tmp_path / "rubric.toml")
     asked = trajectory(
@@ -72,13 +72,13 @@ def test_a_longer_conversation_is_one_problem_with_roles_and_without_the_system_
         (GOOD.replace('["taste"]', "[1]"), "field 'criteria' must be a list of names"),
         (GOOD.replace("taste", "good taste"), "criterion 'good taste'"),
         (GOOD.replace('["taste"]', '["a", "a"]'), "has a name twice: a, a"),
-        ('criteria = ["a"]', "field 'user' must be a text"),
-        (GOOD.replace("{reasoning}", "it"), "field 'user' has no {reasoning}"),
-        (GOOD.replace("{problem}", "it"), "field 'user' has no {problem}"),
-        (GOOD + 'system = " "', "field 'system' must be a text that is not empty"),
+        ('criteria = ["a"]', "field 'user' must be a non-empty text"),
+        (GOOD.replace("{reasoning}", "it"), "field 'user' lacks {reasoning}"),
+        (GOOD.replace("{problem}", "it"), "field 'user' lacks {problem}"),
+        (GOOD + 'system = " "', "field 'system' must be a non-empty text"),
     ],
 )
-def test_unusable_files_are_refused_by_name(tmp_path, text, message):
+def test_invalid_files_are_refused_by_name(tmp_path, text, message):
     path = tmp_path / "mine.toml"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -1,10 +1,8 @@
-import csv
 import html
-import io
 import re
 
 import pytest
-from html_pages import PageReader
+from html_pages import PageReader, page_of
 
 from lark_jax.evaluation.contamination import Audit, Frame, Overlap
 from lark_jax.report import ReportContent
@@ -16,10 +14,7 @@ from lark_jax.report.contamination import (
     contamination_table,
     nearest_pairs,
 )
-from lark_jax.report.page import render_page
-from lark_jax.report.table import Table
-from lark_jax.report.table_files import csv_table, latex_table
-from lark_jax.report.templates import render
+from lark_jax.report.page import render_template
 
 
 def overlap(group, index, jaccard, problem="find x", pool_problem="find y"):
@@ -40,27 +35,6 @@ def test_the_table_has_the_layout_of_table_2():
     )
 
 
-def test_csv_reads_back_as_the_table():
-    table = Table(("a,b", "n"), (('say "hi"\nthere', "1"), ("≥", "2")), (False, True))
-    assert list(csv.reader(io.StringIO(csv_table(table)))) == [list(table.header), *map(list, table.rows)]
-
-
-def test_latex_escapes_special_characters_and_sets_rules():
-    table = Table(("a_b & c", "J ≥ 1"), (("50% \\ {x}^~$#", "1"), ("Total", "2")), (False, True))
-    assert latex_table(table, rule_before_last=True).splitlines() == [
-        r"\begin{tabular}{lr}",
-        r"\toprule",
-        r"a\_b \& c & J \ensuremath{\ge} 1 \\",
-        r"\midrule",
-        r"50\% \textbackslash{} \{x\}\textasciicircum{}\textasciitilde{}\$\# & 1 \\",
-        r"\midrule",
-        r"Total & 2 \\",
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    assert latex_table(table).count(r"\midrule") == 1
-
-
 def test_pairs_are_all_near_ones_and_the_nearest_of_every_group():
     far = [overlap("far", index, index / 100) for index in range(NEAREST_SHOWN + 4)]
     near = [overlap("near", index, 0.5 + index / 1000) for index in range(PAIRS_SHOWN + 20)]
@@ -76,7 +50,7 @@ def test_pairs_mark_exactly_the_words_that_differ():
     assert [segment.text.split() for segment in pair.pool_problem if segment.differs] == [["4"]]
 
 
-def test_very_long_problems_are_cut_and_the_cut_is_said():
+def test_very_long_problems_are_cut_with_a_note():
     (pair,) = nearest_pairs(audit(overlap("a", 1, 0.5, "word " * CHARACTERS_SHOWN, "")))
     text = "".join(segment.text for segment in pair.problem)
     assert text.endswith(f"[{4 * CHARACTERS_SHOWN:,} more characters]")
@@ -87,7 +61,7 @@ def test_very_long_problems_are_cut_and_the_cut_is_said():
 def page():
     hostile = "<script>alert(1)</script> \x07 3 < 4"
     section = contamination_section(audit(overlap("<b>", 1, 0.87654, hostile, "</pre><img src=x> 3 > 4")))
-    return render("audit_page.html.j2", pool="<pool>.jsonl", contamination=section)
+    return render_template("audit_page.html.j2", pool="<pool>.jsonl", contamination=section)
 
 
 def test_the_page_shows_both_texts_as_text_and_loads_nothing(page):
@@ -100,18 +74,18 @@ def test_the_page_shows_both_texts_as_text_and_loads_nothing(page):
     assert "&lt;pool&gt;.jsonl" in page
 
 
-def test_the_audits_page_is_sound(page):
+def test_the_markup_of_the_audit_page_is_sound(page):
     assert PageReader(page).faults == []
 
 
-def test_the_page_says_the_index_and_what_was_left_out(page):
+def test_the_page_shows_the_index_and_the_ignored_text(page):
     assert "J = 0.877 with pool problem pool1" in page
     assert "Reason &amp; &lt;think&gt;." in page
     assert "The pool has 1,234 problems." in page
 
 
-def test_the_report_of_an_experiment_has_the_audit_where_there_is_one():
-    page = render_page(ReportContent("t", contamination=audit(overlap("a_1", 1, 0.87654, "3 < 4"))))
+def test_the_report_shows_the_audit_if_there_is_one():
+    page = page_of(ReportContent("t", contamination=audit(overlap("a_1", 1, 0.87654, "3 < 4"))))
     assert 'href="#contamination"' in page
     assert "J = 0.877 with pool problem pool1" in page
-    assert "Contamination" not in render_page(ReportContent("t"))
+    assert "Contamination" not in page_of(ReportContent("t"))

@@ -1,4 +1,4 @@
-"""The checker of pages sees the faults that it looks for."""
+"""The page checker finds the faults that it looks for."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("markup", FAULTS)
-def test_faulty_markup_is_seen(markup: str) -> None:
+def test_faulty_markup_is_found(markup: str) -> None:
     assert FAULTS[markup] in PageReader(markup).faults
 
 
@@ -47,7 +47,7 @@ def test_sound_markup_has_no_faults() -> None:
         ("https://example.org/", False),
     ],
 )
-def test_links_that_lead_nowhere_are_seen(link: str, sound: bool, tmp_path: Path) -> None:
+def test_dead_links_are_found(link: str, sound: bool, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "index.html").write_text(f'<p id="here"><a href="{link}">a</a></p>')
     (tmp_path / "sub" / "a b.html").write_text('<p id="there"><a href="../index.html">b</a></p>')

@@ -133,8 +133,8 @@ def test_every_run_is_in_the_legend_once_and_methods_keep_their_colour() -> None
     assert {line.get_color() for line in figure.axes[0].lines} == set(PALETTE[:2])
 
 
-def test_losses_lie_at_the_trajectories_and_at_the_tokens_that_were_seen() -> None:
-    """One run has longer trajectories: at equal tokens it lies further right than at equal trajectories."""
+def test_losses_are_plotted_at_the_trajectories_and_tokens_seen() -> None:
+    """One run has longer trajectories: by tokens it ends further right than by trajectories."""
     first = LossCurve("lark", 1, points(1.0, 0.5), held_out=(CurvePoint(0, 0, 0, 3.0), CurvePoint(2, 32, 1800, 2.0)))
     second = LossCurve("random", 1, (CurvePoint(1, 16, 300, 0.9),), held_out=(CurvePoint(1, 16, 300, 2.5),))
     figure = loss_figure([first, second], method_styles(["lark", "random"]))

@@ -1,21 +1,24 @@
-"""The page is safe (pool text stays text), self-contained, complete and deterministic."""
+"""The page is safe (all text stays text), self-contained, complete and deterministic."""
 
 import dataclasses
 import html
 import math
 import random
 import re
+import shutil
 import string
 from pathlib import Path
 
 import pytest
-from html_pages import PageReader, faults_of_pages
+from html_pages import PageReader, faults_of_pages, page_of
 
 from lark_jax.evaluation.accuracy import Difference
+from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
 from lark_jax.evaluation.contamination import Audit, Frame, Overlap
+from lark_jax.evaluation.samples import GradedSample
 from lark_jax.pool.records import SkippedRecord
 from lark_jax.report import ReportContent, write_report
-from lark_jax.report.comparison import Contestant, Problem, Verdict, compare
+from lark_jax.report.comparison import ComparedStudent, compare
 from lark_jax.report.content import (
     AccuracyResult,
     Count,
@@ -24,13 +27,12 @@ from lark_jax.report.content import (
     LandscapeCandidate,
     LossCurve,
     PairedDifference,
-    Sample,
     SelectionComparison,
     SelectionProfile,
     Setting,
+    ShownAnswer,
     StageSummary,
 )
-from lark_jax.report.page import render_page
 
 HOSTILE = (
     '<script>alert(\'x\')</script></style></pre></details>"onmouseover="y" <img src=http://evil.example/a.png> & $a'
@@ -65,13 +67,32 @@ def full_content(text: str = "plain", skipped: int = 3) -> ReportContent:
             ),
         ),
         landscape=Landscape(f"{text} 839", f"{text} problem", f"method {text}", 3, candidates),
-        samples=(Sample(f"student {text}", text, f"{text} asks", f"{text} answers", f"{text} 5", False),),
+        answers=(
+            ShownAnswer(
+                f"student {text}",
+                text,
+                BenchmarkProblem("1", f"{text} asks", f"{text} 5", "expression"),
+                GradedSample("1", 0, 0, f"{text} answers", None, False, "no box", "stop", 1),
+            ),
+        ),
         stages=(StageSummary(f"score {text}", (Count(f"trajectories {text}", 1234),), records),),
     )
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the report of `full_content`."""
+    return write_report(full_content(), tmp_path_factory.mktemp("report")).parent
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(written, tmp_path / "report")
+
+
 def test_pool_text_never_becomes_markup() -> None:
-    plain, hostile = PageReader(render_page(full_content("plain"))), PageReader(render_page(full_content(HOSTILE)))
+    plain, hostile = PageReader(page_of(full_content("plain"))), PageReader(page_of(full_content(HOSTILE)))
     assert plain.faults + hostile.faults == []
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in plain.tags]
     assert not any(tag == "script" for tag, _ in hostile.tags)
@@ -80,13 +101,13 @@ def test_pool_text_never_becomes_markup() -> None:
 
 
 def test_control_characters_are_replaced() -> None:
-    page = render_page(full_content("bell\x07 null\x00 escape\x1b[31m surrogate\ud800 line\r\nbreak"))
+    page = page_of(full_content("bell\x07 null\x00 escape\x1b[31m surrogate\ud800 line\r\nbreak"))
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", page)
     page.encode("utf-8")
 
 
 def test_page_loads_nothing() -> None:
-    page = render_page(full_content())
+    page = page_of(full_content())
     for tag, attributes in PageReader(page).tags:
         for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
             assert (attributes.get(name) or "#").startswith("#"), (tag, name, attributes[name])
@@ -95,22 +116,23 @@ def test_page_loads_nothing() -> None:
     assert "default-src 'none'" in page
 
 
-def test_the_markup_is_sound_and_every_link_leads_somewhere(tmp_path: Path) -> None:
+def test_the_markup_is_sound_and_no_link_is_dead(tmp_path: Path) -> None:
     """With a section of every kind; `test_html_pages.py` shows that faults are seen."""
     overlap = Overlap("math500", "7", "find x", "12", "find x and y", jaccard=0.6, num_near=2)
-    problem = Problem("arithmetic", "p 1", "1 + 1?", "2", None)
-    seen = {
-        correct: (Verdict(0, 0, "2" if correct else None, correct, "correct" if correct else "no box"),)
-        for correct in (True, False)
-    }
-    students = [Contestant(f"{name} 1", name, 3, {problem.key: seen[name == "a"]}) for name in "abc"]
+    asked = Benchmark("arithmetic", (BenchmarkProblem("p 1", "1 + 1?", "2", "number"),), "fingerprint")
+    key, texts = ("arithmetic", "p 1"), dict.fromkeys((True, False), "a text")
+    students = []
+    for name, correct in (("a", True), ("b", False), ("c", False)):
+        extracted, reason = ("2", "correct") if correct else (None, "no box")
+        sample = GradedSample("p 1", 0, 0, "", extracted, correct, reason, "stop", 1)
+        students.append(ComparedStudent(f"{name} 1", name, 3, {key: (sample,)}))
     profiles = tuple(SelectionProfile(name, 3, 9, 120.0, (("t", 1.0),)) for name in ("lark", "random"))
     skipped = tuple(SkippedRecord(f"p{i}", "c", "pool.jsonl:1", "empty: so") for i in range(12))
     content = dataclasses.replace(
         full_content(),
         differences=(PairedDifference("7B", "lark B=3", "base", "math500", 83, Difference(5, 0.1, 0.0, 0.2, 9, 3)),),
         selections=SelectionComparison(profiles, ((1.0, 0.2), (0.2, 1.0))),
-        comparison=compare(students, [problem], lambda name, keys: {key: dict.fromkeys(seen, name) for key in keys}),
+        comparison=compare(students, [asked], lambda _, keys: dict.fromkeys(keys, texts)),
         contamination=Audit(1234, Frame("Solve: ", ""), (overlap,)),
         stages=(StageSummary("score", (Count("trajectories", 9),), skipped), StageSummary("select")),
     )
@@ -126,47 +148,45 @@ def test_the_markup_is_sound_and_every_link_leads_somewhere(tmp_path: Path) -> N
 def test_every_skipped_record_is_on_the_page(skipped: int) -> None:
     names = ["".join(random.choices(string.ascii_letters, k=12)) for _ in range(skipped)]
     records = tuple(SkippedRecord(name, f"c-{name}", f"pool.jsonl:{i}", f"why {name}") for i, name in enumerate(names))
-    page = render_page(ReportContent("t", stages=(StageSummary("score", (), records),)))
+    page = page_of(ReportContent("t", stages=(StageSummary("score", (), records),)))
     for i, name in enumerate(names):
         cells = [name, f"c-{name}", f"pool.jsonl:{i}", f"why {name}"]
         assert re.search(r"\s*".join(f"<td>{re.escape(html.escape(cell))}</td>" for cell in cells), page)
     assert f"{skipped} skipped" in page
 
 
-def test_of_very_many_skipped_records_the_page_shows_the_first_and_counts_all() -> None:
+def test_a_page_with_very_many_skipped_records_shows_the_first_and_counts_all() -> None:
     reasons = ("prompt_fills_max_length: the prompt has 9 tokens", "empty_answer: remove the record")
     numbers = range(165_000)
     records = tuple(SkippedRecord(f"p{i}", "c", f"pool.jsonl:{i}", reasons[i % 3 > 0]) for i in numbers)
-    page = render_page(ReportContent("t", stages=(StageSummary("score", (), records, "runs/x/score/manifest.json"),)))
+    page = page_of(ReportContent("t", stages=(StageSummary("score", (), records, "runs/x/score/manifest.json"),)))
     assert len(page) < 1_000_000
     text = " ".join("".join(PageReader(page).text).split())
     assert "165,000 skipped in score, with reasons" in text
     assert "empty_answer 110,000 prompt_fills_max_length 55,000" in text
-    last = "The first 1,000 of 165,000 records that score left out; all are in runs/x/score/manifest.json."
+    last = "The first 1,000 of 165,000 records that score skipped; runs/x/score/manifest.json lists all."
     assert last in text
     assert "p999 c pool.jsonl:999" in text
     assert "p1000" not in text
 
 
-def test_kinds_of_reasons_are_bounded_too() -> None:
+def test_the_list_of_reasons_is_bounded_too() -> None:
     records = tuple(SkippedRecord(f"p{i}", "c", "", f"reason {max(i, 1)}") for i in range(30))
     text = " ".join(
-        "".join(PageReader(render_page(ReportContent("t", stages=(StageSummary("s", (), records),)))).text).split()
+        "".join(PageReader(page_of(ReportContent("t", stages=(StageSummary("s", (), records),)))).text).split()
     )
     assert "reason 1 2 reason 2 1" in text
     assert "reason 20 1 9 other reasons 9" in text
 
 
-def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
-    files = ("index.html", "accuracy.png", "loss.png", "landscape.png")
-    for folder in ("first", "second"):
-        assert write_report(full_content(), tmp_path / folder) == tmp_path / folder / "index.html"
-    for name in files:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(files)
+def test_equal_content_gives_equal_bytes(written: Path, tmp_path: Path) -> None:
+    assert write_report(full_content(), tmp_path) == tmp_path / "index.html"
+    for name in ("index.html", "accuracy.png", "loss.png", "landscape.png"):
+        assert (written / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert len(list(written.iterdir())) == len(list(tmp_path.iterdir())) == 4
 
 
-def test_an_experiment_that_did_nothing_says_so(tmp_path: Path) -> None:
+def test_the_page_of_an_empty_experiment_says_so(tmp_path: Path) -> None:
     page = write_report(ReportContent("empty"), tmp_path).read_text()
     assert PageReader(page).faults == []
     for sentence in ("No evaluation", "No fine-tuning", "No selection", "No sampled answers", "No stage"):
@@ -175,30 +195,29 @@ def test_an_experiment_that_did_nothing_says_so(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
 
-def test_a_figure_that_no_longer_has_data_is_removed(tmp_path: Path) -> None:
-    content = full_content()
-    write_report(content, tmp_path)
-    write_report(dataclasses.replace(content, curves=()), tmp_path)
-    assert not (tmp_path / "loss.png").exists()
-    assert (tmp_path / "accuracy.png").exists()
+def test_a_figure_that_no_longer_has_data_is_removed(folder: Path) -> None:
+    write_report(dataclasses.replace(full_content(), curves=(), landscape=None), folder)
+    assert not (folder / "loss.png").exists()
+    assert not (folder / "landscape.png").exists()
+    assert (folder / "accuracy.png").exists()
 
 
-def test_an_interrupted_report_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = write_report(full_content(), tmp_path).read_bytes()
+def test_an_interrupted_report_leaves_the_old_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = (folder / "index.html").read_bytes()
 
     def fail(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lark_jax.report.page._render", fail)
+    monkeypatch.setattr("lark_jax.report.page.render_page", fail)
     with pytest.raises(KeyboardInterrupt):
-        write_report(full_content("new"), tmp_path)
-    assert (tmp_path / "index.html").read_bytes() == old
-    assert not list(tmp_path.glob(".*"))
+        write_report(ReportContent("new"), folder)
+    assert (folder / "index.html").read_bytes() == old
+    assert not list(folder.glob(".*"))
 
 
-def test_one_seed_is_shown_as_such() -> None:
+def test_a_single_seed_is_marked() -> None:
     result = AccuracyResult("lark", 3, "held out", 5, 40, 1, 0.413, math.nan)
-    page = render_page(ReportContent("t", results=(result,)))
+    page = page_of(ReportContent("t", results=(result,)))
     assert "41.3 (one seed)" in page
     assert "nan" not in "".join(PageReader(page).text).lower()
 
@@ -209,11 +228,11 @@ def test_several_benchmarks_get_one_column_each_and_keep_their_intervals() -> No
         for name in ("first set", "second set")
         for method, budget in (("base", None), ("lark", 1))
     )
-    page = render_page(ReportContent("t", results=results))
+    page = page_of(ReportContent("t", results=results))
     assert "first set Acc@5 (n=30)" in page
     assert "second set Acc@5 (n=30)" in page
     assert page.count("31.1 to 52.2") == 4
-    assert render_page(ReportContent("t", results=results[:2])).count("31.1 to 52.2") == 2
+    assert page_of(ReportContent("t", results=results[:2])).count("31.1 to 52.2") == 2
 
 
 def test_differences_are_shown_with_how_they_were_found() -> None:
@@ -223,9 +242,9 @@ def test_differences_are_shown_with_how_they_were_found() -> None:
         interval_note="95% bootstrap",
         differences=(PairedDifference("qwen7b", "lark B=3", "rsr B=3", "amc83", 83, difference),),
     )
-    text = " ".join("".join(PageReader(render_page(content)).text).split())
+    text = " ".join("".join(PageReader(page_of(content)).text).split())
     assert "Differences on the same problems" in text
-    assert "95% bootstrap, drawn for both together" in text
+    assert "95% bootstrap, drawn for both students together" in text
     for cell in ("lark B=3", "rsr B=3", "+7.2", "+1.2 to +13.1", "Acc@5"):
         assert cell in text
-    assert "Differences on the same problems" not in render_page(full_content())
+    assert "Differences on the same problems" not in page_of(full_content())

@@ -1,5 +1,7 @@
-"""Tables line up and say what is missing."""
+"""Tables line up, mark what is missing, and read back from their files."""
 
+import csv
+import io
 import math
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from lark_jax.report.table import (
     Table,
     accuracy_cell,
     accuracy_table,
+    csv_table,
+    latex_table,
     loss_table,
     markdown_table,
     terminal_report,
@@ -63,6 +67,27 @@ def test_wide_characters_count_twice() -> None:
 def test_markdown_cells_cannot_break_the_table() -> None:
     text = markdown_table(Table(("a", "b"), (("x|y\n\\|", "2"),), (False, True)))
     assert text.splitlines() == ["| a | b |", "| --- | ---: |", "| x\\|y \\\\\\| | 2 |"]
+
+
+def test_csv_reads_back_as_the_table() -> None:
+    table = Table(("a,b", "n"), (('say "hi"\nthere', "1"), ("≥", "2")), (False, True))
+    assert list(csv.reader(io.StringIO(csv_table(table)))) == [list(table.header), *map(list, table.rows)]
+
+
+def test_latex_escapes_special_characters_and_sets_rules() -> None:
+    table = Table(("a_b & c", "J ≥ 1"), (("50% \\ {x}^~$#", "1"), ("Total", "2")), (False, True))
+    assert latex_table(table, rule_before_last=True).splitlines() == [
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"a\_b \& c & J \ensuremath{\ge} 1 \\",
+        r"\midrule",
+        r"50\% \textbackslash{} \{x\}\textasciicircum{}\textasciitilde{}\$\# & 1 \\",
+        r"\midrule",
+        r"Total & 2 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert latex_table(table).count(r"\midrule") == 1
 
 
 def test_rows_of_another_length_are_refused() -> None:
@@ -139,7 +164,7 @@ def test_settings_of_nested_mappings_keep_empty_ones() -> None:
     )
 
 
-def test_the_loss_table_says_what_was_seen_and_the_lowest_held_out_loss() -> None:
+def test_the_loss_table_shows_what_was_seen_and_the_lowest_held_out_loss() -> None:
     training = (CurvePoint(1, 64, 5_000, 1.5), CurvePoint(2, 100, 8_000, 1.25))
     held_out = (CurvePoint(0, 0, 0, 2.0), CurvePoint(1, 64, 5_000, 1.75), CurvePoint(2, 100, 8_000, 1.8))
     table = loss_table([LossCurve("lark", 3, training, held_out), LossCurve("grape", 1, (), ())])

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from html_pages import page_of
 
 from lark_jax.report.content import ReportContent, SelectionComparison, SelectionProfile
-from lark_jax.report.page import render_page
 from lark_jax.report.selection_figure import selection_figure
 from lark_jax.report.style import png_bytes
 from lark_jax.report.table import selection_table
@@ -35,7 +35,7 @@ def test_every_overlap_of_two_selections_is_written_in_its_cell() -> None:
 
 
 @pytest.mark.parametrize("teachers", [1, 3, 9])
-def test_bars_of_teachers_add_up_to_all_of_the_weight(teachers: int) -> None:
+def test_bars_of_teachers_add_up_to_the_whole_weight(teachers: int) -> None:
     _, axes = selection_figure(comparison(teachers)).axes
     widths = np.array([[bar.get_width() for bar in container] for container in axes.containers])
     np.testing.assert_allclose(widths.sum(axis=0), 100)
@@ -54,10 +54,10 @@ def test_the_table_compares_selections_of_one_budget() -> None:
 
 def test_the_page_shows_the_comparison_where_there_is_one_and_equal_content_gives_equal_bytes() -> None:
     content = ReportContent("t", selections=comparison())
-    page = render_page(content)
-    assert page == render_page(content)
+    page = page_of(content)
+    assert page == page_of(content)
     assert page.count("<svg") == 1
     assert 'id="selections"' in page
     assert 'href="#selections"' in page
-    assert "selections" not in render_page(ReportContent("t")).split("<body>")[1]
+    assert "selections" not in page_of(ReportContent("t")).split("<body>")[1]
     assert png_bytes(selection_figure(comparison())) == png_bytes(selection_figure(comparison()))

@@ -1,4 +1,4 @@
-"""Table 1 has the paper's layout and numbers, and refuses what does not compare."""
+"""Table 1 has the paper's layout and numbers, and refuses results that are not comparable."""
 
 import csv
 import io
@@ -10,8 +10,7 @@ import pytest
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import BenchmarkResult, accuracies, level_accuracies, paired_difference
 from lark_jax.report.content import PairedDifference
-from lark_jax.report.table import MISSING
-from lark_jax.report.table_files import csv_table
+from lark_jax.report.table import MISSING, csv_table
 from lark_jax.report.table_one import (
     EvaluatedStudent,
     accuracy_list,
@@ -24,7 +23,7 @@ SAMPLES = 2
 
 
 def benchmark(name, num_problems, solved_per_seed, levels=None):
-    """Every solved problem by its first sample alone."""
+    """Only the first sample of every solved problem is correct."""
     correct = np.zeros((len(solved_per_seed), num_problems, SAMPLES), dtype=bool)
     for seed, solved in enumerate(solved_per_seed):
         correct[seed, :solved, 0] = True
@@ -99,11 +98,11 @@ def test_latex_has_budgets_over_benchmarks_and_as_many_cells_in_every_row():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fingerprint": "other"}, "aime24: 7B, base and 1B, lark B=1 were given different problems under this name"),
-        ({"samples": 5}, "aime24: 7B, base and 1B, lark B=1 do not compare: Acc@2 and Acc@5"),
+        ({"fingerprint": "other"}, "aime24: 7B, base and 1B, lark B=1 answered different problems under this name"),
+        ({"samples": 5}, "aime24: 7B, base and 1B, lark B=1 are not comparable: Acc@2 and Acc@5"),
     ],
 )
-def test_results_that_do_not_compare_are_refused(change, message):
+def test_incomparable_results_are_refused(change, message):
     other = EvaluatedStudent("1B", "lark", 1, (replace(STUDENTS[0].benchmarks[0], **change),))
     with pytest.raises(EvaluationError, match=message):
         table_one([STUDENTS[0], other])

@@ -1,4 +1,4 @@
-"""The task that records what students are asked, and the checks before a run."""
+"""The task that records the benchmarks, and the checks before a run."""
 
 import dataclasses
 import json
@@ -67,15 +67,19 @@ def test_problems_counts_and_fingerprints_are_recorded(own: Path, tmp_path: Path
     assert shown["benchmark own"] == f"4 problems, fingerprint {notes['own']['content_fingerprint'][:12]}"
 
 
-def test_an_unknown_edition_of_a_standard_benchmark_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_edition_of_a_standard_benchmark_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     records = [{"problem": f"1 + {index}?", "answer": index + 1} for index in range(30)]
     (tmp_path / "aime24.json").write_text(json.dumps(records), encoding="utf-8")
     manifest = run_first_task(experiment(tmp_path, str(tmp_path / "aime24.json")))
     assert manifest.outcome.notes["aime24"]["edition"] == "unknown"
-    assert "aime24: as many problems as it should have, but not the texts" in capsys.readouterr().err
+    assert (
+        "aime24: the number of problems is right, but their texts are not the published ones" in capsys.readouterr().err
+    )
 
 
-def test_another_text_or_gold_runs_the_task_again(own: Path, tmp_path: Path) -> None:
+def test_a_changed_text_or_gold_runs_the_task_again(own: Path, tmp_path: Path) -> None:
     before = run_first_task(experiment(tmp_path, str(own))).outcome.notes["own"]
     own.write_text(json.dumps([*RECORDS[:-1], {**RECORDS[-1], "answer": "5"}]), encoding="utf-8")
     after = run_first_task(experiment(tmp_path, str(own))).outcome.notes["own"]
@@ -94,7 +98,7 @@ def test_missing_files_and_unreachable_datasets_are_found_before_the_run(own: Pa
 SERVER = {"engine": "openai", "server": "http://127.0.0.1:9/v1", "server_model": "{student}"}
 UNUSABLE = [
     (("{damaged}",), {}, EvaluationError, r"damaged\.json: not valid JSON"),
-    (("aime24={own}",), {}, EvaluationError, r"own\.json: aime24 has 30 problems, here are 4"),
+    (("aime24={own}",), {}, EvaluationError, r"own\.json: aime24 has 30 problems, this file has 4"),
     (("{own}", "own={other}"), {}, EvaluationError, "evaluate.benchmarks: names must differ, got own, own"),
     (("{own}",), {"seeds": (3, 2**32 + 3)}, EvaluationError, r"evaluate.seeds: \(3, 4294967299\) would draw equal"),
     (("{own}",), {"system_prompts": "nowhere.json"}, ConfigError, r"system_prompts: nowhere\.json: no such file"),
@@ -121,10 +125,10 @@ def test_what_the_evaluation_would_refuse_is_found_before_the_run(
     wanted = experiment(tmp_path, *(entry.format(**named) for entry in entries), **settings)
     with pytest.raises(error, match=message):
         check_paths(wanted)
-    check_paths(dataclasses.replace(wanted, stages=("select",)))  # nobody is asked
+    check_paths(dataclasses.replace(wanted, stages=("select",)))  # no evaluation
 
 
-def test_what_an_earlier_stage_will_write_is_not_looked_for(own: Path, tmp_path: Path) -> None:
+def test_files_that_an_earlier_stage_will_write_are_not_required(own: Path, tmp_path: Path) -> None:
     prepared = tmp_path / "run" / "prepare" / "data" / "later.json"
     prompts = str(prepared.with_name("prompts.json"))
     check_paths(experiment(tmp_path, str(own), str(prepared), system_prompts=prompts))
@@ -134,6 +138,6 @@ def test_what_an_earlier_stage_will_write_is_not_looked_for(own: Path, tmp_path:
         check_paths(experiment(tmp_path, str(own), str(prepared), system_prompts=prompts))
 
 
-def test_a_key_that_is_there_is_enough(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_is_set_is_enough(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OWN_KEY", "secret")
     check_paths(experiment(tmp_path, str(own), **SERVER, server_key_variable="OWN_KEY"))

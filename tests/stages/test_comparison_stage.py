@@ -1,14 +1,13 @@
-"""The comparison of students, read from the files that evaluations leave."""
+"""The comparison of students, read from the files of finished evaluations."""
 
-import dataclasses
 import random
 from pathlib import Path
 
-from lark_jax.evaluation.benchmarks import Benchmark, BenchmarkProblem
-from lark_jax.evaluation.samples import SampleRow
+from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
+from lark_jax.evaluation.samples import GradedSample, write_samples
 from lark_jax.report.comparison import END_SHOWN
-from lark_jax.runtime.files import write_jsonl
 from lark_jax.stages.comparison import comparison_of_students
+from lark_jax.stages.tables import Evaluation
 
 SEEDS, SAMPLES = (4, 9), 3
 
@@ -26,8 +25,8 @@ def leave_samples(folder: Path, asked: Benchmark, rng: random.Random) -> Path:
                 correct = rng.random() < 0.3
                 text = f"{folder.name} {asked.name} {problem.problem_id} {seed} {sample}" + " and so on" * 2_000
                 extracted, reason = ("7", "correct") if correct else (None, "no box")
-                rows.append(SampleRow(problem.problem_id, seed, sample, text, extracted, correct, reason, "stop", 1))
-    write_jsonl(folder / asked.name / "samples.jsonl", [dataclasses.asdict(row) for row in rows])
+                rows.append(GradedSample(problem.problem_id, seed, sample, text, extracted, correct, reason, "stop", 1))
+    write_samples(folder, asked.name, rows)
     return folder
 
 
@@ -37,7 +36,7 @@ def test_verdicts_and_texts_are_those_of_the_sample_files(tmp_path: Path) -> Non
     for name in ("base", "lark_B3"):
         for one in asked:
             leave_samples(tmp_path / name, one, rng)
-    students = [("base", None, tmp_path / "base"), ("lark B=3", 3, tmp_path / "lark_B3")]
+    students = [Evaluation("base", None, tmp_path / "base"), Evaluation("lark", 3, tmp_path / "lark_B3")]
     comparison = comparison_of_students(asked, students)
     assert comparison.labels == ("base", "lark B=3")
     (page,) = comparison.pages
@@ -45,11 +44,13 @@ def test_verdicts_and_texts_are_those_of_the_sample_files(tmp_path: Path) -> Non
     entries = [(direction, entry) for direction in page.directions for entry in direction.entries]
     assert entries
     for direction, entry in entries:
-        assert entry.problem.text == f"{direction.benchmark} asks {entry.problem.problem_id}"
+        assert entry.problem.problem == f"{direction.benchmark} asks {entry.problem.problem_id}"
         for side, correct in zip(entry.sides, (True, False), strict=True):
             name = {"base": "base", "lark B=3": "lark_B3"}[side.label]
             key = f"{name} {direction.benchmark} {entry.problem.problem_id} {side.shown.seed} {side.shown.sample} and"
             assert side.text.startswith(key)
             assert side.text.endswith((" and so on" * 2_000)[-END_SHOWN:])
             assert side.shown.correct is correct
-            assert [(v.seed, v.sample) for v in side.verdicts] == [(s, i) for s in SEEDS for i in range(SAMPLES)]
+            assert [(sample.seed, sample.sample) for sample in side.samples] == [
+                (s, i) for s in SEEDS for i in range(SAMPLES)
+            ]

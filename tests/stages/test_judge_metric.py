@@ -1,4 +1,4 @@
-"""The metric "judge" as a task: its column, its manifest, its life after SIGKILL; a judge under vLLM."""
+"""The metric "judge" as a task: its column, its manifest, a run that is killed, a judge under vLLM."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def number_in(asked: Asked) -> int:
     return int(asked.body["messages"][-1]["content"].split("#")[1])
 
 
-def test_scores_become_a_column_and_every_failure_a_line_of_the_manifest(tmp_path: Path) -> None:
+def test_scores_fill_a_column_and_every_failure_is_in_the_manifest(tmp_path: Path) -> None:
     def script(asked: Asked, _: int) -> Reply:
         replies = {1: json_reply({"error": "too long"}, 400), 3: chat_answer("no idea")}
         return replies.get(number_in(asked)) or good(number_in(asked) / 10)
@@ -109,8 +109,8 @@ def test_scores_become_a_column_and_every_failure_a_line_of_the_manifest(tmp_pat
     assert [row["overall_score"] for row in rows] == [0.0, 0.2, 0.4, 0.5]
 
 
-def test_half_a_surrogate_pair_in_an_answer_costs_nothing(tmp_path: Path) -> None:
-    """No UTF-8 has one; the verdict is as good as another, and so is a server's excuse."""
+def test_half_a_surrogate_pair_in_an_answer_loses_nothing(tmp_path: Path) -> None:
+    """UTF-8 cannot encode it; neither the judgement nor a server's error message is lost."""
 
     def script(asked: Asked, _: int) -> Reply:
         text = json.loads(good(0.5).body)["choices"][0]["message"]["content"]
@@ -132,7 +132,7 @@ def test_half_a_surrogate_pair_in_an_answer_costs_nothing(tmp_path: Path) -> Non
     assert read_metric(folder / "columns.parquet").values["judge"].tolist()[:2] == [0.5, 0.5]
 
 
-def test_speed_and_address_are_no_inputs_and_another_rubric_asks_anew(tmp_path: Path) -> None:
+def test_rate_limits_and_address_are_not_inputs_and_another_rubric_asks_anew(tmp_path: Path) -> None:
     with serving(lambda *_: good(0.5)) as server:
         experiment = experiment_from_mapping(values_for(tmp_path, 4, server=server.url))
         run_tasks([task_of(experiment)])
@@ -149,10 +149,12 @@ def test_speed_and_address_are_no_inputs_and_another_rubric_asks_anew(tmp_path: 
         assert len(server.asked) == 8
 
 
-def test_a_judge_of_no_use_at_all_ends_the_run(tmp_path: Path) -> None:
+def test_a_judge_without_any_usable_answer_ends_the_run(tmp_path: Path) -> None:
     with serving(lambda *_: chat_answer("good job!")) as server:
         experiment = experiment_from_mapping(values_for(tmp_path, 4, server=server.url, attempts=1))
-        with pytest.raises(JudgeError, match="no use for any of 4 trajectories; the first: no useful answer in 1"):
+        with pytest.raises(
+            JudgeError, match="no usable answer for any of 4 trajectories; the first: no useful answer in 1"
+        ):
             run_tasks([task_of(experiment)])
 
 
@@ -175,7 +177,7 @@ def start(values: dict, folder: Path) -> "subprocess.Popen[bytes]":
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_started_again_nothing_answered_is_asked_twice(tmp_path: Path) -> None:
+def test_after_a_kill_no_answered_question_is_asked_again(tmp_path: Path) -> None:
     """The server answers 30 questions and then keeps the others waiting, until the asking process is dead."""
     count, answered_first = 48, 30
     release = threading.Event()
@@ -240,7 +242,7 @@ def test_unusable_settings_are_refused_before_anything_is_read(tmp_path: Path, j
 
 
 @pytest.mark.parametrize(("field", "engine"), [("prompt_file", "openai"), ("model", "vllm")])
-def test_files_that_are_not_there_are_named_before_hours_of_scoring(tmp_path: Path, field: str, engine: str) -> None:
+def test_missing_files_are_named_before_hours_of_scoring(tmp_path: Path, field: str, engine: str) -> None:
     experiment = experiment_from_mapping(values_for(tmp_path, 2, server="http://127.0.0.1:9/v1"))
     with pytest.raises(ConfigError, match=rf"score\.judge\.{field}: .*nowhere: no such file"):
         check_paths(changed(experiment, engine=engine, **{field: str(tmp_path / "nowhere")}))
@@ -256,7 +258,7 @@ def test_a_judge_under_vllm_does_not_share_an_accelerator_with_jax(
         run_tasks([task_of(changed(experiment, model=str(tmp_path / "judge")))])
 
 
-def test_the_command_that_goes_on_under_vllm_runs_the_judge_alone(
+def test_the_command_that_continues_with_vllm_runs_only_the_judge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = values_for(tmp_path, 2)
@@ -307,7 +309,7 @@ class FavourableJudge:
 
 
 def without_a_student(task: Task) -> Task:
-    """The task, but statistics are made up, and depend on nothing."""
+    """The task; statistics are made up and depend on nothing."""
     if task.name != "score/statistics":
         return task
 
@@ -319,7 +321,7 @@ def without_a_student(task: Task) -> Task:
     return dataclasses.replace(task, inputs=dict, run=forward, everywhere=False)
 
 
-def test_a_judge_that_nobody_asks_for_needs_no_settings(tmp_path: Path) -> None:
+def test_without_the_metric_no_judge_settings_are_needed(tmp_path: Path) -> None:
     values = values_for(tmp_path, 2)
     del values["score"]
     assert experiment_from_mapping(values).score.judge == JudgeConfig()

@@ -11,10 +11,10 @@ import pytest
 from lark_jax import table_one
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import BenchmarkResult, accuracies
-from lark_jax.evaluation.benchmarks import Benchmark, BenchmarkProblem
+from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
 from lark_jax.evaluation.engines import EngineChoice
 from lark_jax.evaluation.runner import SUMMARY, StudentResult
-from lark_jax.evaluation.samples import SampleRow, write_sample_table
+from lark_jax.evaluation.samples import GradedSample, write_sample_table
 from lark_jax.runtime import pipeline
 from lark_jax.runtime.files import write_json
 from lark_jax.runtime.pipeline import Outcome, Task
@@ -39,7 +39,7 @@ def evaluate(workdir: Path, name: str, correct_spn: np.ndarray, ids: tuple[str, 
         "amc83", "fingerprint", len(ids), SAMPLES, SEEDS, accuracies(correct_spn), (), 0, 0, 1.0, ()
     )
     rows = [
-        SampleRow(problem, seed, sample, "", "1", bool(correct_spn[s, p, sample]), "", "stop", 1)
+        GradedSample(problem, seed, sample, "", "1", bool(correct_spn[s, p, sample]), "", "stop", 1)
         for s, seed in enumerate(SEEDS)
         for p, problem in enumerate(ids)
         for sample in range(SAMPLES)
@@ -136,15 +136,15 @@ def test_what_cannot_be_joined_is_named(
     ],
 )
 @pytest.mark.parametrize("where", ["small", "other"])
-def test_students_that_were_asked_differently_are_not_joined(
+def test_students_evaluated_with_different_settings_are_not_joined(
     where: str, asked: dict[str, Any], values: str, workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one working directory as in two."""
+    """In one working directory or in two."""
     rng = np.random.default_rng(4)
     correct = rng.random((len(SEEDS), 12, SAMPLES)) < 0.3
     evaluate(tmp_path / where, "rsr_B3", correct, tuple(f"p{index}" for index in range(12)), **asked)
     paths = [str(path) for path in dict.fromkeys((workdir, tmp_path / where))]
     assert table_one.main([*paths, f"--out={tmp_path / 'out'}"]) == 2
     first, other = workdir / "evaluate" / "base", tmp_path / where / "evaluate" / "rsr_B3"
-    assert f"{first} and {other} do not compare: {values};" in capsys.readouterr().err
+    assert f"{first} and {other} are not comparable: {values};" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,8 +1,8 @@
-"""Several engines at once, each in a process of its own with GPUs of its own; the problems are dealt out to them.
+"""Several engines at once, each in a process of its own with its own GPUs; the jobs are dealt out among them.
 
-The worker that was asked starts itself once more per engine (`main.py REQUEST.json --share`), which says on its
-standard output what it generates. Only the first worker writes the output file, so that a run may go on with another
-number of engines.
+The first worker starts itself again once per engine (`main.py REQUEST.json --share`), and each of these sends its
+samples over standard output. Only the first worker writes the output file, so a run can continue with another number
+of engines.
 """
 
 import contextlib
@@ -18,17 +18,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from worker_request import Job, Request, Sample
+from worker_records import Generation, Job, Request, Sample
 
 MAIN = Path(__file__).with_name("main.py")
-Finished = tuple[Job, list[Sample]]
 
 
 def engine_devices(request: Request, gpus: Sequence[str]) -> list[tuple[str, ...]]:
-    """The GPUs of each engine, by what CUDA_VISIBLE_DEVICES calls them; one engine where there are none.
+    """The GPUs of each engine, by their names in CUDA_VISIBLE_DEVICES; one engine without any where there are no GPUs.
 
     Raises:
-      ValueError: the engines that are asked for need more GPUs than there are.
+      ValueError: the requested engines need more GPUs than there are.
     """
     count, each = request.engines, request.tensor_parallel
     if count is None:
@@ -42,7 +41,7 @@ def engine_devices(request: Request, gpus: Sequence[str]) -> list[tuple[str, ...
 
 
 def visible_gpus() -> tuple[str, ...]:
-    import torch  # both offline engines stand on it
+    import torch  # both offline engines depend on it
 
     count = torch.cuda.device_count()
     listed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -51,11 +50,11 @@ def visible_gpus() -> tuple[str, ...]:
 
 def generate(
     request: Request, request_file: Path, groups: Sequence[Sequence[Job]], devices: Sequence[tuple[str, ...]]
-) -> Iterator[Finished]:
+) -> Iterator[Generation]:
     """Yields jobs as any engine finishes them. Jobs of a group stay together; groups are dealt out in turn.
 
     Raises:
-      RuntimeError: an engine failed; the others are ended.
+      RuntimeError: an engine failed; the others are killed.
     """
     jobs = request.jobs()
     index_of = {job.key: index for index, job in enumerate(jobs)}
@@ -63,28 +62,29 @@ def generate(
         [index_of[job.key] for group in groups[first :: len(devices)] for job in group] for first in range(len(devices))
     ]
     with contextlib.ExitStack() as engines:
-        lines: queue.Queue[tuple[_Engine, str | None]] = queue.Queue()
+        lines: queue.Queue[tuple[_EngineProcess, str | None]] = queue.Queue()
         running = 0
         for number, (share, gpus) in enumerate(zip(shares, devices, strict=True), 1):
             if share:
-                engines.enter_context(_Engine(f"engine {number} of {len(devices)}", gpus, request_file, share, lines))
+                name = f"engine {number} of {len(devices)}"
+                engines.enter_context(_EngineProcess(name, gpus, request_file, share, lines))
                 running += 1
         while running:
             engine, line = lines.get()
             if line is None:
                 engine.require_success()
                 running -= 1
-            elif line.endswith("\n"):  # else it was killed in the middle of it, and `None` comes next
+            elif line.endswith("\n"):  # else it was killed while writing the line, and `None` comes next
                 message = json.loads(line)
                 if "error" in message:
                     raise RuntimeError(f"{engine.name}: {message['error']}")
-                yield jobs[message["job"]], [Sample(**sample) for sample in message["samples"]]
+                yield Generation(jobs[message["job"]], tuple(Sample(**sample) for sample in message["samples"]))
 
 
-class _Engine:
-    """A process that generates a share, in a group of its own, and a thread that passes on what it says.
+class _EngineProcess:
+    """A process, in a group of its own, that generates a share, and a thread that queues the lines it sends.
 
-    A context manager; nothing of the group outlives the process.
+    A context manager; no process of the group outlives it.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class _Engine:
         gpus: tuple[str, ...],
         request_file: Path,
         share: Sequence[int],
-        lines: "queue.Queue[tuple[_Engine, str | None]]",
+        lines: "queue.Queue[tuple[_EngineProcess, str | None]]",
     ) -> None:
         self.name = f"{name} (GPU {', '.join(gpus)})" if gpus else name
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
@@ -103,20 +103,20 @@ class _Engine:
             start_new_session=True,
         )  # fmt: skip
         self._share, self._lines = share, lines
-        threading.Thread(target=self._pass_on, daemon=True).start()
-        threading.Thread(target=self._end_what_it_leaves, daemon=True).start()
+        threading.Thread(target=self._queue_lines, daemon=True).start()
+        threading.Thread(target=self._kill_leftovers, daemon=True).start()
 
-    def _pass_on(self) -> None:
+    def _queue_lines(self) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # left open: its end is the end of this process
+        with contextlib.suppress(BrokenPipeError):  # stays open: it closes when this process ends
             print(json.dumps(self._share), file=self._process.stdin, flush=True)
         for line in self._process.stdout:
             self._lines.put((self, line))
         self._lines.put((self, None))
 
-    def _end_what_it_leaves(self) -> None:
-        """A process that was forked by an engine may hold the pipe of its results."""
+    def _kill_leftovers(self) -> None:
+        """A process that the engine forked may hold the pipe of its results."""
         self._process.wait()
         self._kill_group()
 
@@ -130,7 +130,7 @@ class _Engine:
             cause = f"status {status}" if status > 0 else f"signal {-status}"
             raise RuntimeError(f"{self.name} ended by {cause}")
 
-    def __enter__(self) -> "_Engine":
+    def __enter__(self) -> "_EngineProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,11 +138,11 @@ class _Engine:
         self._process.wait()
 
 
-class Share:
-    """The other side: what this process is to generate, and where it says so."""
+class EngineShare:
+    """The engine's side: the jobs that this process generates, and the stream that it sends them to."""
 
     def __init__(self, request: Request, line: str) -> None:
-        """Takes standard output; what an engine prints goes to standard error from here on.
+        """Takes over standard output; what the engine prints goes to standard error from here on.
 
         Args:
           line: indices into `request.jobs()`, as JSON.
@@ -153,13 +153,14 @@ class Share:
         jobs = request.jobs()
         self.jobs = [jobs[index] for index in self._indices]
 
-    def tell(self, finished: Iterable[Finished]) -> None:
+    def send(self, generations: Iterable[Generation]) -> None:
         index_of = {job.key: index for index, job in zip(self._indices, self.jobs, strict=True)}
-        for job, samples in finished:
-            self._say({"job": index_of[job.key], "samples": [dataclasses.asdict(sample) for sample in samples]})
+        for generation in generations:
+            samples = [dataclasses.asdict(sample) for sample in generation.samples]
+            self._write({"job": index_of[generation.job.key], "samples": samples})
 
-    def tell_error(self, text: str) -> None:
-        self._say({"error": text})
+    def send_error(self, text: str) -> None:
+        self._write({"error": text})
 
-    def _say(self, message: dict[str, object]) -> None:
+    def _write(self, message: dict[str, object]) -> None:
         print(json.dumps(message), file=self._results, flush=True)

@@ -1,18 +1,18 @@
-"""Samples from an OpenAI-compatible server that takes prompts as token ids, such as vLLM's own.
+"""Samples from an OpenAI-compatible server that accepts prompts as token ids, such as vLLM's own.
 
-Each sample is one request with its own seed, `first_seed + i`, as in the other engines: what a server makes of `n` and
-one seed differs (some return n equal samples), and the tokens of one sample could not be told from those of another.
+Each sample is one request with its own seed, `first_seed + i`, as in the other engines. Servers treat `n` with one seed
+differently (some return n equal samples), and they report token counts per request, not per sample.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from server_client import RequestRefused, RequestUnanswered, ServerAccess, ServerClient, in_parallel
-from worker_request import Job, Request, Sample, Server
+from worker_records import Generation, Job, Request, Sample, Server
 
 
-def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, list[Sample]]]:
-    """Yields jobs as their last sample arrives. An error of one request ends it; finished jobs have been yielded."""
+def generate(request: Request, pending: Sequence[Job]) -> Iterator[Generation]:
+    """Yields jobs as their last sample arrives. A request that fails ends it; finished jobs have been yielded."""
     server = _server_of(request)
     client = ServerClient(ServerAccess(server.url, server.key_variable, server.timeout_s, server.retries))
     collected: dict[tuple[str, str, int], dict[int, Sample]] = {job.key: {} for job in pending}
@@ -28,18 +28,18 @@ def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, li
         collected[job.key][index] = finished.value
         if len(collected[job.key]) == request.samples:
             samples = collected.pop(job.key)
-            yield job, [samples[position] for position in range(request.samples)]
+            yield Generation(job, tuple(samples[position] for position in range(request.samples)))
 
 
 def _named(error: Exception | None, job: Job) -> Exception:
-    """The error with the problem at which it happened, where that matters."""
+    """The error, prefixed with the problem that it concerns, where it concerns one."""
     if isinstance(error, RequestRefused | RequestUnanswered):
         return type(error)(f"benchmark {job.prompt.benchmark}, problem {job.prompt.problem_id}: {error}")
     return error or RuntimeError("a request ended without a value")
 
 
 def completion_body(request: Request, job: Job, index: int) -> dict[str, Any]:
-    """Every field that decides a sample is sent, also at its usual value: servers have defaults of their own."""
+    """Sends every field that samples depend on, even at its usual value, since servers have defaults of their own."""
     return {
         "model": _server_of(request).model,
         "prompt": list(job.prompt.tokens),

@@ -1,8 +1,8 @@
 """Samples from transformers on torch: the engine that works anywhere. A plain decoding loop with a KV cache.
 
-Every row draws from its own generator, one uniform number per token, so that a sample does not depend on its
-neighbours in the batch; and batches are cut from all that is asked of a benchmark under a seed, so that a resumed run
-has the same ones, and so has one with further benchmarks and seeds.
+Every row draws from its own generator, one uniform number per token, so a sample does not depend on its neighbours in
+the batch. Batches are formed from all jobs of a benchmark and seed, finished or not, so a resumed run has the same
+batches, and so does one with more benchmarks or seeds.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from worker_request import Job, Request, Sample
+from worker_records import Generation, Job, Request, Sample
 
 MAX_ROWS = 256  # sequences decoded together
 MAX_TOKENS = 1 << 18  # of their KV caches together, at full length
@@ -26,7 +26,7 @@ class Decoding:
     pad_id: int
 
 
-def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, list[Sample]]]:
+def generate(request: Request, pending: Sequence[Job]) -> Iterator[Generation]:
     """Yields the pending jobs, batch by batch."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +47,7 @@ def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, li
         for index, job in enumerate(batch):
             if job.key in still_pending:
                 job_rows = rows[index * request.samples : (index + 1) * request.samples]
-                yield job, [_sample(tokens, decoding.stop_ids, tokenizer) for tokens in job_rows]
+                yield Generation(job, tuple(_sample(tokens, decoding.stop_ids, tokenizer) for tokens in job_rows))
 
 
 def pending_batches(request: Request, pending: Sequence[Job]) -> list[list[Job]]:
@@ -58,7 +58,7 @@ def pending_batches(request: Request, pending: Sequence[Job]) -> list[list[Job]]
 
 
 def batches(request: Request) -> list[tuple[Job, ...]]:
-    """All jobs of the request in order; those of a benchmark and seed, as many together as the limits above allow."""
+    """All jobs of the request in order; as many of one benchmark and seed together as the limits above allow."""
     found = []
     for _, group in itertools.groupby(request.jobs(), lambda job: (job.seed, job.prompt.benchmark)):
         jobs = tuple(group)
@@ -76,7 +76,7 @@ def sample_rows(
     budgets: Sequence[int],
     decoding: Decoding,
 ) -> list[list[int]]:
-    """Continues every prompt `len(seeds) / len(prompts)` times, side by side.
+    """Continues every prompt `len(seeds) / len(prompts)` times, all in one batch.
 
     Args:
       model: a causal language model of transformers.
@@ -85,7 +85,7 @@ def sample_rows(
       budgets: per prompt, how many tokens may be generated.
 
     Returns:
-      The generated tokens of each row, its stop token included.
+      The generated tokens of each row, including its stop token.
     """
     copies = len(seeds) // len(prompts)
     tokens_pt, mask_pt = (array.to(model.device) for array in _left_padded(prompts, decoding.pad_id))
@@ -130,14 +130,14 @@ def sample_rows(
 
 
 def penalized(logits_rv: torch.Tensor, seen_rv: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Repetition penalty of Keskar et al. (2019) on tokens of the prompt and of the answer so far, as vLLM has it."""
+    """Repetition penalty of Keskar et al. (2019) on tokens of the prompt and of the answer so far, as in vLLM."""
     if penalty == 1.0:
         return logits_rv
     return torch.where(seen_rv, torch.where(logits_rv > 0, logits_rv / penalty, logits_rv * penalty), logits_rv)
 
 
 def choose(logits_rv: torch.Tensor, uniforms_r: torch.Tensor, decoding: Decoding) -> torch.Tensor:
-    """One token per row: the likeliest at temperature 0, else drawn from the smallest set of tokens that holds top_p.
+    """One token per row: the most likely at temperature 0, else drawn from the smallest set with probability top_p.
 
     Draws by inverting the cumulative distribution at `uniforms_r`, float64 in [0, 1).
     """

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from worker_request import Job, Request, Sample
+from worker_records import Generation, Job, Request, Sample
 
-CPU_KV_CACHE_BYTES = 1 << 30  # unless two single sequences need more
+CPU_KV_CACHE_BYTES = 1 << 30  # unless two sequences need more
 CPU_SEQUENCES = 256  # decoded together
-CPU_TOKENS_PER_STEP = 4_096  # or one longest sequence
+CPU_TOKENS_PER_STEP = 4_096  # or one sequence of maximal length
 WITHOUT_LIBTPU = Path(__file__).with_name("without_libtpu")
 
 
-def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, list[Sample]]]:
-    """Yields jobs as they finish. All are queued at once: the engine keeps its batch full to the end."""
+def generate(request: Request, pending: Sequence[Job]) -> Iterator[Generation]:
+    """Yields jobs as they finish. All are queued at once, so the engine keeps its batch full to the end."""
     if request.tensor_parallel == 1:  # in process: starts faster, and schedules the same way every time
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     hide_libtpu_without_tpu()
@@ -40,17 +40,17 @@ def generate(request: Request, pending: Sequence[Job]) -> Iterator[tuple[Job, li
         for output in engine.step():
             if output.finished:
                 completions: list[Any] = sorted(output.outputs, key=lambda completion: completion.index)
-                samples = [Sample(c.text, str(c.finish_reason), len(c.token_ids)) for c in completions]
-                yield pending[int(output.request_id)], samples
+                samples = tuple(Sample(c.text, str(c.finish_reason), len(c.token_ids)) for c in completions)
+                yield Generation(pending[int(output.request_id)], samples)
 
 
 def hide_libtpu_without_tpu(devices: Path = Path("/dev")) -> None:
-    """vLLM takes an installed libtpu for a TPU; it may be there only to compile for TPUs ahead of time.
+    """vLLM takes an installed libtpu for a TPU, but it may be installed only to compile for TPUs ahead of time.
 
-    Hidden from this process and from those that it starts: vLLM looks at a model's class in one of its own.
+    Hides it from this process and its child processes: vLLM inspects a model's class in a process of its own.
 
     Args:
-      devices: the system's folder of device files; a TPU is one of `accel*` or of `vfio/`, by its driver.
+      devices: the system's folder of device files; a TPU appears as `accel*` or in `vfio/`, depending on its driver.
     """
     if not [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]:
         sys.modules["libtpu"] = None  # type: ignore[assignment]  # how Python spells "cannot be imported"
@@ -78,7 +78,7 @@ def _sampling(request: Request, job: Job) -> Any:
 
 
 def _cpu_arguments(request: Request) -> dict[str, Any]:
-    """On CPU the KV cache needs a size, and compiling costs more than it gains."""
+    """On CPU the KV cache needs an explicit size, and compiling costs more than it gains."""
     config = json.loads((Path(request.model) / "config.json").read_text(encoding="utf-8"))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]

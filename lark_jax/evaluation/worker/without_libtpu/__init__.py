@@ -1,1 +1,1 @@
-"""A folder to put in front of the search path of processes in which libtpu must not be found."""
+"""Put first on the search path of processes that must not find libtpu."""

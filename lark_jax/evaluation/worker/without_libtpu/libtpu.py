@@ -1,3 +1,3 @@
-"""Stands before an installed libtpu on the path of processes that must not take this machine for a TPU."""
+"""Shadows an installed libtpu in processes that would take it for a TPU."""
 
 raise ImportError("no TPU on this machine")

@@ -1,10 +1,10 @@
-"""What counts as a judge's answer, and that nothing else does."""
+"""What counts as a judge's answer; everything else is refused."""
 
 import json
 
 import pytest
 
-from lark_jax.judging.verdict import UselessAnswer, answer_schema, read_verdict
+from lark_jax.judging.judgement import UnusableAnswer, answer_schema, read_judgement
 
 CRITERIA = ("accuracy", "rigor")
 
@@ -15,21 +15,21 @@ def answer(**changes):
 
 
 def with_score(value):
-    """The answer's text with this in the place of a criterion's score."""
+    """The answer's text with this value as a criterion's score."""
     return json.dumps(answer()).replace("0.9", value)
 
 
 @pytest.mark.parametrize("text", [json.dumps(answer()), f"\n {json.dumps(answer(), indent=2)}\n\n"])
 def test_a_whole_answer_is_read(text):
-    verdict = read_verdict(text, CRITERIA)
-    assert (verdict.overall_score, verdict.overall_reason) == (0.7, "It holds.")
-    assert verdict.scores == {"accuracy": 0.9, "rigor": 0.0}
-    assert all(type(score) is float for score in verdict.scores.values())
+    judgement = read_judgement(text, CRITERIA)
+    assert (judgement.overall_score, judgement.overall_reason) == (0.7, "It holds.")
+    assert judgement.scores == {"accuracy": 0.9, "rigor": 0.0}
+    assert all(type(score) is float for score in judgement.scores.values())
 
 
 @pytest.mark.parametrize(("value", "expected"), [("0", 0.0), ("1", 1.0), ("1.0", 1.0), ("1e-3", 0.001), ("-0.0", 0.0)])
-def test_scores_from_0_to_1_are_taken_as_they_are(value, expected):
-    assert str(read_verdict(with_score(value), CRITERIA).scores["accuracy"]) == str(expected)
+def test_scores_from_0_to_1_are_accepted(value, expected):
+    assert str(read_judgement(with_score(value), CRITERIA).scores["accuracy"]) == str(expected)
 
 
 BAD = {
@@ -73,8 +73,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_everything_else_is_refused_with_a_short_reason(name):
     text, reason = BAD[name]
-    with pytest.raises(UselessAnswer, match=reason) as caught:
-        read_verdict(text, CRITERIA)
+    with pytest.raises(UnusableAnswer, match=reason) as caught:
+        read_judgement(text, CRITERIA)
     assert len(str(caught.value)) < 200
     assert "\n" not in str(caught.value)
 
@@ -89,4 +89,4 @@ def test_the_schema_asks_for_exactly_what_is_read():
             return {name: example(inner) for name, inner in part["properties"].items()}
         return "because" if part["type"] == "string" else part["maximum"]
 
-    assert read_verdict(json.dumps(example(schema)), CRITERIA).overall_score == 1.0
+    assert read_judgement(json.dumps(example(schema)), CRITERIA).overall_score == 1.0

@@ -1,31 +1,36 @@
-"""A judge's answer as text -> its scores, or the reason why it is no use. Nothing is repaired and nothing guessed."""
+"""A judge's answer as text -> its scores, or the reason why it is unusable. Nothing is repaired or guessed.
+
+The reasons are told to the judge, so their wording is part of later questions and of the keys of kept answers.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MAX_CHARACTERS = 200_000  # of an answer that is looked at
+MAX_CHARACTERS = 200_000  # of an answer that is parsed
 SHOWN = 60  # characters of a wrong value in a reason
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
+    """What a judge says about one trajectory."""
+
     overall_score: float  # in [0, 1]
     overall_reason: str
     scores: Mapping[str, float]  # criterion -> score in [0, 1]
 
 
-class UselessAnswer(ValueError):
-    """Why an answer has no verdict, in words that may be told to the judge."""
+class UnusableAnswer(ValueError):
+    """Why an answer cannot be used, in words that may be told to the judge."""
 
 
-def read_verdict(text: str, criteria: Sequence[str]) -> Verdict:
+def read_judgement(text: str, criteria: Sequence[str]) -> Judgement:
     """Reads exactly one JSON object with exactly the keys of `answer_schema`; white space around it is allowed.
 
     Raises:
-      UselessAnswer: anything else, a key twice, a score that is no number in [0, 1] (booleans, NaN and numbers in
-        quotes are none), an empty overall reason.
+      UnusableAnswer: anything else, a repeated key, a score that is not a number in [0, 1] (booleans, NaN and numbers
+        in quotes are not), an empty overall reason.
     """
     answer = _object("the answer", _parsed(text), ("criteria", "overall_reason", "overall_score"))
     entries = _object("criteria", answer["criteria"], criteria)
@@ -36,12 +41,12 @@ def read_verdict(text: str, criteria: Sequence[str]) -> Verdict:
         scores[name] = _score(f"criteria.{name}.score", entry["score"])
     reason = _text("overall_reason", answer["overall_reason"])
     if not reason.strip():
-        raise UselessAnswer("overall_reason is empty")
-    return Verdict(_score("overall_score", answer["overall_score"]), reason, scores)
+        raise UnusableAnswer("overall_reason is empty")
+    return Judgement(_score("overall_score", answer["overall_score"]), reason, scores)
 
 
 def answer_schema(criteria: Sequence[str]) -> dict[str, Any]:
-    """The JSON schema of a useful answer, for engines that can hold a model to it."""
+    """The JSON schema of a usable answer, for engines that can enforce it."""
     score = {"type": "number", "minimum": 0, "maximum": 1}
     criterion = _object_schema({"reason": {"type": "string"}, "score": score})
     return _object_schema(
@@ -64,47 +69,47 @@ def _object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parsed(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
-        raise UselessAnswer(f"it has {len(text):,} characters")
+        raise UnusableAnswer(f"it has {len(text):,} characters")
     try:
         return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
-    except UselessAnswer:
+    except UnusableAnswer:
         raise
     except RecursionError:
-        raise UselessAnswer("it is nested too deeply") from None
-    except ValueError as error:  # numbers of thousands of digits too
-        raise UselessAnswer(f"it is not one JSON object and nothing else ({error})") from None
+        raise UnusableAnswer("it is nested too deeply") from None
+    except ValueError as error:  # including numbers of thousands of digits
+        raise UnusableAnswer(f"it is not one JSON object and nothing else ({error})") from None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise UselessAnswer("a key occurs twice in one object")
+        raise UnusableAnswer("a key occurs twice in one object")
     return fields
 
 
 def _refuse_constant(name: str) -> Any:
-    raise UselessAnswer(f"{name} is not a number of JSON")
+    raise UnusableAnswer(f"{name} is not a number of JSON")
 
 
 def _object(where: str, value: Any, keys: Sequence[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UselessAnswer(f"{where} is not an object but {_shown(value)}")
+        raise UnusableAnswer(f"{where} is not an object but {_shown(value)}")
     if missing := [key for key in keys if key not in value]:
-        raise UselessAnswer(f"{where} has no key {missing[0]!r}")
+        raise UnusableAnswer(f"{where} has no key {missing[0]!r}")
     if unknown := [key for key in value if key not in keys]:
-        raise UselessAnswer(f"{where} has the unknown key {_shown(unknown[0])}")
+        raise UnusableAnswer(f"{where} has the unknown key {_shown(unknown[0])}")
     return value
 
 
 def _score(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UselessAnswer(f"{where} is not a number from 0 to 1 but {_shown(value)}")
+        raise UnusableAnswer(f"{where} is not a number from 0 to 1 but {_shown(value)}")
     return abs(float(value))  # -0.0 is 0.0
 
 
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise UselessAnswer(f"{where} is not a text but {_shown(value)}")
+        raise UnusableAnswer(f"{where} is not a text but {_shown(value)}")
     return value
 
 
