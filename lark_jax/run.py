@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from lark_jax.config import Experiment, distributed_from_mapping, experiment_from_mapping
+from lark_jax.config import DistributedConfig, Experiment, experiment_from_mapping, section_of
 from lark_jax.runtime import environment, files, processes, terminal
 from lark_jax.runtime.clusters import ALONE, find_place
 from lark_jax.runtime.command import Arguments, Command, guarded
@@ -51,7 +51,7 @@ def execute(values: Mapping[str, Any], only: tuple[str, ...] = ()) -> int:
 
 
 def _execute(values: Mapping[str, Any], only: tuple[str, ...]) -> int:
-    distributed = distributed_from_mapping(values)
+    distributed = section_of(DistributedConfig, values)
     place = find_place(distributed, os.environ)
     if not _uses_accelerator(only or split_stages(values.get("stages"))[0]):
         if place.index > 0:

@@ -1,15 +1,7 @@
 """One experiment as a frozen, validated dataclass: the only place that declares defaults and what they mean."""
 
 from lark_jax.config.evaluation import STUDENT_PLACEHOLDER, EvaluateConfig
-from lark_jax.config.experiment import (
-    STAGES,
-    Experiment,
-    distributed_from_mapping,
-    experiment_from_mapping,
-    pool_from_mapping,
-    require_known_field,
-    student_from_mapping,
-)
+from lark_jax.config.experiment import STAGES, Experiment, experiment_from_mapping, require_known_field
 from lark_jax.config.fields import expand_home
 from lark_jax.config.finetuning import (
     LORA_TARGETS,
@@ -21,7 +13,7 @@ from lark_jax.config.finetuning import (
 )
 from lark_jax.config.inputs import ColumnsConfig, PoolConfig, StudentConfig, SyntheticConfig
 from lark_jax.config.scoring import ATTENTION_BACKENDS, SCORE_METRICS, JudgeConfig, ScoreConfig, SelectConfig
-from lark_jax.config.values import as_config_dict
+from lark_jax.config.values import as_config_dict, section_of
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -44,10 +36,8 @@ __all__ = [
     "StudentConfig",
     "SyntheticConfig",
     "as_config_dict",
-    "distributed_from_mapping",
     "expand_home",
     "experiment_from_mapping",
-    "pool_from_mapping",
     "require_known_field",
-    "student_from_mapping",
+    "section_of",
 ]

@@ -43,11 +43,7 @@ class EvaluateConfig(Section, name="evaluate"):
         5, "Samples per problem and seed: the k of Acc@k.", unit="samples", paper="C.4, Acc@5", check=at_least(1)
     )
     seeds: tuple[int, ...] = field(
-        (0, 1, 2),
-        "Decoding seeds.",
-        paper="C.4: three decoding seeds",
-        check=SOME_DISTINCT,
-        items=at_least(0),
+        (0, 1, 2), "Decoding seeds.", paper="C.4: three decoding seeds", check=SOME_DISTINCT, items=at_least(0)
     )
     temperature: float = field(0.6, "Sampling temperature.", paper="C.4", check=NON_NEGATIVE)
     top_p: float = field(
@@ -65,10 +61,7 @@ class EvaluateConfig(Section, name="evaluate"):
     )
     tensor_parallel: int = field(1, "GPUs per engine.", unit="GPUs", paper="C.3: one GPU per shard", check=at_least(1))
     engines: int | None = field(
-        None,
-        "Engines that share the problems; None: as many as there are GPUs for.",
-        unit="engines",
-        check=at_least(1),
+        None, "Engines that share the problems; None: as many as there are GPUs for.", unit="engines", check=at_least(1)
     )
     server: str | None = field(
         None, 'Engine "openai": base URL of a server that takes prompts as token ids, http://HOST:PORT/v1.'

@@ -13,7 +13,7 @@ from lark_jax.config.fields import SOME_DISTINCT, Section, at_least, field, one_
 from lark_jax.config.finetuning import DistributedConfig, FinetuneConfig, MeshConfig
 from lark_jax.config.inputs import PoolConfig, StudentConfig, SyntheticConfig
 from lark_jax.config.scoring import ScoreConfig, SelectConfig
-from lark_jax.config.values import converted, require_field_of, section_from_mapping
+from lark_jax.config.values import require_field_of, section_from_mapping
 
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 
@@ -73,30 +73,3 @@ def require_known_field(name: str) -> None:
       ConfigError: gives the nearest known name.
     """
     require_field_of(Experiment, name)
-
-
-def distributed_from_mapping(values: Mapping[str, Any]) -> DistributedConfig:
-    """Only the section `distributed`, which is needed before the others are looked at.
-
-    Raises:
-      ConfigError: as `experiment_from_mapping`, for this section.
-    """
-    return converted(DistributedConfig, values.get("distributed", {}), "distributed")
-
-
-def pool_from_mapping(values: Mapping[str, Any]) -> PoolConfig:
-    """Only the section `pool`.
-
-    Raises:
-      ConfigError: as `experiment_from_mapping`, for this section.
-    """
-    return converted(PoolConfig, values.get("pool", {}), "pool")
-
-
-def student_from_mapping(values: Mapping[str, Any]) -> StudentConfig:
-    """Only the section `student`.
-
-    Raises:
-      ConfigError: as `experiment_from_mapping`, for this section.
-    """
-    return converted(StudentConfig, values.get("student", {}), "student")

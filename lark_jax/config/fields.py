@@ -37,7 +37,7 @@ FRACTION = Check("a number in [0, 1)", lambda value: 0 <= value < 1)
 DISTINCT = Check("distinct values", _distinct)
 SOME_DISTINCT = Check("one or more distinct values", lambda values: len(values) > 0 and _distinct(values))
 URL = Check(
-    "an address such as http://HOST:PORT/v1, without a key in it",  # a key would end up in manifests
+    "http://HOST:PORT/v1 or similar, without a key in it",  # a key would end up in manifests
     lambda value: value.startswith(("http://", "https://")) and "@" not in value,
 )
 # People put the key itself here by mistake, and a message would pass it on.

@@ -117,11 +117,7 @@ class ScoreConfig(Section, name="score"):
         check=one_of("auto", "replicated", "gathered"),
     )
     natural_context: int = field(
-        4,
-        "Preceding steps that a step sees in Local Naturalness.",
-        unit="steps",
-        paper="C.2, m",
-        check=at_least(0),
+        4, "Preceding steps that a step sees in Local Naturalness.", unit="steps", paper="C.2, m", check=at_least(0)
     )
     natural_split: str | None = field(
         None,

@@ -66,6 +66,17 @@ def section_from_mapping(section: type[AnySection], values: Mapping[str, Any], p
     return section(**arguments)
 
 
+def section_of(section: type[AnySection], values: Mapping[str, Any]) -> AnySection:
+    """One section of an experiment's `values`, without looking at the others.
+
+    Raises:
+      ConfigError: as `section_from_mapping`.
+    """
+    name = section.prefix.rstrip(".")
+    found: AnySection = converted(section, values.get(name, {}), name)
+    return found
+
+
 def require_field_of(section: type[Section], name: str) -> None:
     """Raises ConfigError, with the nearest known name, unless `section` has the field `name` ("columns.prompt")."""
     first, _, rest = name.partition(".")

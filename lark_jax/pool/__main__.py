@@ -6,7 +6,7 @@ Prints what a pool holds, and which of it a run would leave out and why. Needs n
 import dataclasses
 from typing import Any
 
-from lark_jax.config import PoolConfig, StudentConfig, pool_from_mapping, student_from_mapping
+from lark_jax.config import PoolConfig, StudentConfig, section_of
 from lark_jax.errors import ConfigError
 from lark_jax.pool.readers import load_pool, source_size
 from lark_jax.pool.summary import PoolSummary, as_json, as_text, summarise
@@ -28,7 +28,7 @@ def show(arguments: Arguments) -> int:
         values.setdefault("pool", {})["path"] = arguments.positional[0]
     elif not values.get("pool", {}).get("path"):
         raise ConfigError("which pool? give PATH or --config=FILE")
-    config = pool_from_mapping(values)
+    config = section_of(PoolConfig, values)
     summary = look_at(config, _student(values, arguments.flags["student"]))
     if arguments.flags["out"] is not None:
         files.write_json(arguments.flags["out"], as_json(summary))
@@ -64,7 +64,7 @@ def _student(values: dict[str, Any], folder: str | None) -> StudentConfig | None
     """The configured student with the tokenizer in `folder`; None: tokens are not counted."""
     if folder is None:
         return None
-    return student_from_mapping({"student": {**values.get("student", {}), "path": folder}})
+    return section_of(StudentConfig, {"student": {**values.get("student", {}), "path": folder}})
 
 
 def what_stops_a_run(config: PoolConfig, summary: PoolSummary) -> str:

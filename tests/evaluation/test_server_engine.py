@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from scripted_server import Asked, Reply, completion, json_reply, serving
 
-from lark_jax.config import EvaluateConfig, experiment_from_mapping
-from lark_jax.config.judge import JudgeConfig
+from lark_jax.config import EvaluateConfig, JudgeConfig, experiment_from_mapping
 from lark_jax.errors import ConfigError, EvaluationError
 from lark_jax.evaluation.engines import WORKER, read_generations, run_generation
 from lark_jax.evaluation.generation_request import server_for

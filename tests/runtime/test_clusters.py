@@ -200,7 +200,7 @@ def test_a_port_in_use_is_refused_before_jax_crashes() -> None:
         server.bind(("", 0))
         server.listen()
         port = server.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port} is taken"):
+        with pytest.raises(ConfigError, match=f"port {port} is in use"):
             require_free_port(f"localhost:{port}")
     require_free_port(f"localhost:{port}")
 
@@ -208,8 +208,8 @@ def test_a_port_in_use_is_refused_before_jax_crashes() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"coordinator": "host:1"}, "distributed"),
-        ({"num_processes": 2, "process_id": 0}, "distributed"),
+        ({"coordinator": "host:1"}, "distributed.num_processes"),
+        ({"num_processes": 2, "process_id": 0}, "distributed.coordinator"),
         ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "distributed.coordinator"),
         ({"coordinator": "host:port", "num_processes": 2, "process_id": 0}, "distributed.coordinator"),
         ({"coordinator": "host:1", "num_processes": 0, "process_id": 0}, "distributed.num_processes"),

@@ -136,7 +136,7 @@ def test_what_changed_since_an_interrupted_run_is_named(worker: Worker, capsys: 
 def test_foreign_files_are_never_removed(worker: Worker) -> None:
     worker.directory.mkdir()
     (worker.directory / "thesis.tex").write_text("years of work")
-    with pytest.raises(PipelineError, match="not from this program"):
+    with pytest.raises(PipelineError, match="files that lark_jax did not write"):
         run_tasks([worker.task()])
     assert (worker.directory / "thesis.tex").read_text() == "years of work"
 

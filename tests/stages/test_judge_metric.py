@@ -17,8 +17,7 @@ from ml_collections import config_flags
 from score_records import score_record
 from scripted_server import Asked, Reply, ScriptedServer, chat_answer, json_reply, serving
 
-from lark_jax.config import Experiment, experiment_from_mapping
-from lark_jax.config.judge import JudgeConfig
+from lark_jax.config import Experiment, JudgeConfig, experiment_from_mapping
 from lark_jax.errors import ConfigError, JudgeError
 from lark_jax.judging.answers import Answer, AnswerFile
 from lark_jax.judging.judge import Question
