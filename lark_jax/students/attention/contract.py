@@ -91,8 +91,7 @@ def dense_attention(
     precision = matmul_precision(q_bthd.dtype)
     q_btkgd = q_bthd.reshape(batch, time, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", q_btkgd, k_bskd, precision=precision, preferred_element_type=jnp.float32)
-    positions = jnp.arange(time)
-    allowed = visible_keys(positions, positions, segment_ids, segment_ids, window)[:, None, None]
+    allowed = visible_keys(jnp.arange(time), jnp.arange(time), segment_ids, segment_ids, window)[:, None, None]
     scores = jnp.where(allowed, scaled(scores, scale, head_dim), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_bskd.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v_bskd, precision=precision, preferred_element_type=jnp.float32)
@@ -113,12 +112,12 @@ def visible_keys(
 
     With a window, it sees itself and the `window` - 1 positions before it (HF's `sliding_window`).
     """
-    visible = query_positions[:, None] >= key_positions[None, :]
+    visible = (query_positions[:, None] >= key_positions[None, :])[None]
     if window is not None:
-        visible &= key_positions[None, :] > query_positions[:, None] - window
+        visible &= (key_positions[None, :] > query_positions[:, None] - window)[None]
     if query_segments is None or key_segments is None:
-        return visible[None]
-    return visible[None] & (query_segments[:, :, None] == key_segments[:, None, :])
+        return visible
+    return visible & (query_segments[:, :, None] == key_segments[:, None, :])
 
 
 def scaled(x: jax.Array, scale: float | None, head_dim: int) -> jax.Array:
