@@ -7,7 +7,7 @@ Hardware in the paper: 8 x A100-80GB; 3 to 5 hours per fine-tuning run, 15 minut
 Numbers in the paper (Table 1, LARK, average Acc@5 of four benchmarks): 26.29 ± 2.66 (B=1) and 29.13 ± 2.72 (B=3).
 The base checkpoint brings no chat template: llama3_chat.jinja, beside this file, is the public Llama 3 format. The
 paper does not say which template it used for this student.
-We have not run this configuration: no such hardware was at hand. See README, "Limits".
+We have not run this configuration: no such hardware was at hand. See docs/verification.md, "Limits".
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@
     make demo        # or: python -m lark_jax.run --config=configs/tiny.py
 
 Hardware: 2 CPU cores, under 10 minutes. Nothing is downloaded: the "prepare" stage writes the problems, the pool,
-the tokenizer and the student, which it pre-trains. README shows what came out.
+the tokenizer and the student, which it pre-trains. docs/demo.md shows what came out.
 It runs the same code as configs/qwen7b.py, by the same recipe; what differs is below. None of it was chosen by
 looking at which selection method does better.
 """

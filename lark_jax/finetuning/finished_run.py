@@ -10,11 +10,12 @@ from lark_jax.errors import TrainingError
 from lark_jax.finetuning.checkpoints import CheckpointStore, RunFingerprint
 from lark_jax.finetuning.optimizer import make_optimizer
 from lark_jax.finetuning.parameter_sets import abstract_frozen, lora_of
-from lark_jax.finetuning.step import abstract_state, trained_student
+from lark_jax.finetuning.step import abstract_state
 from lark_jax.runtime import files
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import abstract_decoder
+from lark_jax.students.sharded import ShardedStudent
 
 CHECKPOINTS = "checkpoints"  # folder of the checkpoints in the folder of a run
 RECORD = "run.json"  # what the run was and how many steps it has; written when it is complete
@@ -39,18 +40,18 @@ def finished_student(directory: Path, architecture: Architecture, config: Finetu
         last step.
     """
     fingerprint, steps = _read_record(directory / RECORD)
-    model = abstract_decoder(architecture, config.dtype, lora=lora_of(config))
+    student = ShardedStudent.abstract(abstract_decoder(architecture, config.dtype, lora=lora_of(config)), mesh)
     optimizer = make_optimizer(config, steps)
     with CheckpointStore(directory / CHECKPOINTS, fingerprint, keep=config.keep_checkpoints) as store:
-        restored = store.restore_latest(abstract_state(model, optimizer, mesh))
+        restored = store.restore_latest(abstract_state(student, optimizer))
     if restored is None or restored.completed_steps != steps:
         found = "there is none" if restored is None else f"the newest is of step {restored.completed_steps}"
         raise TrainingError(
             f"{directory / CHECKPOINTS}: the checkpoint of the last step, {steps}, is missing ({found}); delete "
             f"{directory / RECORD} and run the stage 'finetune' again: it trains the steps that are missing"
         )
-    frozen: Any = abstract_frozen(model)
-    return trained_student(model, restored.state.parameters, frozen)
+    frozen: Any = abstract_frozen(student)
+    return student.with_parameters({**frozen, **restored.state.parameters})
 
 
 def _read_record(path: Path) -> tuple[RunFingerprint, int]:

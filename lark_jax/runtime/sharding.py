@@ -80,16 +80,27 @@ def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[s
         split into columns and rows; (DATA, TENSOR): what is left is split over `data` too.
 
     Raises:
-      KeyError: no row, or more than one row, of the table matches `name`.
+      KeyError: see `table_spec`.
     """
-    matches = [spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, name)]
-    if len(matches) != 1:
-        raise KeyError(f"{name}: {len(matches)} rows of PARAMETER_SPECS match, expected one")
 
     def splits(axis: str | None, size: int) -> bool:
         return axis in axes and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
 
-    return PartitionSpec(*(axis if splits(axis, size) else None for axis, size in zip(matches[0], shape, strict=False)))
+    return PartitionSpec(
+        *(axis if splits(axis, size) else None for axis, size in zip(table_spec(name), shape, strict=False))
+    )
+
+
+def table_spec(name: str) -> PartitionSpec:
+    """The row of `PARAMETER_SPECS` for parameter `name`.
+
+    Raises:
+      KeyError: no row, or more than one row, matches `name`.
+    """
+    matches = [spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, name)]
+    if len(matches) != 1:
+        raise KeyError(f"{name}: {len(matches)} rows of PARAMETER_SPECS match, expected one")
+    return matches[0]
 
 
 def parameter_sharding(

@@ -26,6 +26,7 @@ from lark_jax.students import Decoder, export_adapter, export_student, load_stud
 from lark_jax.students.checkpoint.adapters import with_fresh_adapter
 from lark_jax.students.lora import FACTOR_B, is_factor
 from lark_jax.students.parameters import flatten_parameters, replace_parameters
+from lark_jax.students.sharded import ShardedStudent
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -173,10 +174,11 @@ def test_loss_and_gradient_are_those_of_peft_in_every_layout(
     theirs, mesh = peer_of(family), mesh_of(*layout)
     config = dataclasses.replace(CONFIGS[family], packing=packing)
     data, optimizer = TrainingSet(theirs.examples, config.batch_size, SEED), make_optimizer(config, STEPS)
-    frozen = frozen_parameters(theirs.adapted, jnp.dtype("float32"), mesh)
-    step = make_train_step(theirs.adapted, optimizer, mesh, vocab_chunk=48, frozen=frozen)
-    parameters = initial_state(theirs.adapted, optimizer, mesh).parameters
-    sums = zero_sums(parameters, mesh)
+    layout = ShardedStudent.abstract(theirs.adapted, mesh)
+    frozen = frozen_parameters(theirs.adapted, layout)
+    step = make_train_step(layout, optimizer, vocab_chunk=48, frozen=frozen)
+    parameters = initial_state(theirs.adapted, layout, optimizer).parameters
+    sums = zero_sums(layout)
     for micro_batch in cut(data, data.batch(0), config, data_shards=mesh.shape[DATA], pad_id=PAD_ID):
         sums, _ = step.accumulate(parameters, sums, put_rows(micro_batch, mesh))
     assert float(sums.loss) == pytest.approx(theirs.loss, rel=1e-5)

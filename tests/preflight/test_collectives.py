@@ -11,7 +11,8 @@ from lark_jax.preflight.collectives import Collective, collectives_of
 from lark_jax.runtime.sharding import DATA, PARAMETER_SPECS, TENSOR
 from lark_jax.scoring.step import trace_score_step
 from lark_jax.students.architecture import architecture_from_config
-from lark_jax.students.parameters import parameter_shapes
+from lark_jax.students.parameters import abstract_decoder, parameter_shapes
+from lark_jax.students.sharded import ShardedStudent
 
 LAYERS = 5
 
@@ -64,16 +65,10 @@ def test_a_collective_in_a_loop_of_unknown_length_is_refused() -> None:
 
 def traced_bytes(axes: tuple[str, ...], data: int, tensor: int, length: int) -> dict[str, int]:
     mesh = mesh_of(data, tensor)
-    traced = trace_score_step(
-        architecture_from_config(STUDENT_SHAPES["tiny"]),
-        mesh,
-        dtype=jnp.bfloat16,
-        vocab_chunk=128,
-        parameter_axes=axes,
-        attention_backend="blockwise",
-        rows=data,
-        length=length,
-    )
+    architecture = architecture_from_config(STUDENT_SHAPES["tiny"])
+    structure = abstract_decoder(architecture, jnp.bfloat16, jnp.bfloat16, attention_backend="blockwise")
+    student = ShardedStudent.abstract(structure, mesh, axes)
+    traced = trace_score_step(student, vocab_chunk=128, rows=data, length=length)
     return {item.kind: item.bytes_sent for item in collectives_of(traced.jaxpr, mesh.shape)}
 
 

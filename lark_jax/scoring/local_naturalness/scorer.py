@@ -31,7 +31,7 @@ def score_local_naturalness(
       ConfigError: the mesh does not fit the student.
     """
     options = work.options
-    programs = WindowPrograms(student, mesh, options.vocab_chunk, parameter_axes=options.parameter_axes)
+    programs = WindowPrograms(student, mesh, options.vocab_chunk)
     own = [part for part in work.parts if share.takes(part.number)]
     finished = _agree_on_finished(work, own, mesh)
     prompts: Prompts = {}

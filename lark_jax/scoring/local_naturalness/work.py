@@ -38,7 +38,6 @@ class NaturalnessOptions:
     vocab_chunk: int
     context: int = 4  # m: steps before the one that is scored
     split: str | None = None  # see `steps.compile_split`
-    parameter_axes: tuple[str, ...] = ()  # of the mesh, over which the student's parameters are split
 
 
 @dataclass(frozen=True)
