@@ -40,18 +40,18 @@ def finished_student(directory: Path, architecture: Architecture, config: Finetu
         last step.
     """
     fingerprint, steps = _read_record(directory / RECORD)
-    model = ShardedStudent.abstract(abstract_decoder(architecture, config.dtype, lora=lora_of(config)), mesh)
+    student = ShardedStudent.abstract(abstract_decoder(architecture, config.dtype, lora=lora_of(config)), mesh)
     optimizer = make_optimizer(config, steps)
     with CheckpointStore(directory / CHECKPOINTS, fingerprint, keep=config.keep_checkpoints) as store:
-        restored = store.restore_latest(abstract_state(model, optimizer))
+        restored = store.restore_latest(abstract_state(student, optimizer))
     if restored is None or restored.completed_steps != steps:
         found = "there is none" if restored is None else f"the newest is of step {restored.completed_steps}"
         raise TrainingError(
             f"{directory / CHECKPOINTS}: the checkpoint of the last step, {steps}, is missing ({found}); delete "
             f"{directory / RECORD} and run the stage 'finetune' again: it trains the steps that are missing"
         )
-    frozen: Any = abstract_frozen(model)
-    return model.with_parameters({**frozen, **restored.state.parameters})
+    frozen: Any = abstract_frozen(student)
+    return student.with_parameters({**frozen, **restored.state.parameters})
 
 
 def _read_record(path: Path) -> tuple[RunFingerprint, int]:
