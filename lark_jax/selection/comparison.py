@@ -1,4 +1,4 @@
-"""How selections from one score table differ: overlap, length, teachers."""
+"""Overlap of selections from one score table, and the teachers of their trajectories."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Pick:
 
 
 def jaccard(selections: Sequence[Sequence[Pick]]) -> np.ndarray:
-    """|A and B| / |A or B| of the trajectories of every two selections, float64 [S, S]; 1 for two empty ones."""
+    """|A and B| / |A or B| of the trajectories of each pair of selections, float64 [S, S]; 1 for two empty ones."""
     sets = [{pick.key for pick in picks} for picks in selections]
     overlap = np.ones((len(sets), len(sets)))
     for row, own in enumerate(sets):
@@ -32,7 +32,7 @@ def jaccard(selections: Sequence[Sequence[Pick]]) -> np.ndarray:
 
 
 def teacher_shares(picks: Iterable[Pick]) -> dict[str, float]:
-    """The part of the training weight that each teacher's trajectories have, teachers in alphabetical order."""
+    """Share of the training weight per teacher, teachers in alphabetical order."""
     weights: dict[str, float] = {}
     for pick in picks:
         weights[pick.teacher] = weights.get(pick.teacher, 0.0) + pick.weight

@@ -1,4 +1,4 @@
-"""What the report says about the selections: read from their training files and the score table."""
+"""Compares selections for the report, from their training files and the score table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from lark_jax.selection.comparison import Pick, jaccard, teacher_shares
 
 
 def read_picks(directory: Path) -> tuple[Pick, ...]:
-    """The trajectories of a finished selection, without their texts."""
+    """Reads the trajectories of a finished selection, without their texts."""
     rows = pq.read_table(directory / TRAIN_PARQUET, columns=["weight", "meta"]).to_pylist()
     return tuple(
         Pick(row["meta"]["problem_id"], row["meta"]["candidate_id"], row["meta"]["teacher"], row["weight"])
@@ -23,7 +23,7 @@ def read_picks(directory: Path) -> tuple[Pick, ...]:
 def comparison_of(
     table: ScoreTable, selections: Sequence[tuple[str, int, Sequence[Pick]]]
 ) -> SelectionComparison | None:
-    """(method, budget, picks) of at least two selections from `table` beside each other; None for fewer."""
+    """Compares selections (method, budget, picks) from `table`; None for fewer than two."""
     if len(selections) < 2:
         return None
     rows = range(len(table))
