@@ -20,8 +20,7 @@ from lark_jax.report.table import selection_table, text_table
 from lark_jax.runtime.files import write_json, write_text
 from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, select_trajectories
-from lark_jax.selection.comparison import Pick
-from lark_jax.stages.selections import comparison_of
+from lark_jax.stages.selections import Pick, comparison_of
 
 
 def select_all(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lark_jax.selection.comparison import Pick, jaccard, teacher_shares
+from lark_jax.stages.selections import Pick, jaccard, teacher_shares
 
 
 def picks(*names: str, weight: float = 0.5) -> list[Pick]:
