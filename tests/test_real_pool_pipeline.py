@@ -20,7 +20,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 MAX_LENGTH = 256
 BUDGET = 3
 EPOCHS = 5
-SHORT_PROBLEMS = 6  # and one whose prompt alone fills MAX_LENGTH
+SHORT_PROBLEMS = 6  # and one whose prompt fills MAX_LENGTH
 GENERATION_PROMPT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"  # what minimind's template writes
 
 

@@ -91,16 +91,16 @@ def test_only_an_added_metric_runs_and_its_columns_join_the_same_statistics(
 
     added = with_metrics(experiment, "rule_quality")
     assert run_tasks(tasks_of(added)) == 2
-    said = capsys.readouterr().err
-    assert "score/statistics: up to date" in said
-    assert "score/rule_quality: done (6 trajectories, 6 with values)" in said
+    printed = capsys.readouterr().err
+    assert "score/statistics: up to date" in printed
+    assert "score/rule_quality: done (6 trajectories, 6 with values)" in printed
     assert run_tasks(tasks_of(added)) == 0
     after = pq.read_table(table_of(experiment))
     assert after.select(before.column_names).equals(before)
     frequencies = [score.metrics["rule_granularity"] for score in read_scores(table_of(experiment))]
     assert frequencies == [1 / 4, 1 / 8, 0.0] * 2
 
-    assert run_tasks(tasks_of(experiment)) == 1  # taken out again: joined anew, nothing else
+    assert run_tasks(tasks_of(experiment)) == 1  # removed again: only the join runs
     assert pq.read_table(table_of(experiment)).equals(before)
 
 
@@ -143,7 +143,7 @@ def test_the_manifest_of_the_table_counts_and_lists_what_each_task_left_out(
         (Outcome({"trajectories": 6, "truncated": 1}, notes={"max_length": 512, "throughput": 2}), 2),
         (Outcome({"trajectories": 6}, [{"reason": "empty"}], {"max_length": 512, "throughput": 2}), 2),
     ],
-    ids=["speed alone", "note", "count", "skipped record"],
+    ids=["only speed", "note", "count", "skipped record"],
 )
 def test_statistics_of_equal_bytes_are_joined_again_if_their_manifest_changed(
     experiment: Experiment, found: Outcome, runs: int
