@@ -1,9 +1,9 @@
-"""Time of selecting from a synthetic score table: `python scripts/bench_selection.py --out=build/bench_selection.json`.
+"""Times selection from a synthetic score table: `python scripts/bench_selection.py --out=build/bench_selection.json`.
 
-"select" is the selection itself after compilation: columns of the table in, scores, ranks and weights of the whole pool
-out. "group" finds the candidates of each problem; "choices" is the whole of `select_trajectories`, which also makes one
-Python object per chosen candidate. The time per candidate at different sizes shows whether it grows linearly. The peer
-is LARK written down in NumPy, one problem after the other, as selection scripts usually are.
+"select" is the selection itself after compilation, from columns of the table to scores, ranks and weights of the whole
+pool. "group" finds the candidates of each problem; "choices" is all of `select_trajectories`, which also makes one
+Python object per chosen candidate. The time per candidate at several sizes shows whether it grows linearly. The peer is
+LARK in NumPy in a loop over problems, as in most selection scripts.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from lark_jax.selection.candidates import group_by_problem
 from lark_jax.selection.selector import weigh
 
 CANDIDATES = 33
-MOST_OF_PEER = 5_000  # problems; it takes as long for each
+PEER_PROBLEMS = 5_000  # its time is linear in the problems, so it is extrapolated from these
 METRIC_COLUMNS = ("judge", "local_naturalness", *COLUMNS)
 
 
 def synthetic_table(problems: int, metrics: Sequence[str], seed: int) -> ScoreTable:
-    """Random statistics and further metrics; problem by problem, as scoring leaves them."""
+    """Random statistics and additional metrics; problem by problem, as scoring writes them."""
     rng, rows = np.random.default_rng(seed), problems * CANDIDATES
     problem = pa.array([f"p{number}" for number in range(problems)]).take(pa.array(np.arange(rows) // CANDIDATES))
     candidate = pa.array([f"c{number}" for number in range(CANDIDATES)]).take(pa.array(np.arange(rows) % CANDIDATES))
@@ -47,13 +47,13 @@ def synthetic_table(problems: int, metrics: Sequence[str], seed: int) -> ScoreTa
         "status": pa.repeat("ok", rows),
         "reason": pa.repeat("", rows),
     }
-    further = {name: pa.array(rng.uniform(0, 1, rows)) for name in metrics}
+    additional = {name: pa.array(rng.uniform(0, 1, rows)) for name in metrics}
     schema = pa.schema([*SCHEMA, *(pa.field(name, pa.float64()) for name in metrics)])
-    return ScoreTable(pa.table({**fixed, **further}, schema=schema))
+    return ScoreTable(pa.table({**fixed, **additional}, schema=schema))
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The shortest of some runs: what others do on the machine only adds."""
+    """The shortest of several runs, since other work on the machine only adds time."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -86,10 +86,10 @@ def measure(problems: int, budget: int, repeats: int, methods: Sequence[Method])
     select = {m.name: seconds(lambda m=m: weigh(candidates, m, budget, 0), repeats) for m in methods}  # type: ignore[misc]
     choices = seconds(lambda: select_trajectories(table, METHODS["lark"], budget, 0), repeats)
     reading = seconds(lambda: (candidates.column("loss"), candidates.column("brier")), repeats)
-    first = [candidates.column(name)[:MOST_OF_PEER] for name in ("loss", "brier")]
+    first = [candidates.column(name)[:PEER_PROBLEMS] for name in ("loss", "brier")]
     loop = seconds(lambda: one_by_one(*first, budget), repeats) * problems / len(first[0])
     peer = reading + loop
-    weights = weigh(candidates, METHODS["lark"], budget, 0).weights[:MOST_OF_PEER]
+    weights = weigh(candidates, METHODS["lark"], budget, 0).weights[:PEER_PROBLEMS]
     np.testing.assert_allclose(weights, one_by_one(*first, budget), rtol=1e-6, atol=1e-12)
     return {
         "problems": problems,

@@ -1,11 +1,11 @@
-"""Times `token_statistics` over chunk sizes against the dense way (log_softmax and Brier from full logits) in one run.
+"""Times `token_statistics` at several chunk sizes against a dense peer (log_softmax and Brier from full logits).
 
     python scripts/bench_token_statistics.py --out=bench.json
     python scripts/bench_token_statistics.py --tokens=32768 --hidden_size=3584 --vocab_size=152064 --dense_tokens=8192
 
-Both sides get the same operands; the peer works on slices of --dense_tokens tokens, since its logits have to fit.
-Rounds alternate between the contestants, so that a busy machine slows all of them; a ratio above 1 means that the op
-is faster. The seconds of a machine with other work on it are worth little, the ratios more.
+Both get the same operands; the peer works on slices of --dense_tokens tokens, so that its logits fit. Rounds alternate
+between the contestants, so that a busy machine slows all of them: its ratios are more reliable than its seconds. A
+ratio above 1 means that the op is faster.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""All methods from one score table beside each other, in seconds: overlap, mean length, teachers.
+"""Compares all methods on one score table in seconds: overlap, mean length, teachers.
 
     python scripts/compare_methods.py --scores=runs/mine/score/scores.parquet --out=build/compare_methods
 
-Methods whose metric is not in the table are named and left out. Writes `selections.txt`, `selections.json` and
-`selections.png`; the report of a run shows the same for the methods that it selected with.
+Lists and skips methods whose metric is not in the table. Writes `selections.txt`, `selections.json` and
+`selections.png`; the report of a run shows the same for its own methods.
 """
 
 import argparse
@@ -20,14 +20,13 @@ from lark_jax.report.table import selection_table, text_table
 from lark_jax.runtime.files import write_json, write_text
 from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, select_trajectories
-from lark_jax.selection.comparison import Pick
-from lark_jax.stages.selections import comparison_of
+from lark_jax.stages.selections import Pick, comparison_of
 
 
 def select_all(
     table: ScoreTable, methods: Sequence[str], budgets: Sequence[int], seed: int
 ) -> tuple[list[tuple[str, int, list[Pick]]], dict[str, str]]:
-    """(method, budget, picks) of all that can be selected, and why the others cannot."""
+    """(method, budget, picks) of the methods that can select, and the reasons of the others."""
     selections, refused = [], {}
     for budget in budgets:
         for name in methods:

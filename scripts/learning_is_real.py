@@ -40,7 +40,7 @@ WEIGHTINGS: dict[str, Weighting] = {
 
 
 def reweighted(examples: Sequence[Example], weighting: Weighting) -> list[Example]:
-    """Each problem keeps its total weight. `examples` of a problem are neighbours, in order of rank."""
+    """Keeps the total weight of each problem, whose `examples` are adjacent and ordered by rank."""
     result: list[Example] = []
     for _, group in itertools.groupby(examples, key=lambda example: example.rendered.problem_id):
         members = list(group)
@@ -50,7 +50,7 @@ def reweighted(examples: Sequence[Example], weighting: Weighting) -> list[Exampl
 
 
 def write_first_problems(pool: Path, out: Path, count: int) -> None:
-    """The records of the first `count` problems, as they are."""
+    """Copies the records of the first `count` problems unchanged."""
     problems: set[str] = set()
     kept = []
     with pool.open(encoding="utf-8") as lines:

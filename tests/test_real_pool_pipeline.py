@@ -1,4 +1,4 @@
-"""Published trajectories through score, select and finetune, beside counts made without the product's own renderer."""
+"""Published trajectories through score, select and finetune, against counts made without our renderer."""
 
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 MAX_LENGTH = 256
 BUDGET = 3
 EPOCHS = 5
-SHORT_PROBLEMS = 6  # and one whose prompt alone fills MAX_LENGTH
+SHORT_PROBLEMS = 6  # and one whose prompt fills MAX_LENGTH
 GENERATION_PROMPT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"  # what minimind's template writes
 
 
@@ -60,7 +60,7 @@ def _lengths(tokenizer, record) -> tuple[int, int]:
 
 
 def _sample(tokenizer, source: Path) -> list[dict]:
-    """All candidates of a few problems, one of them with a prompt that leaves no room for an answer."""
+    """All candidates of a few problems; the prompt of one leaves no room for an answer."""
     groups = defaultdict(list)
     for line in source.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -121,7 +121,7 @@ def test_scored_truncated_and_skipped_counts_are_those_of_an_independent_tokeniz
 
 
 @pytest.mark.slow
-def test_a_random_student_is_surprised_by_about_the_logarithm_of_the_vocabulary(finished: Finished) -> None:
+def test_the_loss_of_a_random_student_is_about_the_logarithm_of_the_vocabulary(finished: Finished) -> None:
     losses = [
         score.statistics["loss"]
         for score in read_scores(finished.workdir / "score/scores.parquet")

@@ -39,12 +39,12 @@ class TokenStatistics(NamedTuple):
 
 
 class _OtherSums(NamedTuple):
-    """Sums over some of the vocabulary without y, relative to the largest logit m among it."""
+    """Sums over a part of the vocabulary without y, relative to its largest logit m."""
 
     max_other: jax.Array  # m, fp32 [..., t]
     sum_exp: jax.Array  # s1 = sum exp(z_v - m), fp32 [..., t]
     sum_exp2: jax.Array  # s2 = sum exp(2 (z_v - m)), fp32 [..., t]
-    num_greater: jax.Array  # count of z_v > z_y, fp32 [..., t]: exact below 2^24, and summed faster than integers
+    num_greater: jax.Array  # count of z_v > z_y, fp32 [..., t]: exact below 2^24, faster to sum than integers
 
 
 @functools.partial(jax.jit, static_argnames=("vocab_chunk", "axis_name"))
@@ -58,20 +58,20 @@ def token_statistics(
 ) -> TokenStatistics:
     """Cross-entropy, Brier score, rank, p_y and wrong concentration of each target token.
 
-    At most 64 MiB of logits exist at a time, whatever the number of tokens and the vocabulary. All sums are fp32;
-    sums over the wrong tokens leave y out by index, so nothing cancels where p_y is near 1 and ties never outrank y.
-    A logit of -inf is a wrong token of probability zero. Any other non-finite logit, a gold logit that is not finite
-    (-inf too), and a target outside the vocabulary give NaN in every field.
+    At most 64 MiB of logits exist at a time, for any number of tokens and any vocabulary. All sums are fp32; sums over
+    the wrong tokens exclude y by index, so nothing cancels when p_y is near 1 and ties never outrank y. A logit of -inf
+    is a wrong token of probability zero. Any other non-finite logit, a gold logit that is not finite (including -inf),
+    and a target outside the vocabulary give NaN in every field.
 
-    Under a mesh, call it inside `shard_map`: token blocks are cut from the arrays as they are seen here.
+    Under a mesh, call it inside `shard_map`: token blocks are cut from the arrays of one device.
 
     Args:
       hidden: [..., d] final hidden states, any float dtype.
       head: [V, d]; with `axis_name`, this device's rows [V / devices, d] in the order of the axis.
-      targets: int [...] gold ids, global also when the head is sharded.
+      targets: int [...] gold ids, global even if the head is sharded.
       vocab_chunk: rows of the head per pass (default 4,096); need not divide V.
-      axis_name: mesh axis of the enclosing `shard_map` over which the vocabulary is sharded; hidden and targets are
-        replicated over it, and so is the result.
+      axis_name: mesh axis of the enclosing `shard_map` over which the vocabulary is sharded; hidden, targets and the
+        result are replicated over it.
 
     Raises:
       ValueError: shapes or dtypes do not fit together.
@@ -93,14 +93,14 @@ def token_statistics(
         return _block_statistics(take(hidden_nd, rows, 0), head, take(targets_n, rows, 0), chunk, axis_name)
 
     def joined(blocks: jax.Array) -> jax.Array:
-        already_there = num_blocks * block - num_tokens
-        return jnp.concatenate([blocks[:-1].reshape(-1), blocks[-1, already_there:]]).reshape(targets.shape)
+        num_repeated = num_blocks * block - num_tokens
+        return jnp.concatenate([blocks[:-1].reshape(-1), blocks[-1, num_repeated:]]).reshape(targets.shape)
 
     return jax.tree.map(joined, lax.map(statistics_of_block, jnp.arange(num_blocks, dtype=jnp.int32)))
 
 
 def _tokens_per_block(chunk: int, vocab_size: int) -> int:
-    """As many tokens as the logits' budget allows; not more than gold rows fit into one chunk (`_gold_logits`)."""
+    """As many tokens as the budget of logits allows, at most as many as gold rows fit into a chunk (`_gold_logits`)."""
     within_budget = max(1, MAX_BLOCK_LOGITS // chunk)
     return within_budget if chunk == vocab_size else min(chunk, within_budget)
 
@@ -122,11 +122,11 @@ def _block_statistics(
 
 
 def _gold_logits(hidden_td: jax.Array, head_vd: jax.Array, targets_t: jax.Array, chunk: int) -> jax.Array:
-    """Logits of the gold tokens, equal to the last bit to those that the chunks will show.
+    """Logits of the gold tokens, bitwise equal to those that the chunks compute.
 
-    Rows of real heads repeat (reserved tokens that were never trained), and a twin of y must not outrank it because
-    its dot product was summed in another order. So the gathered rows form one more chunk of the same shape, of which
-    the diagonal is kept.
+    Real heads have equal rows (reserved tokens that were never trained), and a row equal to that of y must not outrank
+    it because its dot product is summed in another order. So the gathered rows form another chunk of the same shape, of
+    which the diagonal is kept.
     """
     num_tokens = targets_t.shape[0]
     rows_c = jnp.zeros_like(targets_t, shape=(chunk,)).at[:num_tokens].set(targets_t)
@@ -134,13 +134,13 @@ def _gold_logits(hidden_td: jax.Array, head_vd: jax.Array, targets_t: jax.Array,
 
 
 def _pick(logits_tc: jax.Array, columns_t: jax.Array) -> jax.Array:
-    """logits_tc[t, columns_t[t]], without a gather; zero where the column does not exist."""
+    """logits_tc[t, columns_t[t]] without a gather; zero if the column does not exist."""
     ids_c = jnp.arange(logits_tc.shape[1], dtype=jnp.int32)
     return jnp.sum(jnp.where(ids_c[None, :] == columns_t[:, None], logits_tc, 0.0), axis=-1)
 
 
 def _whole_gold(gold_t: jax.Array, targets_t: jax.Array, vocab_size: int, axis_name: str | None) -> jax.Array:
-    """The gold logit from the shard that has it; NaN where none has."""
+    """The gold logit from the shard that has it; NaN if none has."""
     is_local_t = (targets_t >= 0) & (targets_t < vocab_size)
     if axis_name is not None:
         gold_t = lax.psum(jnp.where(is_local_t, gold_t, 0.0), axis_name)
@@ -166,7 +166,7 @@ def _sums_over_chunks(
 def _sums_over_others(logits_tc: jax.Array, columns: Window, targets_t: jax.Array, gold_t: jax.Array) -> _OtherSums:
     is_other_tc = columns.fresh[None, :] & (columns.ids[None, :] != targets_t[:, None])
     logits_tc = jnp.where(is_other_tc, logits_tc, -jnp.inf)
-    # The lower bound is finite because -inf - -inf, in a chunk that holds nothing but y, would be NaN.
+    # The lower bound is finite because -inf - -inf, in a chunk with no token but y, would be NaN.
     max_t = jnp.maximum(jnp.max(logits_tc, axis=-1), jnp.finfo(jnp.float32).min)
     exp_tc = jnp.exp(logits_tc - max_t[:, None])
     return _OtherSums(
@@ -178,9 +178,9 @@ def _sums_over_others(logits_tc: jax.Array, columns: Window, targets_t: jax.Arra
 
 
 def _count(is_true_tc: jax.Array) -> jax.Array:
-    """How many along the last axis, fp32.
+    """Number of True along the last axis, fp32.
 
-    XLA's CPU backend adds up booleans that it has just computed ten times slower than bytes that lie in memory.
+    XLA's CPU backend sums freshly computed booleans ten times slower than bytes in memory.
     """
 
     def from_memory(is_true_tc: jax.Array) -> jax.Array:

@@ -1,8 +1,7 @@
-"""Windows over vocabulary and tokens, and the logits of one window: what every op over a chunked head shares.
+"""Windows over vocabulary and tokens, and the logits of one window, for all ops over a chunked head.
 
-The last window is moved back so that it ends with the array instead of past it. Nothing is padded or copied (a padded
-copy of a 152,064 x 3,584 head takes 1 GB), every window has one shape, and entries that an earlier window had already
-are marked as not fresh.
+The last window is moved back so that it ends where the array ends. So nothing is padded or copied (a padded copy of a
+152,064 x 3,584 head takes 1 GB), all windows have the same shape, and entries of an earlier window are not `fresh`.
 """
 
 from typing import NamedTuple
@@ -13,13 +12,13 @@ from jax import lax
 from jax.typing import DTypeLike
 
 DEFAULT_VOCAB_CHUNK = 4096  # rows of the head; wide enough for full matmul speed on one accelerator
-MAX_BLOCK_LOGITS = 1 << 24  # fp32 logits that exist at any one time: 64 MiB
+MAX_BLOCK_LOGITS = 1 << 24  # fp32 logits that exist at a time: 64 MiB
 
 
 class Window(NamedTuple):
     start: jax.Array  # int32 scalar
     ids: jax.Array  # int32 [width]: positions in the whole axis
-    fresh: jax.Array  # bool [width]: False where an earlier window had this position
+    fresh: jax.Array  # bool [width]: False if an earlier window has the position
 
 
 def num_windows(size: int, width: int) -> int:
@@ -34,17 +33,17 @@ def window(index: jax.Array, width: int, size: int) -> Window:
 
 
 def take(array: jax.Array, window: Window, axis: int) -> jax.Array:
-    """The part of `array` inside `window`.
+    """Slice of `array` inside `window`.
 
-    XLA's CPU backend widens a bf16 array to fp32 around a slice or gather, and moves that, for the whole array, out of
-    the loop (2 GB for the head of a 7B student). The barrier ties it to the iteration; other backends lose nothing.
+    XLA's CPU backend widens a bf16 array to fp32 around a slice or gather, and hoists the conversion of the whole array
+    out of the loop (2 GB for the head of a 7B student). The barrier prevents this; it costs other backends nothing.
     """
     array, start = lax.optimization_barrier((array, window.start))
     return lax.dynamic_slice_in_dim(array, start, window.ids.shape[0], axis)
 
 
 def take_rows(array: jax.Array, ids: jax.Array) -> jax.Array:
-    """array[ids] along the first axis; ids outside it are clipped. The barrier is that of `take`."""
+    """array[ids] along the first axis; ids outside it are clipped. The barrier is as in `take`."""
     array, ids = lax.optimization_barrier((array, ids))
     return array.at[ids].get(mode="clip")
 
@@ -56,7 +55,7 @@ def put(array: jax.Array, values: jax.Array, window: Window, axis: int) -> jax.A
 def contract(lhs: jax.Array, lhs_axes: tuple[int, ...], rhs: jax.Array, rhs_axes: tuple[int, ...]) -> jax.Array:
     """Dot product over the given axes with fp32 accumulation and fp32 result.
 
-    fp32 operands are multiplied in full precision: TPUs and GPUs otherwise round them to bfloat16 or TF32 first.
+    fp32 operands are multiplied in full precision; by default TPUs and GPUs round them to bfloat16 or TF32 first.
     """
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -77,7 +76,7 @@ def chunk_logits(hidden: jax.Array, head_cd: jax.Array) -> jax.Array:
 def cross_entropy_from_sums(gold: jax.Array, max_other: jax.Array, sum_other: jax.Array) -> jax.Array:
     """-log p(gold) from z_y, m = max z_v and sum exp(z_v - m) over v != y, with full relative precision.
 
-    Where gold leads, log1p keeps the digits that the difference of log-sum-exp and logit would lose.
+    If gold has the largest logit, log1p keeps the digits that the difference of log-sum-exp and logit would lose.
     """
     top = jnp.maximum(gold, max_other)
     sum_scaled = sum_other * jnp.exp(max_other - top)
@@ -85,7 +84,7 @@ def cross_entropy_from_sums(gold: jax.Array, max_other: jax.Array, sum_other: ja
 
 
 def check_op_shapes(hidden: jax.Array, head: jax.Array, targets: jax.Array, vocab_chunk: int | None) -> None:
-    """Refuses operands that do not fit together.
+    """Checks that the operands fit together.
 
     Raises:
       ValueError: shapes or dtypes do not match the ops' contract, or vocab_chunk < 1.
@@ -99,10 +98,10 @@ def check_op_shapes(hidden: jax.Array, head: jax.Array, targets: jax.Array, voca
 
 
 def zeros_beside(shape: tuple[int, ...], dtype: DTypeLike, *arrays: jax.Array) -> jax.Array:
-    """Zeros for a loop's carry to which values computed from all of `arrays` (none empty) will be added.
+    """Zeros for a loop carry that accumulates values computed from all of `arrays` (none empty).
 
-    Inside `shard_map` a carry must vary over the same mesh axes from the start; here it takes them from a scalar of
-    each array. Elsewhere these are plain zeros.
+    Inside `shard_map` a carry must vary over the same mesh axes from the start; these zeros take the axes from a scalar
+    of each array. Outside they are plain zeros.
     """
     scalars = [array[(0,) * array.ndim].astype(jnp.float32) for array in arrays]
     return jnp.zeros_like(sum(scalars[1:], scalars[0]), shape=shape, dtype=dtype)

@@ -1,8 +1,8 @@
-"""The weighted loss of Eq. 1 over a large vocabulary, without ever holding its logits, forward or backward.
+"""The weighted loss of Eq. 1 over a large vocabulary, forward and backward without ever holding all logits.
 
-The forward pass keeps two fp32 numbers per token; the backward pass computes each chunk of logits again. Weights
-carry everything that the caller divides by (q_k, answer length, batch size), so that any split into micro-batches or
-devices adds up to the same gradient.
+The forward pass keeps two fp32 numbers per token; the backward pass computes each chunk of logits again. The weights
+contain all factors and divisors (q_k, answer length, batch size), so that any split into micro-batches or devices adds
+up to the same gradient.
 """
 
 import functools
@@ -38,12 +38,12 @@ def weighted_cross_entropy(
 ) -> jax.Array:
     """Sum over tokens of weight x cross-entropy (nats), fp32 scalar: the paper's Eq. 1, all constants in the weights.
 
-    The derivative by `token_weights` is the cross-entropy itself. A token of weight zero cannot spoil the sum, even
-    where its own loss is not finite.
+    The derivative with respect to `token_weights` is the cross-entropy. A token of weight zero does not affect the sum,
+    even if its own loss is not finite.
 
     Args:
       hidden: [..., d] final hidden states, any float dtype; the head is cast to it.
-      head: [V, d] of any float dtype, which its gradient keeps.
+      head: [V, d], any float dtype; its gradient has the same dtype.
       targets: int [...].
       token_weights: [...] fp32; zero for prompt and padding.
       vocab_chunk: rows of the head per pass; need not divide V.
@@ -63,17 +63,17 @@ def weighted_cross_entropy(
 def chunked_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, vocab_chunk: int, axis_name: str | None = None
 ) -> jax.Array:
-    """Cross-entropy (nats) of each token, fp32 [...]; differentiable by `hidden` [..., d] and `head` [V, d].
+    """Cross-entropy (nats) of each token, fp32 [...]; has gradients for `hidden` [..., d] and `head` [V, d].
 
-    The head is cast to the dtype of `hidden`. Gradients are formed from logit gradients in that dtype, accumulated in
+    The head is cast to the dtype of `hidden`. Gradients are computed from logit gradients in that dtype, accumulated in
     fp32 and returned in the dtype of each operand; that of a float32 head is never rounded. Tokens are cut into blocks
-    along the last axis before d only, so rows that are sharded over devices stay where they are. Inside `shard_map`,
-    `head` has to vary over the axes that `hidden` varies over. A target outside the vocabulary gives NaN.
+    only along the last axis before d, so rows that are sharded over devices do not move. Inside `shard_map`, `head`
+    must vary over the axes that `hidden` varies over. A target outside the vocabulary gives NaN.
 
     Args:
       axis_name: mesh axis of the enclosing `shard_map` (with `check_vma=False`) over which the vocabulary is split:
-        `head` is this device's rows, in the order of the axis; targets stay global. Hidden states, targets and the
-        result are the same on all its devices, and so is the gradient of the hidden states, which is added up in fp32.
+        `head` is this device's rows, in the order of the axis; targets are global. Hidden states, targets, the result
+        and the gradient of the hidden states, which is summed in fp32, are the same on all its devices.
 
     Raises:
       ValueError: shapes or dtypes do not fit together.
@@ -92,7 +92,7 @@ def chunked_cross_entropy(
 
 class _Options(NamedTuple):
     chunk: int
-    head_dtype: jnp.dtype  # the residuals hold the cast head; its gradient has this dtype
+    head_dtype: jnp.dtype  # of the gradient; the residuals have the cast head
     axis_name: str | None
 
 
@@ -100,9 +100,9 @@ _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class _Sums(NamedTuple):
-    """What the vocabulary, or a part of it, says about each token; fp32."""
+    """Sums over the vocabulary, or a part of it, for each token; fp32."""
 
-    gold: jax.Array  # logit of the gold token y; -inf where another part has it
+    gold: jax.Array  # logit of the gold token y; -inf if another part has it
     max_other: jax.Array  # m, over v != y
     sum_other: jax.Array  # sum over v != y of exp(z_v - m)
 
@@ -140,7 +140,7 @@ def _sums_over_shards(sums: _Sums, axis_name: str) -> _Sums:
 
 
 def _sums_of_block(hidden_bsd: jax.Array, head_vd: jax.Array, targets_bs: jax.Array, chunk: int) -> _Sums:
-    """One pass over the vocabulary; y is kept out of the sum."""
+    """One pass over the vocabulary; the sum excludes y."""
     vocab_size = head_vd.shape[0]
 
     def sums_of_chunk(index: jax.Array) -> _Sums:
@@ -149,7 +149,7 @@ def _sums_of_block(hidden_bsd: jax.Array, head_vd: jax.Array, targets_bs: jax.Ar
         is_gold_bsc = _is_gold(columns, targets_bs)
         gold_bs = jnp.max(jnp.where(is_gold_bsc, logits_bsc, -jnp.inf), axis=-1)
         other_bsc = jnp.where(columns.fresh[None, None, :] & ~is_gold_bsc, logits_bsc, -jnp.inf)
-        # The lower bound is finite because -inf - -inf, in a chunk that holds nothing but y, would be NaN.
+        # The lower bound is finite because -inf - -inf, in a chunk with no token but y, would be NaN.
         max_bs = jnp.maximum(jnp.max(other_bsc, axis=-1), jnp.finfo(jnp.float32).min)
         return _Sums(gold_bs, max_bs, jnp.sum(jnp.exp(other_bsc - max_bs[..., None]), axis=-1))
 
@@ -160,7 +160,7 @@ def _sums_of_block(hidden_bsd: jax.Array, head_vd: jax.Array, targets_bs: jax.Ar
 
 
 def _backward(options: _Options, residuals: _Residuals, cotangent_bt: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    """Vocabulary chunks outside, token blocks inside: each slice of the head's gradient is written once."""
+    """Loops over token blocks within vocabulary chunks: each slice of the head's gradient is written once."""
     hidden_btd, head_vd, targets_bt, cross_entropy_bt, lse_bt = residuals
     chunk, head_dtype, axis_name = options
     (num_rows, length), vocab_size = targets_bt.shape, head_vd.shape[0]
@@ -171,7 +171,7 @@ def _backward(options: _Options, residuals: _Residuals, cotangent_bt: jax.Array)
         d_hidden_btd, d_head_vd = carry
         columns = window(chunk_index, chunk, vocab_size)
         head_cd = take(head_vd, columns, 0)
-        # Columns that an earlier chunk had already must not reach d_hidden twice; their rows of d_head come out equal.
+        # Columns of an earlier chunk must not enter d_hidden twice; their rows of d_head are computed again, and equal.
         fresh_head_cd = jnp.where(columns.fresh[:, None], head_cd, 0)
 
         def add_block(block_index: jax.Array, carry: Carry) -> Carry:
@@ -211,7 +211,7 @@ def _logit_gradients(
     lse_bs: jax.Array,
     cotangent_bs: jax.Array,
 ) -> jax.Array:
-    """cotangent x (p_v - [v = y]), fp32 [b, s, c]; p_y - 1 comes from the cross-entropy, with all its digits."""
+    """cotangent x (p_v - [v = y]), fp32 [b, s, c]; p_y - 1 comes from the cross-entropy, which keeps its digits."""
     prob_bsc = jnp.exp(logits_bsc - lse_bs[..., None])
     minus_wrong_bs = jnp.expm1(-cross_entropy_bs)
     gradient_bsc = cotangent_bs[..., None] * jnp.where(is_gold_bsc, minus_wrong_bs[..., None], prob_bsc)
@@ -223,6 +223,6 @@ def _is_gold(columns: Window, targets_bs: jax.Array) -> jax.Array:
 
 
 def _block_length(num_rows: int, length: int, chunk: int, vocab_size: int) -> int:
-    """Tokens of every row that are worked on together: their logits, and their sums by chunk, keep to the budget."""
+    """Tokens of each row per block, such that their logits, and their sums by chunk, stay within the budget."""
     num_tokens = MAX_BLOCK_LOGITS // max(chunk, num_windows(vocab_size, chunk))
     return min(length, max(1, num_tokens // num_rows))

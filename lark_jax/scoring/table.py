@@ -1,7 +1,7 @@
-"""The score table: one row per candidate, the only thing that selection reads.
+"""The score table: one row per candidate, and all that selection reads.
 
-Statistics are means over the target tokens of one trajectory. A candidate that was not scored keeps its row, with
-status "skipped", a reason, NaN statistics in Python and nulls in the file.
+Its statistics are those of `scoring.statistics`. A candidate that was not scored has a row too, with status "skipped",
+a reason, and statistics that are NaN in Python and null in the file.
 """
 
 import math
@@ -23,7 +23,7 @@ from lark_jax.scoring.statistics import STATISTICS
 OK = "ok"
 SKIPPED = "skipped"
 
-# float64 holds every float32 statistic exactly, so what is read back selects exactly as what was written.
+# float64 represents every float32 statistic exactly, so a table that is read back gives the same selection.
 SCHEMA = pa.schema(
     [
         pa.field("problem_id", pa.string(), nullable=False),
@@ -43,7 +43,7 @@ _OTHER_COLUMNS = tuple(name for name in SCHEMA.names if name not in _STATISTICS)
 
 @dataclass(frozen=True)
 class CandidateScore:
-    """What the student's forward pass says about one candidate (paper, Section 3.2 and Appendix C.2)."""
+    """A row of the score table: the statistics of one candidate (paper, Section 3.2 and Appendix C.2)."""
 
     problem_id: str
     candidate_id: str
@@ -58,7 +58,7 @@ class CandidateScore:
 
     @property
     def name(self) -> str:
-        """How error messages and manifests call it; the same as `Trajectory.name`."""
+        """Name in messages and manifests; the same as `Trajectory.name`."""
         return f"{self.problem_id}/{self.candidate_id}"
 
 
@@ -86,16 +86,16 @@ def skipped_score(problem_id: str, candidate_id: str, teacher: str, reason: str)
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The score table as columns: what selection computes with. Rows in file order, one per candidate."""
+    """The score table as columns, for selection. Rows are in file order, one per candidate."""
 
-    table: pa.Table  # SCHEMA, then further float64 columns
+    table: pa.Table  # SCHEMA, then the float64 columns of additional metrics
 
     @classmethod
     def of(cls, scores: "ScoreTable | Sequence[CandidateScore]") -> "ScoreTable":
-        """Columns of these rows; metric columns in alphabetical order, a row without a metric gets a null.
+        """Columns of these rows; metric columns are in alphabetical order, null in rows without the metric.
 
         Raises:
-          ValueError: a metric has the name of a fixed column.
+          ValueError: a metric has the name of a column of `SCHEMA`.
         """
         if isinstance(scores, ScoreTable):
             return scores
@@ -115,25 +115,25 @@ class ScoreTable:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the columns."""
+        """Names of the columns."""
         return tuple(self.table.column_names)
 
     def numbers(self, name: str) -> np.ndarray:
-        """A column of numbers, float64 [rows], NaN for null."""
+        """A numeric column, float64 [rows], NaN for null."""
         return self.table.column(name).to_numpy().astype(np.float64, copy=False)
 
     def codes(self, name: str) -> np.ndarray:
-        """A column of texts, int64 [rows]: equal texts have equal numbers, from 0 in order of first appearance."""
+        """A text column as int64 [rows]: equal texts have equal codes, numbered by first appearance."""
         return self.encoded(name)[0]
 
     def encoded(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """`codes`, and the text that each of the numbers stands for."""
+        """`codes`, and the text of each code."""
         encoded = self.table.column(name).dictionary_encode().unify_dictionaries()
         codes = np.concatenate([np.zeros(0, np.int64), *(chunk.indices.to_numpy() for chunk in encoded.chunks)])
         return codes, encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
 
     def texts(self, name: str, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """A column of texts at some of the rows."""
+        """A text column at the given rows."""
         return self.table.column(name).take(pa.array(rows, pa.int64())).to_pylist()
 
     def only(self, problem_id: str) -> "ScoreTable":
@@ -146,7 +146,7 @@ class ScoreTable:
 
 
 def write_scores(path: str | Path, scores: ScoreTable | Sequence[CandidateScore]) -> None:
-    """Writes the table as parquet, rows in the order given; equal scores give equal bytes.
+    """Writes the table as parquet, rows in the given order; equal scores give equal bytes.
 
     Raises:
       ValueError: as `ScoreTable.of`.
@@ -157,7 +157,7 @@ def write_scores(path: str | Path, scores: ScoreTable | Sequence[CandidateScore]
 
 
 def read_scores(path: str | Path) -> tuple[CandidateScore, ...]:
-    """Reads a score table, rows in file order. Floating-point columns beyond the fixed ones become `metrics`.
+    """Reads a score table, rows in file order. Floating-point columns that are not in `SCHEMA` become `metrics`.
 
     Raises:
       SelectionError: as `read_score_table`.
@@ -166,16 +166,16 @@ def read_scores(path: str | Path) -> tuple[CandidateScore, ...]:
 
 
 def read_score_table(path: str | Path) -> ScoreTable:
-    """Reads a score table as columns; the fixed ones come first, in the order of `SCHEMA`.
+    """Reads a score table as columns; those of `SCHEMA` come first, in its order.
 
     Raises:
-      SelectionError: no such file, not parquet, a column missing, of the wrong type or with a null where none may
-        be, an unknown status, or two rows for one candidate; the message names file and column or record.
+      SelectionError: the file is missing or not parquet, a column is missing, has the wrong type or an unexpected null,
+        a status is unknown, or a candidate has two rows; the message names the file and the column or record.
     """
     table = _read_parquet(Path(path))
     _check_columns(path, table)
-    further = [name for name in table.column_names if name not in SCHEMA.names]
-    scores = ScoreTable(table.select([*SCHEMA.names, *further]).combine_chunks())
+    metrics = [name for name in table.column_names if name not in SCHEMA.names]
+    scores = ScoreTable(table.select([*SCHEMA.names, *metrics]).combine_chunks())
     _check_rows(path, scores)
     return scores
 
@@ -198,7 +198,7 @@ def _check_columns(path: str | Path, table: pa.Table) -> None:
         if column.type != expected.type:
             raise SelectionError(f"{path}: column {expected.name!r} is {column.type}, expected {expected.type}")
         if not expected.nullable and column.null_count:
-            raise SelectionError(f"{path}: column {expected.name!r} has {column.null_count} null(s), none is allowed")
+            raise SelectionError(f"{path}: column {expected.name!r} has {column.null_count} null(s), expected none")
     for found in table.schema:
         if found.name not in SCHEMA.names and not pa.types.is_floating(found.type):
             raise SelectionError(f"{path}: column {found.name!r} is {found.type}, expected a floating-point metric")

@@ -1,4 +1,4 @@
-"""Which trajectories to train on, with which weights: pure algebra over the score table (paper, Section 4)."""
+"""Selects and weights the trajectories to train on: pure algebra over the score table (paper, Section 4)."""
 
 from lark_jax.selection.held_out import choose_held_out
 from lark_jax.selection.learnability import lark_scores, learnability_rate
@@ -7,9 +7,7 @@ from lark_jax.selection.output import TRAIN_JSONL, TRAIN_PARQUET, WeightedTrajec
 from lark_jax.selection.resampling import resampled_counts
 from lark_jax.selection.scores import SCORES, Score
 from lark_jax.selection.selector import Choice, Selection, SelectionCounts, method_scores, select_trajectories
-from lark_jax.selection.weightings import WEIGHTINGS, Weighting
-from lark_jax.selection.weightings.chi2 import chi2_top_b
-from lark_jax.selection.weightings.uniform import uniform_top_b
+from lark_jax.selection.weightings import WEIGHTINGS, Weighting, chi2_top_b, uniform_top_b
 
 __all__ = [
     "METHODS",

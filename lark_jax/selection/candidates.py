@@ -33,16 +33,16 @@ class Candidates:
         """A column of the table, float64 [N, K], NaN for padding and where the table has no value.
 
         Args:
-          metric: the entry of `score.metrics` that yields the column; None for a fixed one.
+          metric: the entry of `score.metrics` that adds the column; None for a fixed column.
 
         Raises:
-          SelectionError: the table has no such column; names the metric to add.
+          SelectionError: the table has no such column; the message names the metric to add.
         """
         if name not in self.table.names:
-            what = f"metric {metric!r}" if metric else f"the metric that yields {name!r}"
+            what = f"metric {metric!r}" if metric else f"the metric with column {name!r}"
             raise SelectionError(
                 f"the score table has no column {name!r}; add {what} to config.score.metrics and 'score' to "
-                "config.stages: it is computed alone, the pool is not scored again"
+                "config.stages (the pool is not scored again)"
             )
         return self._padded(self.table.numbers(name), math.nan)
 
@@ -63,7 +63,7 @@ def group_by_problem(scores: ScoreTable | Sequence[CandidateScore]) -> Candidate
 
 
 def valid_rows(table: ScoreTable) -> np.ndarray:
-    """Which candidates may be selected at all, bool [rows]."""
+    """Whether each candidate may be selected, bool [rows]."""
     scored = pc.equal(table.table.column("status"), OK).to_numpy()
     finite = np.isfinite(table.numbers("loss")) & np.isfinite(table.numbers("brier"))
     return scored & finite & (table.numbers("num_target_tokens") > 0)

@@ -1,8 +1,8 @@
-"""Problems that no method trains on, and one trajectory of each to measure the loss on: the same for all methods.
+"""Held-out problems, and one trajectory of each to measure the loss on: the same for all methods.
 
-Held out are problems, not trajectories: other answers to the same problem would give away what it is about. Which ones,
-and which trajectory of each, depends on the seed and the ids alone, never on a score. So the loss of every method is
-measured on the same tokens, and none of them can have chosen what it is measured on.
+We hold out problems rather than trajectories, since other answers to the same problem would leak what it is about.
+Which problems, and which trajectory of each, depends only on the seed and the ids, never on a score. So the loss of
+every method is measured on the same tokens, and no method chooses what it is measured on.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from lark_jax.selection.selector import Choice, select_trajectories
 def choose_held_out(scores: ScoreTable | Sequence[CandidateScore], fraction: float, seed: int) -> tuple[Choice, ...]:
     """One uniformly drawn valid trajectory (method "random", B = 1) of each held-out problem, in table order.
 
-    `fraction` of the problems with a valid candidate, rounded, at least one; () for a fraction of 0. More problems of
-    one trajectory each estimate the loss better than fewer of several, at the same number of tokens.
+    Holds out `fraction` of the problems with a valid candidate, rounded, at least one; returns () for a fraction of 0.
+    For the same number of tokens, one trajectory of many problems estimates the loss better than several of few.
 
     Raises:
       SelectionError: no problem would be left to train on.
@@ -30,7 +30,7 @@ def choose_held_out(scores: ScoreTable | Sequence[CandidateScore], fraction: flo
     if count >= len(choices):
         raise SelectionError(
             f"config.finetune.held_out_fraction: {fraction} of {len(choices)} problems leaves none to train on; "
-            "lower it"
+            "choose a lower value"
         )
     drawn = sorted(choices, key=lambda choice: _draw(seed, choice.problem_id))[:count]
     problems = {choice.problem_id for choice in drawn}

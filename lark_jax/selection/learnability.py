@@ -25,7 +25,7 @@ def learnability_rate(loss: jax.Array, brier: jax.Array) -> jax.Array:
 
 
 def lark_scores(loss: jax.Array, brier: jax.Array, valid: jax.Array) -> jax.Array:
-    """g_hat_k = l_k / S (2 rho_hat_k - R / S), S = sum_i l_i, R = sum_i rho_hat_i l_i (Eq. 7, Algorithm 1, line 6).
+    """g_hat_k = l_k / S (2 rho_hat_k - R / S), S = sum_i l_i, R = sum_i rho_hat_i l_i (Eq. 7; Algorithm 1, line 6).
 
     The derivative of the anchor-time learnability rate with respect to the weight of candidate k at uniform weights,
     for nearly orthogonal trajectory gradients (Eq. 6, Lemma 8).
@@ -37,7 +37,7 @@ def lark_scores(loss: jax.Array, brier: jax.Array, valid: jax.Array) -> jax.Arra
 
     Returns:
       g_hat [N, K] in the dtype of `loss`, never NaN. Candidates that are not valid, or whose loss or Brier score is not
-      finite, take no part in the sums and get -inf, so that they rank last.
+      finite, do not enter the sums and get -inf, so that they rank last.
     """
     usable = valid & jnp.isfinite(loss) & jnp.isfinite(brier)
     loss = jnp.where(usable, loss, 0.0)

@@ -1,7 +1,7 @@
-"""The registry of selection methods: what scores a candidate, and how the top B share the weight.
+"""Selection methods: a score, and a weighting of the top B.
 
-Every score of `selection.scores` goes with every weighting of `selection.weightings`; `METHODS` holds the pairs that
-the paper names.
+Any score of `selection.scores` can be combined with any weighting of `selection.weightings`; `METHODS` has the pairs
+with a name.
 """
 
 import dataclasses
@@ -10,9 +10,7 @@ from collections.abc import Collection
 from lark_jax.config import SelectConfig
 from lark_jax.errors import ConfigError
 from lark_jax.selection.scores import SCORES, Score
-from lark_jax.selection.weightings import WEIGHTINGS, Weighting
-from lark_jax.selection.weightings.chi2 import chi2_top_b
-from lark_jax.selection.weightings.uniform import uniform_top_b
+from lark_jax.selection.weightings import WEIGHTINGS, Weighting, chi2_top_b, uniform_top_b
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,27 +20,26 @@ class Method:
     weighting: Weighting
 
     def parameters(self) -> dict[str, float]:
-        """What weights depend on beside the score table: the configuration, and how the score is computed."""
+        """What the weights depend on besides the score table: configuration, and version of the score."""
         weighting: dict[str, float] = {}
         if dataclasses.is_dataclass(self.weighting):
             weighting = dataclasses.asdict(self.weighting)
         return {**weighting, **({"score_version": self.score.version} if self.score.version > 1 else {})}
 
 
-def _baseline(name: str, score: str) -> Method:
-    """The top B of a score with weights 1 / B each (Appendix C.2)."""
-    return Method(name, SCORES[score], uniform_top_b)
-
-
 METHODS: dict[str, Method] = {
-    "lark": Method("lark", SCORES["g_hat"], chi2_top_b),
-    "random": _baseline("random", "random"),
-    "token_length": _baseline("token_length", "token_length"),
-    "rule_quality": _baseline("rule_quality", "rule_quality"),
-    "judge": _baseline("judge", "judge"),
-    "grape": _baseline("grape", "log_likelihood"),
-    "local_naturalness": _baseline("local_naturalness", "local_naturalness"),
-    "rsr": _baseline("rsr", "rank_surprisal"),
+    name: Method(name, SCORES[score], weighting)
+    for name, score, weighting in (
+        ("lark", "g_hat", chi2_top_b),
+        # The baselines of Appendix C.2: weights 1 / B each.
+        ("random", "random", uniform_top_b),
+        ("token_length", "token_length", uniform_top_b),
+        ("rule_quality", "rule_quality", uniform_top_b),
+        ("judge", "judge", uniform_top_b),
+        ("grape", "log_likelihood", uniform_top_b),
+        ("local_naturalness", "local_naturalness", uniform_top_b),
+        ("rsr", "rank_surprisal", uniform_top_b),
+    )
 }
 
 
@@ -50,7 +47,7 @@ def resolve_methods(select: SelectConfig) -> tuple[Method, ...]:
     """The methods of a configuration: `select.methods`, then the pair `select.score` and `select.weighting`.
 
     Raises:
-      ConfigError: a name is not registered; the message lists those that are.
+      ConfigError: a name is not registered; the message lists the registered ones.
     """
     for name in select.methods:
         _require_registered("methods", name, METHODS)
@@ -64,7 +61,7 @@ def resolve_methods(select: SelectConfig) -> tuple[Method, ...]:
 
 
 def require_metrics(methods: Collection[Method], metrics: Collection[str]) -> None:
-    """Refuses methods whose metric nobody computes, before the pool is scored.
+    """Refuses methods whose metric is not configured, before the pool is scored.
 
     Raises:
       ConfigError: names the method and the metric to add.
@@ -72,8 +69,8 @@ def require_metrics(methods: Collection[Method], metrics: Collection[str]) -> No
     for method in methods:
         if method.score.metric is not None and method.score.metric not in metrics:
             raise ConfigError(
-                f"config.score.metrics: method {method.name!r} needs {method.score.metric!r} among them, got "
-                f"{tuple(metrics)}; add it, and 'score' to config.stages: the pool is not scored again"
+                f"config.score.metrics: method {method.name!r} needs the metric {method.score.metric!r}, got "
+                f"{tuple(metrics)}; add it, and 'score' to config.stages (the pool is not scored again)"
             )
 
 

@@ -1,8 +1,8 @@
-"""A selection as training files, and back.
+"""Writes a selection as training files, and reads them back.
 
-`train.jsonl` and `train.parquet` hold the same rows; `train_resampled.jsonl` repeats rows in place of weights.
-`dataset_info.json` describes them to LLaMA-Factory, and the data set card `README.md` to the `datasets` library, which
-would otherwise take every file called "train..." for a piece of one data set.
+`train.jsonl` and `train.parquet` have the same rows; `train_resampled.jsonl` repeats rows instead of weighting them.
+`dataset_info.json` describes the files to LLaMA-Factory, and the data set card `README.md` to the `datasets` library,
+which would otherwise combine every file named "train..." into one data set.
 """
 
 import json
@@ -32,7 +32,7 @@ _META = pa.struct(
     [
         *((name, pa.string()) for name in _IDENTITY),
         ("score", pa.float64()),
-        ("rank", pa.int64()),  # what a JSON reader makes of it
+        ("rank", pa.int64()),  # the type that JSON readers infer
     ]
 )
 TRAIN_SCHEMA = pa.schema([("messages", pa.list_(_MESSAGE)), ("weight", pa.float64()), ("meta", _META)])
@@ -47,17 +47,17 @@ class WeightedTrajectory:
 def write_selection(
     selection: Selection, pool: Pool, directory: str | Path, resampled: Sequence[int] | None = None
 ) -> None:
-    """Writes the chosen trajectories of positive weight, messages exactly as in the pool, in the order of the choices.
+    """Writes the choices of positive weight, in their order, with messages exactly as in the pool.
 
-    Each row: `messages`, `weight`, `meta` with problem_id, candidate_id, teacher, score and rank. Equal arguments give
-    equal bytes. Choices of weight 0 would train nothing; they stay in `selection.counts`.
+    A row has `messages`, `weight`, and `meta` with problem_id, candidate_id, teacher, score and rank. Equal arguments
+    give equal bytes. Choices of weight 0 would train nothing; only `selection.counts` includes them.
 
     Args:
-      resampled: how often each choice stands in `train_resampled.jsonl`, whose rows have no `weight`
-        (see `resampled_counts`); without it there is no such file.
+      resampled: how often `train_resampled.jsonl`, whose rows have no `weight`, repeats each choice (see
+        `resampled_counts`); None writes no such file.
 
     Raises:
-      SelectionError: the pool does not hold a chosen candidate.
+      SelectionError: a chosen candidate is not in the pool.
     """
     directory = Path(directory)
     rows = _rows(selection, pool)
@@ -119,7 +119,7 @@ def _repeated(rows: Sequence[dict[str, Any]], counts: Sequence[int]) -> Iterator
 
 
 def _dataset_info(name: str, files: Mapping[str, str]) -> dict[str, Any]:
-    """LLaMA-Factory's description of role/content messages. It knows no weights: it trains with equal ones."""
+    """Describes role/content messages to LLaMA-Factory, which has no weights and trains with equal ones."""
     tags = {
         "role_tag": "role",
         "content_tag": "content",
@@ -133,9 +133,9 @@ def _dataset_info(name: str, files: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _card(selection: Selection, files: Mapping[str, str]) -> str:
-    """A data set card: which file is which configuration, for `load_dataset(folder)` here or on the hub.
+    """A data set card that maps configurations to files, for `load_dataset(folder)` here or on the hub.
 
-    All are JSON lines: the library reads every configuration of a folder in the format of the first.
+    All files are JSON lines, since the library reads every configuration of a folder in the format of the first.
     """
     configs = "".join(
         f"- config_name: {kind}\n  data_files: {file}\n  default: {json.dumps(file == TRAIN_JSONL)}\n"

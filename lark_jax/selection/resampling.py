@@ -1,4 +1,4 @@
-"""A weighted selection as an unweighted one, for trainers that know no weights: systematic sampling."""
+"""Turns a weighted selection into an unweighted one, for trainers without weights, by systematic sampling."""
 
 import hashlib
 import math
@@ -10,13 +10,13 @@ from lark_jax.selection.selector import Choice
 
 
 def resampled_counts(choices: Sequence[Choice], copies: int, seed: int) -> tuple[int, ...]:
-    """How often each choice appears when every problem is drawn `copies` times by its weights q_k.
+    """How often each choice appears when every problem is drawn `copies` times with its weights q_k.
 
     Systematic ("low-variance") sampling: one number u in [0, 1) per problem, and a choice is drawn for each of
     u, u + 1, ..., u + copies - 1 that falls into its part of [0, copies), which is copies x q_k long. So a problem's
     counts sum to `copies`, each is copies x q_k rounded down or up, and their mean over seeds is copies x q_k. The
-    number depends on the seed and the problem's id alone. Computed in exact fractions: equal weights of which `copies`
-    is a multiple give equal counts under every seed.
+    number depends only on the seed and the problem's id. Fractions are exact: if `copies` is a multiple of the number
+    of equal weights, the counts are equal under every seed.
 
     Returns:
       One count >= 0 per choice, in the order of `choices`.

@@ -1,4 +1,4 @@
-"""From the score table to weighted choices."""
+"""Selects and weights candidates from the score table."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from lark_jax.selection.methods import Method
 from lark_jax.selection.ranking import descending_ranks, usable
 from lark_jax.selection.weightings import Weighting
 
-BLOCK = 8_192  # problems that are computed at once
+BLOCK = 8_192  # problems computed at once
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,23 @@ class Choice:
     problem_id: str
     candidate_id: str
     teacher: str
-    weight: float  # q_k: sums to 1 over the choices of a problem; 0 for a tie at the threshold
+    weight: float  # q_k; sums to 1 over the choices of a problem, 0 for a tie at the threshold
     score: float  # the method's score, the higher the better
     rank: int  # 1 to B within the problem
 
 
 @dataclass(frozen=True)
 class SelectionCounts:
-    """What the manifest says about a selection."""
+    """Counts for the manifest of a selection."""
 
     problems: int
     candidates: int
-    invalid_candidates: int  # skipped, without target tokens, or of non-finite loss, Brier or method score
+    invalid_candidates: int  # skipped, no target tokens, or loss, Brier or method score not finite
     problems_without_valid_candidate: tuple[str, ...]
-    problems_without_value: tuple[str, ...]  # they have valid candidates, and the method has a finite score for none
-    degenerate_problems: int  # the weighting fell back to uniform: no B + 1 candidates, or no positive margin
+    problems_without_value: tuple[str, ...]  # with valid candidates, but no finite score of the method
+    degenerate_problems: int  # the weighting fell back to equal weights: no B + 1 candidates, or no positive margin
     chosen: int  # at most B per problem
-    zero_weight: int  # among the chosen: tied with rank B + 1, so left out of the training set
+    zero_weight: int  # of the chosen: tied with rank B + 1, so left out of the training set
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Selection:
 
     @property
     def name(self) -> str:
-        """Folder and data set name, as `lark_B3`."""
+        """Name of the folder and the data set, for example `lark_B3`."""
         return f"{self.method}_B{self.budget}"
 
 
 class Weighed(NamedTuple):
-    """All candidates under one method and budget; arrays on the host."""
+    """Scores, ranks and weights of all candidates under one method and budget; arrays on the host."""
 
-    scores: np.ndarray  # float64 [N, K], the higher the better
-    usable: np.ndarray  # bool [N, K]: valid, and of finite score
+    scores: np.ndarray  # float64 [N, K], higher is better
+    usable: np.ndarray  # bool [N, K]: valid and with a finite score
     ranks: np.ndarray  # int32 [N, K], 0 is the best
     weights: np.ndarray  # float64 [N, K]
     tau: np.ndarray  # float64 [N], see `selection.weightings`
@@ -73,10 +73,10 @@ def select_trajectories(
 ) -> Selection:
     """Chooses and weights the top `budget` candidates of each problem.
 
-    Computed in float64 on the host: margins between close scores keep their digits, and the same table gives the same
-    selection beside any accelerator. Candidates that are not valid (see `candidates.valid_rows`), or to which the
-    method gives no finite score, never enter a sum nor win. A problem left without candidates gets no choice and is
-    listed in the counts.
+    Computed in float64 on the host, so that margins between close scores keep their digits and the same table gives the
+    same selection on any machine. Candidates that are not valid (see `candidates.valid_rows`), or for which the method
+    has no finite score, never enter a sum and never win. A problem left without candidates gets no choice and is listed
+    in the counts.
 
     Raises:
       SelectionError: no candidate of the table can be selected, the table lacks a metric that the method needs, or
@@ -93,7 +93,7 @@ def select_trajectories(
 
 
 def weigh(candidates: Candidates, method: Method, budget: int, seed: int) -> Weighed:
-    """Scores, ranks and weights of all candidates: the selection itself, compiled once per method and shape.
+    """Computes scores, ranks and weights of all candidates; compiled once per method and shape.
 
     Raises:
       SelectionError: as `select_trajectories`.
@@ -109,10 +109,10 @@ def weigh(candidates: Candidates, method: Method, budget: int, seed: int) -> Wei
 
 
 def _blocks(arrays: tuple[np.ndarray, ...]) -> Iterator[tuple[np.ndarray, ...]]:
-    """Arrays [N, K] cut along N into blocks of one shape, the last filled up with zeros, which are not valid.
+    """Cuts arrays [N, K] along N into blocks of one shape; the last is padded with zeros, which are not valid.
 
-    Problems do not depend on each other. A block's comparisons stay in the processor's caches, so that time grows
-    with N and not faster, and one program serves a pool of any size.
+    Problems do not depend on each other. A block's comparisons stay in the processor's caches, so that the time is
+    linear in N, and one program serves a pool of any size.
     """
     problems = len(arrays[0])
     size = min(problems, BLOCK)
@@ -127,13 +127,13 @@ def _weigh(
 ) -> tuple[jax.Array, ...]:
     *columns, valid = arrays
     values = score(*columns, valid)
-    takes_part = usable(values, valid)
-    weights, tau = weighting(values, takes_part, budget)
-    return values, takes_part, descending_ranks(values, takes_part), weights, tau
+    is_usable = usable(values, valid)
+    weights, tau = weighting(values, is_usable, budget)
+    return values, is_usable, descending_ranks(values, is_usable), weights, tau
 
 
 def method_scores(scores: ScoreTable | Sequence[CandidateScore], method: Method, seed: int) -> tuple[float, ...]:
-    """The method's score of every row of the table, in table order, NaN where a candidate is not valid (Figure 9).
+    """The method's score of each row, in table order; NaN for candidates that are not valid (Figure 9).
 
     Raises:
       SelectionError: the table has no rows, lacks a metric that the method needs, or JAX may not use the CPU.
@@ -153,9 +153,7 @@ def _float64_on_host() -> Iterator[None]:
     try:
         host = jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
-        raise SelectionError(
-            "selection runs on the CPU, which JAX_PLATFORMS leaves out; append ',cpu' to it"
-        ) from error
+        raise SelectionError("selection runs on the CPU, which JAX_PLATFORMS excludes; append ',cpu' to it") from error
     with jax.enable_x64(True), jax.default_device(host):
         yield
 
@@ -191,15 +189,15 @@ def _counts(candidates: Candidates, weighed: Weighed, choices: tuple[Choice, ...
 
 
 def _without_value(method: Method, count: int) -> str:
-    message = f"method {method.name!r} gives a finite score to none of the {count} candidates"
+    message = f"method {method.name!r} has no finite score for any of the {count} candidates"
     if method.score.metric is None:
-        return f"{message}; look at the columns of the score table that it is made of, or take another method"
-    return f"{message}; the manifest of metrics/{method.score.metric} says why its metric has no value for them"
+        return f"{message}; check the columns of the score table that it reads, or use another method"
+    return f"{message}; the manifest of metrics/{method.score.metric} lists the reasons"
 
 
 def _nothing_to_select(table: ScoreTable) -> str:
     if not len(table):
-        return "the score table has no rows; check that the pool is not empty"
+        return "the score table has no rows; check that the pool has trajectories"
     (first,) = ScoreTable(table.table.slice(0, 1)).rows()
     loss, brier = first.statistics["loss"], first.statistics["brier"]
     reason = first.reason or f"loss {loss}, Brier {brier}, {first.num_target_tokens} target tokens"

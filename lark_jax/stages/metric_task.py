@@ -1,4 +1,4 @@
-"""A further metric of the stage "score" as one resumable task: `metrics/<name>/columns.parquet`."""
+"""An additional metric of the stage "score", as one resumable task that writes `metrics/<name>/columns.parquet`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,36 +17,33 @@ COLUMNS = "columns.parquet"
 
 @dataclass(frozen=True)
 class MetricResult:
-    """Values of all trajectories of the pool, and why some have none."""
+    """Values for all trajectories of the pool, and the reasons for missing ones."""
 
     columns: MetricColumns
     reasons: Mapping[tuple[str, str], str] = field(default_factory=dict)  # (problem_id, candidate_id) -> why it is null
-    counts: Mapping[str, int] = field(default_factory=dict)  # for the manifest, beside those of all metrics
+    counts: Mapping[str, int] = field(default_factory=dict)  # for the manifest, in addition to those of all metrics
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric yields and needs.
+    """A metric: its columns, its inputs, and how to compute it.
 
-    `inputs` says what the values depend on beside the pool, as JSON. `compute` may keep its progress below the folder
-    that it is given, and must continue from what an interrupted call with equal inputs left there; in a process that
-    is not the first it returns None.
+    `inputs` returns what the values depend on besides the pool, as JSON. `compute` may keep its progress in the folder
+    that it is given, and must continue from what an interrupted call with equal inputs left there; it returns None in
+    all processes but the first.
     """
 
     columns: tuple[str, ...]
     inputs: Callable[[Experiment, Layout], Mapping[str, Any]]
     compute: Callable[[Experiment, Layout, Pool, Path], MetricResult | None]
-    scratch: tuple[str, ...] = ()  # folders that may be deleted once the task is finished
-    everywhere: bool = False  # all processes of the run take part in it; else the first alone
+    scratch: tuple[str, ...] = ()  # folders to delete when the task has finished
+    everywhere: bool = False  # computed by all processes of the run, otherwise only by the first
 
 
 def metric_task(name: str, metric: Metric, experiment: Experiment, layout: Layout) -> Task:
     def inputs() -> dict[str, Any]:
-        return {
-            **pool_inputs(experiment, layout),
-            **metric.inputs(experiment, layout),
-        }
+        return {**pool_inputs(experiment, layout), **metric.inputs(experiment, layout)}
 
     def run(directory: Path) -> Outcome:
         pool = open_pool(experiment)
@@ -61,17 +58,19 @@ def metric_task(name: str, metric: Metric, experiment: Experiment, layout: Layou
 
 
 def require_complete(name: str, metric: Metric, pool: Pool, result: MetricResult) -> None:
-    """Refuses a metric that breaks its promise: all of its columns, all trajectories, a reason for each null.
+    """Checks that the result has all columns of the metric, all trajectories, and a reason for each null.
 
     Raises:
-      ValueError: names the metric; this is an error in lark_jax.
+      ValueError: it has not, which is an error in lark_jax; the message names the metric.
     """
     if set(result.columns.values) != set(metric.columns):
-        raise ValueError(f"metric {name!r} yields {sorted(result.columns.values)}, expected {sorted(metric.columns)}")
+        raise ValueError(
+            f"metric {name!r} returned columns {sorted(result.columns.values)}, expected {sorted(metric.columns)}"
+        )
     if set(result.columns.candidates) != set(pool.ids()):
-        raise ValueError(f"metric {name!r} has other candidates than the pool")
+        raise ValueError(f"metric {name!r} returned other candidates than the pool's")
     if set(result.columns.missing()) != set(result.reasons):
-        raise ValueError(f"metric {name!r} has nulls without a reason, or reasons without a null")
+        raise ValueError(f"metric {name!r} returned nulls without a reason, or reasons without a null")
 
 
 def outcome_of(pool: Pool, result: MetricResult) -> Outcome:

@@ -1,7 +1,7 @@
-"""Stage "score": the student's statistics, further metrics, and the last task, which joins them.
+"""Stage "score": the student's statistics, additional metrics, and a last task that joins them.
 
-`score/scores.parquet` has one row per candidate, the fixed columns and one per further metric. The other tasks keep
-what they compute in folders of their own below `metrics/`, so that a metric that is added changes none of them.
+`score/scores.parquet` has one row per candidate, with the fixed columns and those of the additional metrics. Each other
+task writes a folder of its own below `metrics/`, so that adding a metric does not run the others again.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from lark_jax.stages.metrics import metric_tasks
 from lark_jax.stages.score import STATISTICS, THROUGHPUT, statistics_task
 
 SCORES = "scores.parquet"
-VERSIONS = "versions"  # note: of what made the forward pass, which a later metric does not change
+VERSIONS = "versions"  # note: of the forward pass; a metric that is added later does not change them
 
 
 def score_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
-    further = metric_tasks(experiment, layout)
-    return [statistics_task(experiment, layout), *further, _join_task(experiment, layout)]
+    metrics = metric_tasks(experiment, layout)
+    return [statistics_task(experiment, layout), *metrics, _join_task(experiment, layout)]
 
 
 def _join_task(experiment: Experiment, layout: Layout) -> Task:
@@ -35,7 +35,7 @@ def _join_task(experiment: Experiment, layout: Layout) -> Task:
 
     def inputs() -> dict[str, Any]:
         return {
-            "manifests": _hash_of_what_was_found(outcome()),
+            "manifests": _outcome_hash(outcome()),
             "statistics": layout.hashes.of(layout.statistics / STATISTICS),
             "metrics": {name: layout.hashes.of(layout.metric(name) / COLUMNS) for name in metrics},
         }
@@ -49,7 +49,7 @@ def _join_task(experiment: Experiment, layout: Layout) -> Task:
 
 
 def joined_outcome(statistics: Manifest, metrics: Mapping[str, Manifest]) -> Outcome:
-    """Counts, notes and skipped records of the statistics, and every record that a metric could not be computed for."""
+    """Counts, notes and skipped records of the statistics, and the records without a value of a metric."""
     counts = dict(statistics.outcome.counts)
     skipped = list(statistics.outcome.skipped)
     for name, manifest in metrics.items():
@@ -58,7 +58,7 @@ def joined_outcome(statistics: Manifest, metrics: Mapping[str, Manifest]) -> Out
     return Outcome(counts, skipped, {**statistics.outcome.notes, VERSIONS: statistics.versions})
 
 
-def _hash_of_what_was_found(outcome: Outcome) -> str:
-    """Of all that the join's manifest repeats, so that it never says what is not so any more; speed left out."""
+def _outcome_hash(outcome: Outcome) -> str:
+    """Hash of what the join's manifest repeats, except for the speed, so that the manifest is never out of date."""
     notes = {name: note for name, note in outcome.notes.items() if name != THROUGHPUT}
     return files.sha256_of_json([outcome.counts, outcome.skipped, notes])

@@ -1,4 +1,4 @@
-"""Stage "select": `selection/<method>_B<budget>/`, from the score table alone; needs no accelerator."""
+"""Stage "select": writes `selection/<method>_B<budget>/` from the score table; needs no accelerator."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from lark_jax.stages.student import SCORED_WITH
 
 
 def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
-    pool = functools.cache(lambda: open_pool(experiment))  # read once for all methods, when the first needs it
+    pool = functools.cache(lambda: open_pool(experiment))  # read once, when the first method needs it
     return [_select_task(experiment, layout, run, pool) for run in layout.runs]
 
 
@@ -48,16 +48,16 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callabl
 
 
 def provenance(score: Manifest) -> dict[str, Any]:
-    """What made the forward pass, for the selection's own manifest: its folder may be taken to another trainer.
+    """Notes on the forward pass for the selection's own manifest, since its folder may go to another trainer.
 
-    Null where the manifest of the score stage does not say it.
+    Null for notes that the manifest of the score stage does not have.
     """
     notes = score.outcome.notes
     return {**{name: notes.get(name) for name in SCORED_WITH}, "versions": notes.get(VERSIONS, score.versions)}
 
 
 def outcome_of(selection: Selection, method: Method) -> Outcome:
-    """Counts, and every problem without a choice with the reason."""
+    """Counts, and each problem without a choice with the reason."""
     counts = selection.counts
     values = dataclasses.asdict(counts)
     numbers = {name.replace("_", " "): value for name, value in values.items() if isinstance(value, int)}

@@ -27,14 +27,14 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of tokens at test size, of which the last mostly reaches back into the one before."""
+    """Several blocks of tokens at test size; the last usually overlaps the one before."""
     monkeypatch.setattr(objective, "MAX_BLOCK_LOGITS", 60)
 
 
 def operands(
     rng: np.random.Generator, *, tokens: tuple[int, ...] = (3, 5), vocab_size: int = 37, dim: int = 16
 ) -> Operands:
-    """Hidden states, head, targets and non-unit token weights, some of them zero or negative."""
+    """Hidden states, head, targets and token weights, some of them zero or negative."""
     hidden = jnp.asarray(rng.normal(size=(*tokens, dim)), jnp.float32)
     head = jnp.asarray(rng.normal(size=(vocab_size, dim)) * 0.7, jnp.float32)
     weights = rng.normal(size=tokens) * rng.integers(0, 2, tokens)
@@ -56,7 +56,7 @@ def loss_and_gradients(loss: Loss, arrays: Operands) -> tuple[jax.Array, tuple[j
 
 
 def assert_all_close(ours: object, expected: object, rtol: float = 1e-5, atol: float = 5e-6) -> None:
-    """Entries are of order 1: `atol` is the same relative bound for those that happen to cancel to almost nothing."""
+    """Entries are of order 1: `atol` is the same bound for those that happen to cancel."""
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), ours, expected)
 
 
@@ -70,10 +70,10 @@ def test_loss_and_all_gradients_equal_autodiff_of_the_dense_loss(rng: np.random.
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 65_528.0])
 @pytest.mark.parametrize("tokens", [(), (7,), (2, 3), (2, 1, 3)])
-def test_per_token_losses_take_random_cotangents(
+def test_gradients_of_per_token_losses_are_right_for_random_cotangents(
     rng: np.random.Generator, tokens: tuple[int, ...], scale: float
 ) -> None:
-    """Against float64. Entries may cancel, so that errors are bounded by the sum of the absolute parts."""
+    """Against float64. Entries may cancel, so errors are relative to the sum of absolute terms."""
     hidden, head, targets, _ = operands(rng, tokens=tokens)
     cotangent = jnp.asarray(rng.normal(size=tokens) * scale, jnp.float32)
     chunked = functools.partial(chunked_cross_entropy, vocab_chunk=10)
@@ -111,7 +111,7 @@ def test_loss_is_linear_in_the_weights(rng: np.random.Generator) -> None:
 
 
 def test_confident_tokens_keep_their_digits(rng: np.random.Generator) -> None:
-    """p_y about 1 - 1e-9: fp32 log_softmax returns exactly zero here, loss and gradient do not vanish."""
+    """p_y about 1 - 1e-9: fp32 log_softmax is exactly zero here, loss and gradient are not."""
     shift = float(rng.integers(-8, 8))
     logits = shift + jnp.zeros((50,)).at[7].set(25.0)
     hidden, head = jnp.ones((1, 1)), logits[:, None]
@@ -134,7 +134,7 @@ def test_bfloat16_operands_give_bfloat16_gradients_near_the_exact_ones(rng: np.r
     loss, gradients = loss_and_gradients(functools.partial(weighted_cross_entropy, vocab_chunk=64), low)
     exact = tuple(array.astype(jnp.float32) for array in low[:2])
     expected_loss, expected = loss_and_gradients(dense_loss, (*exact, targets, weights))
-    # Weights have signs and the sum may cancel: what fp32 keeps is relative to the sum of the absolute parts.
+    # Weights have signs and the sum may cancel: the error of fp32 is relative to the sum of absolute terms.
     size_of_parts = float(dense_loss(*exact, targets, jnp.abs(weights)))
     np.testing.assert_allclose(loss, expected_loss, rtol=0, atol=5e-7 * size_of_parts)
     assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
@@ -145,7 +145,7 @@ def test_bfloat16_operands_give_bfloat16_gradients_near_the_exact_ones(rng: np.r
 
 @pytest.mark.usefixtures("short_blocks")
 def test_a_float32_head_under_bfloat16_compute_keeps_its_gradient_in_float32(rng: np.random.Generator) -> None:
-    """As a bf16 head, but for the last rounding."""
+    """Its gradient is that of a bf16 head without the last rounding."""
     hidden, head, targets, weights = operands(rng, tokens=(4, 50), vocab_size=500, dim=32)
     hidden, low_head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
     loss = functools.partial(weighted_cross_entropy, vocab_chunk=64)
@@ -158,7 +158,7 @@ def test_a_float32_head_under_bfloat16_compute_keeps_its_gradient_in_float32(rng
 
 
 @pytest.mark.parametrize("target", [-100, 37])
-def test_a_token_of_weight_zero_cannot_spoil_anything(rng: np.random.Generator, target: int) -> None:
+def test_a_token_of_weight_zero_has_no_effect(rng: np.random.Generator, target: int) -> None:
     """A target outside the vocabulary has loss NaN; with weight zero, loss and gradients are as if it were absent."""
     hidden, head, targets, weights = operands(rng, tokens=(6,))
     weights = jnp.where(weights == 0, 1.0, weights).at[3].set(0.0)
@@ -178,7 +178,7 @@ def _mesh(data: int, tensor: int) -> Mesh:
 def test_sharded_rows_and_head_give_the_same_loss_and_gradients(
     rng: np.random.Generator, head_spec: PartitionSpec
 ) -> None:
-    """Left to GSPMD."""
+    """Partitioned by GSPMD."""
     mesh = _mesh(4, 2)
     arrays = operands(rng, tokens=(8, 5), vocab_size=42)
     specs = (PartitionSpec("data"), head_spec, PartitionSpec("data"), PartitionSpec("data"))
@@ -188,7 +188,7 @@ def test_sharded_rows_and_head_give_the_same_loss_and_gradients(
 
 
 def _over_shards(mesh: Mesh, vocab_chunk: int) -> Loss:
-    """Loss and gradients of `Operands`, the head's rows split over `tensor`, on which everything else is whole."""
+    """Loss and gradients with the head's rows split over `tensor` and everything else replicated."""
     loss = functools.partial(weighted_cross_entropy, vocab_chunk=vocab_chunk, axis_name="tensor")
     whole, split = PartitionSpec(), PartitionSpec("tensor")
     return jax.shard_map(
@@ -210,8 +210,8 @@ def test_a_vocabulary_split_over_devices_gives_the_same_loss_and_gradients(
     assert_all_close(ours, loss_and_gradients(dense_loss, arrays))
 
 
-def test_over_split_vocabularies_confident_tokens_keep_their_digits_and_unknown_ones_are_nan() -> None:
-    """p_y about 1 - 1e-9 on one device; of a token outside the vocabulary no device has the logit."""
+def test_with_a_split_vocabulary_confident_tokens_keep_their_digits_and_unknown_ones_are_nan() -> None:
+    """p_y about 1 - 1e-9 on one device; no device has the logit of a token outside the vocabulary."""
     logits = jnp.zeros((48,)).at[7].set(25.0)
     hidden, head = jnp.ones((3, 1)), logits[:, None]
     targets, weights = jnp.asarray([7, 48, -1]), jnp.asarray([1.0, 0.0, 0.0])
@@ -225,7 +225,7 @@ def test_over_split_vocabularies_confident_tokens_keep_their_digits_and_unknown_
 
 
 @pytest.mark.usefixtures("short_blocks")
-def test_over_shards_what_moves_is_independent_of_blocks_and_chunks() -> None:
+def test_collectives_over_shards_do_not_depend_on_blocks_and_chunks() -> None:
     """Forward the softmax's maximum, sum and gold logit, once for all tokens; backward the gradient of `hidden`."""
     mesh, shape = _mesh(1, 8), jax.ShapeDtypeStruct
     jaxpr = jax.make_jaxpr(_over_shards(mesh, 3))(

@@ -1,4 +1,4 @@
-"""Metrics in files of their own, and their join with the statistics."""
+"""Files of additional metrics, and their join with the statistics."""
 
 import math
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_joined_table_has_the_rows_that_writing_everything_at_once_gives(
     assert pq.read_schema(folder / "joined.parquet").names[-3:] == ["alpha", "beta", "zeta"]
 
 
-def test_what_could_not_be_computed_is_a_null_in_the_file_and_nan_in_python(tmp_path: Path) -> None:
+def test_a_missing_value_is_null_in_the_file_and_nan_in_python(tmp_path: Path) -> None:
     column = np.array([1.5, math.nan, -0.0, math.nan, 2.0, 3.0, 4.0, 5.0])
     write_metric(tmp_path / "metric.parquet", MetricColumns(CANDIDATES, {"quality": column}))
     assert pq.read_table(tmp_path / "metric.parquet").column("quality").null_count == 2
@@ -62,29 +62,27 @@ def test_what_could_not_be_computed_is_a_null_in_the_file_and_nan_in_python(tmp_
         (CANDIDATES, {"quality": np.ones(8, np.float32)}, "float32"),
         (CANDIDATES, {"quality": np.ones(7)}, r"\(7,\)"),
         (CANDIDATES, {"quality": np.full(8, math.inf)}, "infinite"),
-        (CANDIDATES[:7] + CANDIDATES[:1], {"quality": np.ones(8)}, "named twice"),
+        (CANDIDATES[:7] + CANDIDATES[:1], {"quality": np.ones(8)}, "appears twice"),
     ],
 )
-def test_columns_that_break_the_format_are_a_bug_where_they_are_made(
-    candidates: tuple, columns: dict, message: str
-) -> None:
+def test_malformed_columns_are_refused(candidates: tuple, columns: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MetricColumns(candidates, columns)
 
 
-def test_a_join_refuses_metrics_of_another_pool_and_two_columns_of_one_name(tmp_path: Path) -> None:
+def test_a_join_refuses_metrics_of_another_pool_and_duplicate_columns(tmp_path: Path) -> None:
     write_scores(tmp_path / "statistics.parquet", scores())
     write_metric(tmp_path / "short.parquet", MetricColumns(CANDIDATES[:-1], {"quality": np.ones(7)}))
     with pytest.raises(PipelineError, match=r"short\.parquet: no row for candidate p2/c1"):
         join(tmp_path / "statistics.parquet", [tmp_path / "short.parquet"], tmp_path / "joined.parquet")
     write_metric(tmp_path / "whole.parquet", MetricColumns(CANDIDATES, {"quality": np.ones(8)}))
-    with pytest.raises(PipelineError, match=r"column 'quality' is in the score table already"):
+    with pytest.raises(PipelineError, match=r"column 'quality' is already in the score table"):
         join(tmp_path / "statistics.parquet", [tmp_path / "whole.parquet"] * 2, tmp_path / "joined.parquet")
     assert not (tmp_path / "joined.parquet").exists()
 
 
 @pytest.mark.parametrize("content", [b"not parquet", b""])
-def test_a_file_that_is_no_metric_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_metric_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "columns.parquet").write_bytes(content)
     with pytest.raises(PipelineError, match=r"columns\.parquet: not the columns of a metric") as caught:
         read_metric(tmp_path / "columns.parquet")

@@ -1,4 +1,4 @@
-"""The four indicators of rule-based quality, against counts made by hand and by splitting."""
+"""The four indicators of rule-based quality, against counts by hand and by splitting."""
 
 import string
 

@@ -1,7 +1,7 @@
-"""Scores and weightings again, candidate by candidate in plain Python floats, from Appendix C.2 and Section 5.3.
+"""Independent scores and weightings, candidate by candidate in plain Python, from Appendix C.2 and Section 5.3.
 
-Nothing of `lark_jax.selection` is used. A problem is a list of rows (dictionaries of the score table's columns); a
-score is a list of floats, None where a candidate takes no part; a weighting returns one weight per row.
+A problem is a list of rows (dictionaries of the score table's columns); a score is a list of floats, None for
+candidates that cannot be selected; a weighting returns one weight per row.
 """
 
 import math
@@ -79,7 +79,7 @@ METHODS = {
 
 
 def ranked(scores: Scores) -> list[int]:
-    """Indices of the candidates that take part, best first; equal ones by index."""
+    """Indices of the candidates that can be selected, best first, ties by index."""
     return sorted((k for k, score in enumerate(scores) if score is not None), key=lambda k: (-scores[k], k))
 
 

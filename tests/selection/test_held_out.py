@@ -1,4 +1,4 @@
-"""Held-out problems: the same for every method, drawn by seed and id alone, one valid trajectory of each."""
+"""Held-out problems: the same for every method, drawn only by seed and id, one valid trajectory of each."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def ids(scores: list[CandidateScore], fraction: float, seed: int) -> list[tuple[
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (0.001, 1), (0.1, 4), (0.5, 20), (0.96, 38)])
-def test_as_many_problems_as_asked_for_and_one_valid_trajectory_of_each(fraction: float, expected: int) -> None:
+def test_one_valid_trajectory_of_each_of_the_requested_number_of_problems(fraction: float, expected: int) -> None:
     scores = table(40, 6, 0)
     valid = {(score.problem_id, score.candidate_id) for score in scores if score.status == "ok"}
     chosen = ids(scores, fraction, 3)
@@ -32,7 +32,7 @@ def test_as_many_problems_as_asked_for_and_one_valid_trajectory_of_each(fraction
     assert set(chosen) <= valid
 
 
-def test_scores_decide_nothing_and_the_seed_decides_all() -> None:
+def test_the_draw_depends_on_the_seed_and_not_on_scores() -> None:
     scores = table(40, 6, 0)
     others = [changed(score, loss=0.1 + index % 7, brier=0.2) for index, score in enumerate(scores)]
     assert ids(scores, 0.25, 3) == ids(others, 0.25, 3)
@@ -40,7 +40,7 @@ def test_scores_decide_nothing_and_the_seed_decides_all() -> None:
 
 
 def test_the_draw_of_the_trajectory_is_uniform() -> None:
-    """Of 900 problems with three candidates each, every candidate is drawn for about a third."""
+    """With 900 problems of three candidates, each candidate is drawn for about a third of the problems."""
     scores = [changed(score, status="ok") for score in table(1_000, 3, 1)]
     drawn = [candidate for _, candidate in ids(scores, 0.9, 5)]
     counts = [drawn.count(f"c{index}") for index in range(3)]
@@ -48,6 +48,6 @@ def test_the_draw_of_the_trajectory_is_uniform() -> None:
     assert all(abs(count - 300) < 5 * np.sqrt(900 * 2 / 9) for count in counts)
 
 
-def test_a_fraction_that_leaves_nothing_to_train_on_is_refused() -> None:
+def test_a_fraction_that_leaves_no_problem_to_train_on_is_refused() -> None:
     with pytest.raises(SelectionError, match=r"config\.finetune\.held_out_fraction: 0\.9 of 1 problems leaves none"):
         choose_held_out(table(1, 3, 0), 0.9, 0)

@@ -20,7 +20,7 @@ from lark_jax.selection.candidates import group_by_problem
 from lark_jax.selection.selector import weigh
 
 MAX_CANDIDATES = 64
-FURTHER = ("judge", "local_naturalness", *COLUMNS)
+METRICS = ("judge", "local_naturalness", *COLUMNS)
 TEMPERATURE = 0.37
 DETERMINISTIC = [name for name in SCORES if name != "random"]
 
@@ -30,7 +30,7 @@ def pair(score: str, weighting: str) -> Method:
 
 
 def random_row(rng: np.random.Generator, problem: int, candidate: int, digits: int) -> Row:
-    """Statistics rounded to few digits, so that candidates tie; a sixth of them invalid in some way."""
+    """Statistics rounded to few digits, so that candidates tie; a sixth of the rows is invalid."""
     row: Row = {
         "problem_id": f"p{problem}",
         "candidate_id": f"c{candidate}",
@@ -39,7 +39,7 @@ def random_row(rng: np.random.Generator, problem: int, candidate: int, digits: i
         "brier": round(float(rng.uniform(0, 1.5)), digits),
         "mean_clipped_rank": round(float(rng.uniform(1, 100)), digits),
         "status": "ok",
-        **{name: round(float(rng.uniform(-1, 1)), digits) for name in FURTHER},
+        **{name: round(float(rng.uniform(-1, 1)), digits) for name in METRICS},
     }
     if rng.random() < 1 / 6:
         row |= rng.choice([{"status": "skipped"}, {"num_target_tokens": 0}, {"loss": math.nan}])
@@ -49,8 +49,8 @@ def random_row(rng: np.random.Generator, problem: int, candidate: int, digits: i
 
 
 def candidate_score(row: Row) -> CandidateScore:
-    fixed = {name: value for name, value in row.items() if name not in FURTHER}
-    return score_record(**fixed, metrics={name: row[name] for name in FURTHER})
+    fixed = {name: value for name, value in row.items() if name not in METRICS}
+    return score_record(**fixed, metrics={name: row[name] for name in METRICS})
 
 
 def rows_of(pool: list[list[Row]]) -> list[CandidateScore]:
@@ -73,21 +73,21 @@ def test_every_score_equals_the_reference(score: str, pool: list[list[Row]]) -> 
     found = weigh(group_by_problem(rows_of(pool)), pair(score, "uniform"), 3, seed=0)
     for n, rows in enumerate(pool):
         expected = reference.SCORES[score](rows)
-        takes_part = [value is not None for value in expected]
-        assert found.usable[n, : len(rows)].tolist() == takes_part
+        is_usable = [value is not None for value in expected]
+        assert found.usable[n, : len(rows)].tolist() == is_usable
         assert not found.usable[n, len(rows) :].any()
         values = [value for value in expected if value is not None]
-        np.testing.assert_allclose(found.scores[n, : len(rows)][takes_part], values, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(found.scores[n, : len(rows)][is_usable], values, rtol=1e-11, atol=1e-12)
 
 
 @settings(max_examples=10)
 @given(pool=pools(), budget=st.sampled_from([1, 2, 3, 20, 70]))
-@pytest.mark.parametrize("score", ["g_hat", "judge"])  # of one sign nearly always, and of both; with missing values
+@pytest.mark.parametrize("score", ["g_hat", "judge"])  # nearly always of one sign; of both signs, with missing values
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_every_weighting_equals_the_reference(score: str, weighting: str, pool: list[list[Row]], budget: int) -> None:
     found = weigh(group_by_problem(rows_of(pool)), pair(score, weighting), budget, seed=0)
     for n in range(len(pool)):
-        # Rounding may order equal candidates otherwise, so weights are those of the scores that were found.
+        # Rounding may order equal candidates differently, so the reference starts from the scores that were found.
         scores = [float(value) if part else None for value, part in zip(found.scores[n], found.usable[n], strict=True)]
         weights = reference.weights(scores, weighting, budget, TEMPERATURE)
         np.testing.assert_allclose(found.weights[n], weights, rtol=1e-9, atol=1e-12)
@@ -100,7 +100,7 @@ def chosen(selection: Selection, problem_id: str) -> list[str]:
 
 
 def real_rows(shared_data: Path, problems: int) -> list[list[Row]]:
-    """Texts of the pool with their own lengths and indicators; the student's statistics are drawn at random."""
+    """Lengths and indicators of the pool's texts; the student's statistics are random."""
     rng = np.random.default_rng()
     groups = list(read_pool(shared_data / "pool" / "math_l5.jsonl", "error").by_problem().values())[:problems]
     pool = []

@@ -10,11 +10,8 @@ from score_records import score_record
 from lark_jax.config import SelectConfig
 from lark_jax.errors import ConfigError, SelectionError
 from lark_jax.scoring.table import CandidateScore, skipped_score
-from lark_jax.scoring.text_rules import COLUMNS
 from lark_jax.selection import METHODS, SCORES, WEIGHTINGS, require_metrics, resolve_methods, select_trajectories
-from lark_jax.selection.scores.random_order import mixed
-
-METRIC_COLUMNS = ("judge", "local_naturalness", *COLUMNS)
+from lark_jax.selection.random_order import mixed
 
 
 def _picks(scores, method: str, budget: int, seed: int = 0) -> dict[str, set[str]]:
@@ -39,19 +36,11 @@ def test_grape_takes_the_lowest_losses_with_equal_weights():
     ]
 
 
-def test_random_draws_every_candidate_equally_often():
-    picks = _picks(_table(3000, 5), "random", 2)
-    counts = Counter(candidate for chosen in picks.values() for candidate in chosen)
-    assert all(len(chosen) == 2 for chosen in picks.values())
-    expected, deviation = 3000 * 2 / 5, np.sqrt(3000 * 0.4 * 0.6)
-    assert all(abs(counts[f"c{k}"] - expected) < 5 * deviation for k in range(5))
-
-
 def test_random_draws_every_pair_equally_often():
-    counts = Counter(frozenset(chosen) for chosen in _picks(_table(4000, 4), "random", 2).values())
-    deviation = np.sqrt(4000 * (1 / 6) * (5 / 6))
-    assert len(counts) == 6
-    assert all(abs(count - 4000 / 6) < 5 * deviation for count in counts.values())
+    counts = Counter(frozenset(chosen) for chosen in _picks(_table(5000, 5), "random", 2).values())
+    deviation = np.sqrt(5000 * (1 / 10) * (9 / 10))
+    assert len(counts) == 10
+    assert all(len(pair) == 2 and abs(count - 500) < 5 * deviation for pair, count in counts.items())
 
 
 def test_random_is_the_same_for_one_seed_and_another_for_the_next():
@@ -86,19 +75,6 @@ def test_configured_methods_come_in_order_and_the_pair_comes_last():
     assert (methods[2].score, methods[2].weighting) == (SCORES["log_likelihood"], METHODS["lark"].weighting)
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_every_score_goes_with_every_weighting(score, weighting):
-    (_, method) = resolve_methods(SelectConfig(score=score, weighting=weighting))
-    table = [
-        score_record("p", f"c{k}", loss=loss, metrics=dict.fromkeys(METRIC_COLUMNS, loss / 2))
-        for k, loss in enumerate([0.3, 0.9, 0.5, 1.4])
-    ]
-    selection = select_trajectories(table, method, 2, 0)
-    assert selection.name == f"{score}-{weighting}_B2"
-    assert sum(choice.weight for choice in selection.choices) == pytest.approx(1)
-
-
 @pytest.mark.parametrize(
     ("select", "message"),
     [
@@ -111,17 +87,17 @@ def test_every_score_goes_with_every_weighting(score, weighting):
         (SelectConfig(score="g_hat", weighting="klb"), "config.select.weighting: expected one of 'chi2', 'uniform'"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_names_that_are_known(select, message):
+def test_an_unknown_name_is_refused_with_the_known_names(select, message):
     with pytest.raises(ConfigError) as caught:
         resolve_methods(select)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["judge", "local_naturalness", "rule_quality"])
-def test_a_missing_metric_is_refused_by_name_from_the_table_and_before_from_the_configuration(method):
+def test_a_metric_missing_from_the_configuration_or_from_the_table_is_refused_by_name(method):
     with pytest.raises(SelectionError, match=rf"add metric '{method}' to config\.score\.metrics"):
         select_trajectories([score_record("p", "c0"), score_record("p", "c1")], METHODS[method], 1, 0)
-    with pytest.raises(ConfigError, match=rf"config\.score\.metrics: method '{method}' needs '{method}' among them"):
+    with pytest.raises(ConfigError, match=rf"config\.score\.metrics: method '{method}' needs the metric '{method}'"):
         require_metrics([METHODS["lark"], METHODS[method]], ("other",))
     require_metrics([METHODS["lark"], METHODS[method]], (method,))
 
@@ -155,8 +131,8 @@ def test_random_mixes_hashes_as_splitmix64_does(first, second):
     assert mixed(np.array([first], np.uint64), np.array([second], np.uint64)).tolist() == [expected]
 
 
-def test_a_release_that_computes_other_scores_makes_its_selections_anew():
-    """The version is among what a selection depends on; without one, nothing is, so that older selections stay."""
+def test_a_new_version_of_a_score_changes_what_its_selections_depend_on():
+    """A score of version 1 adds nothing, so that existing selections stay."""
     assert METHODS["random"].parameters() == {"score_version": 2}
     assert METHODS["lark"].parameters() == {}
     newer = dataclasses.replace(METHODS["lark"], score=dataclasses.replace(METHODS["lark"].score, version=7))

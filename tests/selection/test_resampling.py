@@ -1,4 +1,4 @@
-"""Systematic sampling of a selection: counts next to their expectation, unbiased over seeds."""
+"""Systematic sampling of a selection: counts are their expectation, rounded, and unbiased over seeds."""
 
 import math
 from fractions import Fraction
@@ -38,19 +38,19 @@ def test_counts_are_unbiased_over_seeds():
     weights = rng.dirichlet(np.ones(5))
     choices = _choices(weights.tolist())
     counts = np.array([resampled_counts(choices, copies, seed) for seed in range(draws)])
-    # A count has two values next to each other, so its standard deviation is at most 1/2: six of the mean's.
+    # A count takes two neighbouring values, so its standard deviation is at most 1/2; six of the mean's.
     assert np.abs(counts.mean(axis=0) - copies * weights).max() < 6 * 0.5 / math.sqrt(draws)
     assert len(np.unique(counts, axis=0)) > 1
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 6, 7, 10])
 def test_uniform_weights_give_equal_counts_under_every_seed(budget):
-    choices = _choices([1 / budget] * budget)  # 1/3 and the like are no exact floats
+    choices = _choices([1 / budget] * budget)  # 1/3 and the like are not exact floats
     assert {resampled_counts(choices, 4 * budget, seed) for seed in range(200)} == {(4,) * budget}
 
 
 @given(weights_of_problem, weights_of_problem, copies_of_problem, seeds)
-def test_a_draw_depends_on_the_seed_and_its_own_problem_alone(weights, others, copies, seed):
+def test_a_draw_depends_only_on_the_seed_and_its_own_problem(weights, others, copies, seed):
     alone = resampled_counts(_choices(weights), copies, seed)
     assert resampled_counts(_choices(weights), copies, seed) == alone
     assert resampled_counts(_choices(weights, others), copies, seed)[: len(weights)] == alone

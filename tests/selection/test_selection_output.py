@@ -46,7 +46,7 @@ def test_training_set_reads_back_what_was_written(tmp_path_factory, answers, sys
     assert [example.weight for example in examples] == [weight for _, weight in answers]
 
 
-def test_messages_leave_exactly_as_they_came_and_no_system_message_is_added(tmp_path):
+def test_messages_are_those_of_the_pool_and_no_system_message_is_added(tmp_path):
     write_selection(_selection([_choice("c0")]), Pool((_trajectory("c0", AWKWARD),)), tmp_path)
     row = json.loads((tmp_path / "train.jsonl").read_bytes())
     assert list(row) == ["messages", "weight", "meta"]
@@ -84,7 +84,7 @@ def test_choices_of_weight_zero_are_left_out_of_the_training_files(tmp_path):
     assert pq.read_table(tmp_path / "train.parquet").num_rows == 1
 
 
-def test_a_chosen_candidate_that_the_pool_lacks_is_refused_by_name(tmp_path):
+def test_a_chosen_candidate_missing_from_the_pool_is_refused_by_name(tmp_path):
     with pytest.raises(SelectionError, match=r"selection lark_B3: the pool has no candidate p/c9"):
         write_selection(_selection([_choice("c9")]), Pool((_trajectory("c0"),)), tmp_path)
     assert list(tmp_path.iterdir()) == []

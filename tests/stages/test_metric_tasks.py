@@ -57,7 +57,7 @@ def with_metrics(experiment: Experiment, *names: str) -> Experiment:
 
 
 def tasks_of(experiment: Experiment) -> list[Task]:
-    """Those of the stage, but the forward pass writes random statistics."""
+    """The tasks of the stage, with a forward pass that writes random statistics."""
     statistics, *others = score_tasks(experiment, Layout.of(experiment))
 
     def forward(directory: Path) -> Outcome:
@@ -78,11 +78,11 @@ def no_inputs(experiment: Experiment, layout: Layout) -> Mapping[str, Any]:
     return {}
 
 
-def test_configured_names_are_the_registered_ones() -> None:
+def test_the_names_in_the_configuration_are_the_registered_ones() -> None:
     assert set(SCORE_METRICS) == set(METRICS)
 
 
-def test_an_added_metric_runs_alone_and_its_columns_join_the_same_statistics(
+def test_only_an_added_metric_runs_and_its_columns_join_the_same_statistics(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_tasks(tasks_of(experiment)) == 2
@@ -91,20 +91,20 @@ def test_an_added_metric_runs_alone_and_its_columns_join_the_same_statistics(
 
     added = with_metrics(experiment, "rule_quality")
     assert run_tasks(tasks_of(added)) == 2
-    said = capsys.readouterr().err
-    assert "score/statistics: up to date" in said
-    assert "score/rule_quality: done (6 trajectories, 6 with values)" in said
+    printed = capsys.readouterr().err
+    assert "score/statistics: up to date" in printed
+    assert "score/rule_quality: done (6 trajectories, 6 with values)" in printed
     assert run_tasks(tasks_of(added)) == 0
     after = pq.read_table(table_of(experiment))
     assert after.select(before.column_names).equals(before)
     frequencies = [score.metrics["rule_granularity"] for score in read_scores(table_of(experiment))]
     assert frequencies == [1 / 4, 1 / 8, 0.0] * 2
 
-    assert run_tasks(tasks_of(experiment)) == 1  # taken out again: joined anew, nothing else
+    assert run_tasks(tasks_of(experiment)) == 1  # removed again: only the join runs
     assert pq.read_table(table_of(experiment)).equals(before)
 
 
-def test_the_table_s_manifest_counts_and_lists_what_every_task_left_out(
+def test_the_manifest_of_the_table_counts_and_lists_what_each_task_left_out(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def partly(experiment: Experiment, layout: Layout, pool: Pool, directory: Path) -> MetricResult:
@@ -143,9 +143,9 @@ def test_the_table_s_manifest_counts_and_lists_what_every_task_left_out(
         (Outcome({"trajectories": 6, "truncated": 1}, notes={"max_length": 512, "throughput": 2}), 2),
         (Outcome({"trajectories": 6}, [{"reason": "empty"}], {"max_length": 512, "throughput": 2}), 2),
     ],
-    ids=["speed alone", "note", "count", "skipped record"],
+    ids=["only speed", "note", "count", "skipped record"],
 )
-def test_statistics_of_equal_bytes_are_joined_again_where_their_manifest_says_something_else(
+def test_statistics_of_equal_bytes_are_joined_again_if_their_manifest_changed(
     experiment: Experiment, found: Outcome, runs: int
 ) -> None:
     def tasks(number: int, outcome: Outcome) -> list[Task]:
@@ -165,7 +165,7 @@ def test_statistics_of_equal_bytes_are_joined_again_where_their_manifest_says_so
     assert (joined.outcome.counts, joined.outcome.skipped) == (found.counts, list(found.skipped))
 
 
-def test_a_metric_of_the_texts_reads_each_once_and_beyond_it_only_those_without_a_value(
+def test_texts_are_read_once_by_the_metric_and_otherwise_only_where_a_value_is_missing(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -193,13 +193,13 @@ def test_a_metric_of_the_texts_reads_each_once_and_beyond_it_only_those_without_
 @pytest.mark.parametrize(
     ("columns", "reasons", "message"),
     [
-        ({"other": [1.0] * 6}, {}, r"yields \['other'\], expected \['taste'\]"),
-        ({"taste": [1.0] * 5}, {}, "other candidates than the pool"),
+        ({"other": [1.0] * 6}, {}, r"returned columns \['other'\], expected \['taste'\]"),
+        ({"taste": [1.0] * 5}, {}, "other candidates than the pool's"),
         ({"taste": [np.nan] + [1.0] * 5}, {}, "nulls without a reason"),
         ({"taste": [1.0] * 6}, {("p0", "c0"): "tired"}, "reasons without a null"),
     ],
 )
-def test_a_metric_that_breaks_its_promise_leaves_no_file(
+def test_a_metric_with_an_incomplete_result_leaves_no_file(
     experiment: Experiment, columns: dict, reasons: dict, message: str
 ) -> None:
     def broken(experiment: Experiment, layout: Layout, pool: Pool, directory: Path) -> MetricResult:
@@ -244,7 +244,7 @@ def test_only_files_that_are_read_decide_whether_a_pool_is_scored_again(
 
 
 def free_settings(section: str) -> set[str]:
-    """What docs/architecture.md says of a section, up to settings that are free under a condition."""
+    """Free settings of a section as listed in docs/architecture.md, up to those that are free under a condition."""
     text = (Path(__file__).resolve().parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
     (listed,) = re.findall(rf"^\| `{section}` \| (`[^;\n]+)", text, flags=re.MULTILINE)
     return set(re.findall(r"`(\w+)`", listed))

@@ -1,4 +1,4 @@
-"""What a selection's folder says about itself, and which settings make it anew."""
+"""The manifest of a selection, and the settings that make a selection again."""
 
 import math
 from pathlib import Path
@@ -38,7 +38,7 @@ def pool(tmp_path: Path) -> Path:
 
 
 def selected(pool: Path, max_length: int = 512, **select: object) -> Path:
-    """The folder of the one selection, made from a finished score stage without a student."""
+    """Folder of the only selection, made from a finished score stage without a student."""
     experiment = experiment_from_mapping(
         {
             "workdir": str(pool.parent / "run"),
@@ -55,7 +55,7 @@ def selected(pool: Path, max_length: int = 512, **select: object) -> Path:
 
 
 def scored(layout: Layout, max_length: int) -> Task:
-    rng = np.random.default_rng(3)  # the same table on every call: else select would run for that reason
+    rng = np.random.default_rng(3)  # the same table on every call, so that it is no reason to select again
 
     def write(directory: Path) -> Outcome:
         write_scores(
@@ -73,7 +73,7 @@ def manifest_of(folder: Path) -> Manifest:
     return manifest
 
 
-def test_the_manifest_carries_what_made_the_scores_and_the_selection(pool: Path) -> None:
+def test_the_manifest_has_the_provenance_of_scores_and_selection(pool: Path) -> None:
     folder = selected(pool)
     manifest = manifest_of(folder)
     versions = manifest_of(folder.parents[1] / "score").versions
@@ -85,10 +85,10 @@ def test_the_manifest_carries_what_made_the_scores_and_the_selection(pool: Path)
     }
     assert {"scores", "pool", "method", "budget", "seed", "resample"} <= set(manifest.inputs)
     assert manifest.versions["lark_jax code"] == code_hash()
-    assert str(pool.parent) not in (folder / MANIFEST).read_text(), "no path that another machine does not have"
+    assert str(pool.parent) not in (folder / MANIFEST).read_text(), "a path of this machine"
 
 
-def test_scores_of_equal_bytes_that_were_made_otherwise_are_selected_from_again(pool: Path) -> None:
+def test_scores_of_equal_bytes_with_another_provenance_are_selected_from_again(pool: Path) -> None:
     before = manifest_of(selected(pool))
     after = manifest_of(selected(pool, max_length=256))
     assert after.outcome.notes["scored"]["max_length"] == 256
@@ -111,7 +111,7 @@ def test_a_problem_without_a_choice_is_listed_with_its_own_reason() -> None:
     assert all(isinstance(count, int) for count in outcome.counts.values())
 
 
-def test_resampling_writes_one_more_file_and_leaves_the_weighted_ones_as_they_are(pool: Path) -> None:
+def test_resampling_adds_a_file_and_does_not_change_the_weighted_ones(pool: Path) -> None:
     folder = selected(pool)
     before = {path.name: path.read_bytes() for path in folder.glob("train*")}
     assert "train_resampled.jsonl" not in before
