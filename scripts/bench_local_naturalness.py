@@ -165,8 +165,7 @@ def windows(student: Decoder, work: Work) -> Contestant:
         scores = []
         for part in parts:
             prefixes = programs.encode(part.prompts_ns)
-            found = [programs.log_likelihoods(prefixes, batch) for batch in part.batches]
-            scores.append(part.scores(jax.device_get(found)))
+            scores += jax.device_get([programs.log_likelihoods(prefixes, batch) for batch in part.batches])
         return scores
 
     padded = sum(batch.tokens_bt.size for part in parts for batch in part.batches)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from lark_jax.errors import CheckpointError
+from lark_jax.runtime.prefetch import prefetch
 from lark_jax.runtime.sharding import DATA, TENSOR, parameter_sharding
 from lark_jax.runtime.terminal import progress_bar
 from lark_jax.students.architecture import Architecture, read_architecture
@@ -30,7 +31,6 @@ from lark_jax.students.checkpoint.hf_names import (
 )
 from lark_jax.students.checkpoint.hub import local_folder
 from lark_jax.students.checkpoint.placement import Piece, Target, destination_for, pieces
-from lark_jax.students.checkpoint.reading_ahead import read_ahead
 from lark_jax.students.checkpoint.safetensors_folder import CheckpointFiles, TensorReader, open_checkpoint
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import abstract_decoder, parameter_shapes, replace_parameters
@@ -117,7 +117,7 @@ def _read_parameters(
     num_bytes = sum(piece.nbytes for piece in plan)
     bar = progress_bar(what=f"load {checkpoint.folder.name}", total=num_bytes, unit="B", delay=_QUIET_SECONDS)
     with bar, TensorReader(checkpoint.files) as reader:
-        fetched = read_ahead(
+        fetched = prefetch(
             plan,
             lambda piece: destinations[piece.target.name].fetch(piece, reader),
             size=lambda piece: piece.host_bytes,

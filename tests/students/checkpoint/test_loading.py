@@ -134,7 +134,7 @@ def test_a_file_cut_while_it_is_read_ends_in_one_line(memory, make_checkpoint, m
     ) as caught:
         load_student(folder, dtype="float32")
     assert "\n" not in str(caught.value)
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_an_update_of_donated_parameters_does_not_reach_what_other_devices_share(make_checkpoint):

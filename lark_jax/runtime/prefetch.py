@@ -1,4 +1,4 @@
-"""Fetching a list of items with threads, in order, ahead of the one who uses them, within a bound on memory."""
+"""Ordered prefetch: threads compute the next items while the caller uses the current one, within a memory budget."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -8,23 +8,26 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Fetched = TypeVar("Fetched")
 
+THREAD_NAME = "prefetch"
 
-def read_ahead(
+
+def prefetch(
     items: Iterable[Item],
     fetch: Callable[[Item], Fetched],
     *,
-    size: Callable[[Item], int],
     budget: int,
-    num_threads: int,
+    size: Callable[[Item], int] = lambda _: 1,
+    num_threads: int = 1,
 ) -> Generator[tuple[Item, Fetched], None, None]:
-    """Yields every item with what `fetch` made of it, in the order of `items`.
+    """Yields (item, fetch(item)) in the order of `items`.
 
-    Threads start items in that order. Those that are fetched or being fetched, and not yet yielded, have a `size` of
-    `budget` together, or are a single one that is larger. The first error of `fetch` is raised, and ends the rest.
+    Threads start items in that order. The items that have been started and that the caller has not finished with are
+    at most `budget` in total `size`, or a single item that is larger. The first error of `fetch` is raised when its
+    item is due, and cancels the rest. Closing the generator waits for the items that are being fetched.
     """
     waiting: deque[tuple[Item, int, Future[Fetched]]] = deque()
     held = 0
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read_ahead")
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix=THREAD_NAME)
     try:
         for item in items:
             while waiting and held + size(item) > budget:
