@@ -21,6 +21,8 @@ from lark_jax.run import execute
 from lark_jax.runtime import files
 from lark_jax.runtime.pipeline import read_manifest
 from lark_jax.scoring import CandidateScore, read_scores
+from lark_jax.scoring.part_streams import PartStreams
+from lark_jax.scoring.table import SCHEMA
 from lark_jax.stages.metric_task import COLUMNS
 from lark_jax.students import random_student, read_architecture, save_new_student
 
@@ -156,14 +158,16 @@ def table(workdir: Path) -> Path:
     return workdir / "score" / "scores.parquet"
 
 
-def part_files(workdir: Path) -> dict[int, int]:
-    """Inode of every finished part: a part that is written again gets another."""
+def finished_parts(workdir: Path) -> dict[int, tuple[int, int]]:
+    """Size and modification time of the stream of every finished part: they change if it is written again."""
     found = {}
-    for path in (workdir / "metrics" / "statistics" / "parts").glob("*/part-*.parquet"):
-        try:
-            found[int(path.stem.removeprefix("part-"))] = path.stat().st_ino
-        except FileNotFoundError:  # gone since it was listed
-            continue
+    for folder in (workdir / "metrics" / "statistics" / "parts").glob("statistics-v*"):
+        streams = PartStreams(folder, SCHEMA, 0)
+        for path in folder.glob("part-*.arrows"):
+            part = int(path.stem.removeprefix("part-"))
+            batches, total = streams.found(part)
+            if batches == total:
+                found[part] = (path.stat().st_size, path.stat().st_mtime_ns)
     return found
 
 
@@ -264,24 +268,19 @@ def test_one_of_two_is_killed_and_after_a_restart_nothing_is_scored_twice(
 ) -> None:
     arguments = material.arguments(tmp_path)
     with pair(arguments) as processes:
-        wait_until(lambda: any(number % 2 for number in part_files(tmp_path)), processes)
+        wait_until(lambda: any(number % 2 for number in finished_parts(tmp_path)), processes)
         processes[1].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         printed = outputs(processes[:1], timeout=120)[0]
         assert time.monotonic() - killed < LOST_TIMEOUT + 20, "the other process has to notice"
         assert processes[0].returncode != 0, printed
-    before = part_files(tmp_path)
+    before = finished_parts(tmp_path)
     assert not table(tmp_path).exists()
 
-    seen: dict[int, set[int]] = {}
     with pair(arguments) as processes:
-        while any(process.poll() is None for process in processes):
-            for number, inode in part_files(tmp_path).items():
-                seen.setdefault(number, set()).add(inode)
-            time.sleep(0.005)
         printed = "".join(outputs(processes))
         assert [process.returncode for process in processes] == [0, 0], printed
-    assert {number: {inode} for number, inode in before.items()}.items() <= seen.items()
+    assert before.items() <= finished_parts(tmp_path).items()
     assert table(tmp_path).read_bytes() == table(one_process).read_bytes()
 
 
