@@ -195,7 +195,7 @@ def assert_close(actual: tuple[CandidateScore, ...], expected: tuple[CandidateSc
     ]
     assert names[0] == names[1]
     for field in ("loss", "brier", "target_prob", "wrong_concentration"):
-        pairs = [[getattr(score, field) for score in scores] for scores in (actual, expected)]
+        pairs = [[score.statistics[field] for score in scores] for scores in (actual, expected)]
         np.testing.assert_allclose(pairs[0], pairs[1], rtol=1e-5, err_msg=field)
 
 

@@ -1,21 +1,20 @@
 """The statistics of every trajectory under the student: one forward pass each, as a pass over the pool."""
 
-import math
 from pathlib import Path
 
 import pyarrow as pa
 from jax.sharding import Mesh
 
 from lark_jax.pool.records import Pool, Trajectory
-from lark_jax.rendering.chat import ChatFormat, RenderedTrajectory
+from lark_jax.rendering.chat import ChatFormat
 from lark_jax.runtime import terminal
 from lark_jax.runtime.processes import EVERYTHING, Share
 from lark_jax.runtime.sharding import DATA
 from lark_jax.scoring.part_streams import PartStreams
 from lark_jax.scoring.pool_pass import run_pass
-from lark_jax.scoring.reductions import TrajectoryMeans
+from lark_jax.scoring.statistics import TrajectoryMeans
 from lark_jax.scoring.step import make_score_step
-from lark_jax.scoring.table import SCHEMA, CandidateScore, ScoreTable, skipped_score
+from lark_jax.scoring.table import SCHEMA, CandidateScore, ScoreTable, candidate_score, skipped_score
 from lark_jax.scoring.throughput import Throughput
 from lark_jax.scoring.workload import RowBatch, ScoreOptions, Workload, pass_over_rows, plan_workload
 from lark_jax.students.decoder import Decoder
@@ -55,10 +54,13 @@ def score_share(
     options = workload.options
 
     def encode(batch: RowBatch, means: TrajectoryMeans) -> pa.RecordBatch:
-        trajectories = [workload.pool.trajectories[member] for member in batch.plan.members]
         scores = [
-            _scored(trajectory, rendered, means, row)
-            for row, (trajectory, rendered) in enumerate(zip(trajectories, batch.rows, strict=True))
+            candidate_score(
+                workload.pool.trajectories[member].teacher,
+                rendered,
+                {name: float(mean_b[row]) for name, mean_b in means.items()},
+            )
+            for row, (member, rendered) in enumerate(zip(batch.plan.members, batch.rows, strict=True))
         ]
         (encoded,) = ScoreTable.of(scores).table.to_batches()
         return encoded
@@ -95,24 +97,3 @@ def _streams(workload: Workload) -> PartStreams:
 
 def _unscorable(trajectory: Trajectory, reason: str) -> CandidateScore:
     return skipped_score(trajectory.problem_id, trajectory.candidate_id, trajectory.teacher, reason)
-
-
-def _scored(trajectory: Trajectory, rendered: RenderedTrajectory, means: TrajectoryMeans, row: int) -> CandidateScore:
-    loss, brier = float(means.loss[row]), float(means.brier[row])
-    finite = math.isfinite(loss) and math.isfinite(brier)
-    return CandidateScore(
-        problem_id=trajectory.problem_id,
-        candidate_id=trajectory.candidate_id,
-        teacher=trajectory.teacher,
-        num_prompt_tokens=len(rendered.prompt_tokens),
-        num_target_tokens=len(rendered.target_tokens),
-        truncated=rendered.truncated,
-        loss=loss,
-        brier=brier,
-        mean_clipped_rank=float(means.mean_clipped_rank[row]),
-        mean_rank=float(means.mean_rank[row]),
-        target_prob=float(means.target_prob[row]),
-        wrong_concentration=float(means.wrong_concentration[row]),
-        status="ok" if finite else "skipped",
-        reason="" if finite else "non-finite loss",
-    )

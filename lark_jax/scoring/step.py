@@ -18,7 +18,7 @@ from lark_jax.rendering.batching import TokenRows
 from lark_jax.runtime.sharding import DATA, parameter_sharding, parameter_spec, split_rows
 from lark_jax.runtime.sharding import rows as rows_sharding
 from lark_jax.scoring.parameter_axes import check_tensor_axis
-from lark_jax.scoring.reductions import TrajectoryMeans, trajectory_means
+from lark_jax.scoring.statistics import TrajectoryMeans, trajectory_means
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parallel import ParameterSplit

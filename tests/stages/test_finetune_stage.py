@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from score_records import random_record
 
 from lark_jax.config import Experiment, SyntheticConfig, experiment_from_mapping
 from lark_jax.errors import PipelineError
 from lark_jax.pool import read_pool
 from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.runtime.pipeline import MANIFEST, Outcome, Task, run_tasks
-from lark_jax.scoring import CandidateScore, write_scores
+from lark_jax.scoring import write_scores
 from lark_jax.stages.finetune import TrainingData, finetune_tasks, training_data
 from lark_jax.stages.layout import STUDENT, Layout
 from lark_jax.stages.score import STATISTICS
@@ -46,7 +47,7 @@ def score_at_random(experiment: Experiment, layout: Layout) -> None:
     """A finished score stage, without a student."""
     rng = np.random.default_rng(0)
     scores = [
-        CandidateScore(t.problem_id, t.candidate_id, t.teacher, 5, 9, False, *rng.uniform(0.1, 0.9, 6).tolist())
+        random_record(rng, t.problem_id, t.candidate_id, teacher=t.teacher)
         for t in read_pool(experiment.pool.path, "error").trajectories
     ]
 
