@@ -41,6 +41,7 @@ def our_contestant(request: Request, trajectories: Trajectories, packing: bool) 
     from lark_jax.runtime.sharding import make_mesh
     from lark_jax.students import load_student
     from lark_jax.students.parameters import abstract_decoder
+    from lark_jax.students.sharded import ShardedStudent
 
     rendered = [
         RenderedTrajectory(str(index), "0", tokens[:prompt], tokens[prompt:], truncated=False)
@@ -61,11 +62,11 @@ def our_contestant(request: Request, trajectories: Trajectories, packing: bool) 
     data, mesh = TrainingSet(examples, config.batch_size, 0), make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = make_optimizer(config, config.epochs)
     student, architecture = load_student(request.student, mesh=mesh, dtype="float32")
-    model = abstract_decoder(architecture, config.dtype, remat=config.remat)
-    step = make_train_step(model, optimizer, mesh, vocab_chunk=config.vocab_chunk)
-    state = initial_state(student, optimizer, mesh)
+    model = ShardedStudent.abstract(abstract_decoder(architecture, config.dtype, remat=config.remat), mesh)
+    step = make_train_step(model, optimizer, vocab_chunk=config.vocab_chunk)
+    state = initial_state(student, model, optimizer)
     del student
-    sums = zero_sums(state.parameters, mesh)
+    sums = zero_sums(model)
     forget_peak()
     resident = jax_peak_bytes()
     seconds, losses, grad_norms = [], [], []

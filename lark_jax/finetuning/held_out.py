@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from lark_jax.config import FinetuneConfig
 from lark_jax.errors import TrainingError
@@ -13,48 +12,47 @@ from lark_jax.finetuning.optimizer import Parameters
 from lark_jax.finetuning.parameter_sets import NOTHING_FROZEN
 from lark_jax.rendering.batching import TokenRows, assemble, bucket_lengths
 from lark_jax.rendering.row_plans import plan_micro_batches
-from lark_jax.runtime.sharding import DATA, TENSOR, split_rows
-from lark_jax.scoring.step import jitted_score_step
-from lark_jax.students.decoder import Decoder
+from lark_jax.runtime.sharding import DATA, split_rows
+from lark_jax.scoring.step import compile_score_step
+from lark_jax.students.sharded import ShardedStudent
 
 
 class HeldOutLoss:
     """Mean over trajectories of the mean cross-entropy of their target tokens, without weights, nats.
 
-    It is the forward pass of the score stage, with parameters gathered layer by layer over the mesh: before training it
-    is the mean of `loss` in the score table, up to rounding. Where the mesh spans several processes, all call it.
+    This is the forward pass of the score stage in the layout of `student`: before training it equals the mean of `loss`
+    in the score table, up to rounding. If the mesh spans several processes, all of them call it.
 
     Args:
-      model: structure and computation dtype; its parameters are not looked at.
-      frozen: parameters that are not trained.
+      student: `ShardedStudent.abstract`, with the compute dtype.
+      frozen: the parameters that are not trained.
     """
 
     def __init__(
         self,
         examples: Sequence[Example],
-        model: Decoder,
+        student: ShardedStudent,
         config: FinetuneConfig,
-        mesh: Mesh,
         pad_id: int,
         frozen: Mapping[str, jax.Array] = NOTHING_FROZEN,
     ) -> None:
         self._examples = examples
-        self._mesh = mesh
+        self._mesh = student.mesh
         self._frozen = frozen
         rendered = [example.rendered for example in examples]
         lengths = {member: trajectory.num_inputs for member, trajectory in enumerate(rendered)}
         buckets = bucket_lengths(max(lengths.values(), default=1))
-        plans = plan_micro_batches(lengths, buckets, config.tokens_per_batch, mesh.shape[DATA])
+        plans = plan_micro_batches(lengths, buckets, config.tokens_per_batch, student.mesh.shape[DATA])
         self._batches = [assemble(rendered, plan, pad_id) for plan in plans]
-        step = jitted_score_step(model, mesh, config.vocab_chunk, (DATA, TENSOR))
+        step, dtype = compile_score_step(student, config.vocab_chunk), student.structure.dtype
 
         def losses(parameters: Parameters, *arrays: jax.Array) -> jax.Array:
-            return step({name: value.astype(model.dtype) for name, value in parameters.items()}, *arrays).loss
+            return step({name: value.astype(dtype) for name, value in parameters.items()}, *arrays).loss
 
         self._losses = jax.jit(losses)
 
     def __call__(self, parameters: Parameters) -> float:
-        """Of the student with these float32 parameters, beside those that are not trained.
+        """The loss of the student with these float32 parameters and the frozen ones.
 
         Raises:
           TrainingError: it is not finite; names the trajectories.

@@ -5,6 +5,7 @@ import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,6 @@ from lark_jax.finetuning.step import (
     initial_state,
     make_train_step,
     put_rows,
-    trained_student,
     zero_sums,
 )
 from lark_jax.finetuning.step_hooks import StepBoundary
@@ -41,6 +41,7 @@ from lark_jax.students.checkpoint.adapters import with_fresh_adapter
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.flops import peak_flops_of
 from lark_jax.students.parameters import abstract_decoder
+from lark_jax.students.sharded import ShardedStudent
 
 CHECKPOINTS = "checkpoints"
 
@@ -106,8 +107,9 @@ def finetune(
     total_steps = config.epochs * data.steps_per_epoch
     optimizer = make_optimizer(config, total_steps)
     lora = lora_of(config)
-    model = abstract_decoder(student.architecture, config.dtype, remat=config.remat, lora=lora)
-    model.attention_backend = None if config.attention == "auto" else config.attention
+    attention = None if config.attention == "auto" else config.attention
+    options: dict[str, Any] = {"remat": config.remat, "attention_backend": attention, "lora": lora}
+    model = ShardedStudent.abstract(abstract_decoder(student.architecture, config.dtype, **options), mesh)
     learning_rates = np.asarray(learning_rate_schedule(config, total_steps)(jnp.arange(total_steps)))
 
     def prepared(step: int) -> PreparedStep:
@@ -117,15 +119,15 @@ def finetune(
     identity = run_identity(student, examples, held_out, config, seed)
     if lora is not None:
         student = with_fresh_adapter(student, lora, seed, mesh)
-    frozen = frozen_parameters(student, model.dtype, mesh)
-    train_step = make_train_step(model, optimizer, mesh, vocab_chunk=config.vocab_chunk, frozen=frozen)
-    held_out_loss = HeldOutLoss(held_out, model, config, mesh, pad_id, frozen) if held_out else None
+    frozen = frozen_parameters(student, model)
+    train_step = make_train_step(model, optimizer, vocab_chunk=config.vocab_chunk, frozen=frozen)
+    held_out_loss = HeldOutLoss(held_out, model, config, pad_id, frozen) if held_out else None
     with CheckpointStore(directory / CHECKPOINTS, identity, keep=config.keep_checkpoints) as store:
-        restored = store.restore_latest(abstract_state(model, optimizer, mesh))
-        state, completed = restored or (initial_state(student, optimizer, mesh), 0)
+        restored = store.restore_latest(abstract_state(model, optimizer))
+        state, completed = restored or (initial_state(student, model, optimizer), 0)
         del student, restored  # a second copy of the weights, unless the caller keeps the student
         gc.collect()  # what flattens a model in newer flax leaves it in a cycle
-        sums = zero_sums(state.parameters, mesh)
+        sums = zero_sums(model)
         seen = Seen.after(data, completed)
         upcoming = prepared(completed) if completed < total_steps else None
         loggers = loggers_of(config.loggers, what, directory, completed, identity) if upcoming is not None else ()
@@ -146,13 +148,13 @@ def finetune(
                 metrics = read_step_metrics(data, current, applied, cross_entropies, learning_rates, seen)
                 seconds = time.perf_counter() - started
                 seen = Seen.with_step(metrics)
-                rates = rates_of(data, current.batch, model, peak_flops_of(mesh), seconds)
+                rates = rates_of(data, current.batch, model.structure, peak_flops_of(mesh), seconds)
                 log.write(metrics, timing_of(completed, seconds, rates))
                 boundary.after_step(state, completed, seen, stop.after(completed))
                 bar.set_postfix_str(describe(metrics, rates, boundary.latest_held_out_loss), refresh=False)
                 bar.update()
             store.wait()  # here, where a signal does not yet end the process
-    return FinetuneResult(trained_student(model, state.parameters, frozen), total_steps, directory)
+    return FinetuneResult(model.with_parameters({**frozen, **state.parameters}), total_steps, directory)
 
 
 def run_step(

@@ -1,53 +1,58 @@
-"""Which parameters of a student are trained: all of them or, where it has an adapter, those of the adapter.
+"""Which parameters of a student are trained: all of them or, if it has an adapter, those of the adapter.
 
 Both sets are dictionaries by dotted name and together they are the student. Trained parameters are float32 masters;
-frozen ones have the dtype of the computation and neither gradients nor moments.
+frozen ones have the compute dtype and neither gradients nor moments.
 """
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from lark_jax.config import FinetuneConfig
 from lark_jax.finetuning.optimizer import Parameters
-from lark_jax.runtime.sharding import parameter_sharding
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.lora import Lora, is_factor
-from lark_jax.students.parameters import flatten_parameters, shapes_of
+from lark_jax.students.parameters import flatten_parameters
+from lark_jax.students.sharded import ShardedStudent
 
 NOTHING_FROZEN: Mapping[str, jax.Array] = types.MappingProxyType({})
 
 
 def lora_of(config: FinetuneConfig) -> Lora | None:
-    """The adapter that is trained; None: every parameter is."""
+    """The adapter to train; None: all parameters are trained."""
     return Lora(config.lora_rank, config.lora_alpha, config.lora_targets) if config.lora_rank > 0 else None
 
 
-def is_trained(name: str, student: Decoder) -> bool:
-    return student.lora is None or is_factor(name)
+def abstract_trained(student: ShardedStudent) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dotted name -> shape and sharding of every float32 master parameter."""
+    return _on_mesh(student, [name for name in student.specs if _is_trained(name, student)], jnp.float32)
 
 
-def abstract_parameters(student: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dotted name -> shape of every float32 master parameter."""
-    shapes = shapes_of(student)
-    return {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in shapes.items() if is_trained(n, student)}
+def abstract_frozen(student: ShardedStudent) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dotted name -> shape and sharding of every parameter that is not trained, in the compute dtype."""
+    frozen = [name for name in student.specs if not _is_trained(name, student)]
+    return _on_mesh(student, frozen, student.structure.dtype)
 
 
-def abstract_frozen(student: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dotted name -> shape of every parameter that is not trained."""
-    shapes = shapes_of(student)
-    return {n: jax.ShapeDtypeStruct(shape, student.dtype) for n, shape in shapes.items() if not is_trained(n, student)}
-
-
-def frozen_parameters(student: Decoder, dtype: jnp.dtype, mesh: Mesh) -> Parameters:
-    """Those of `student` that are not trained, in `dtype` and laid out over `mesh`; no copies where they are so."""
-    parameters = flatten_parameters(nnx.state(student, nnx.Param))
+def frozen_parameters(start: Decoder, student: ShardedStudent) -> Parameters:
+    """The frozen parameters of `start`, laid out as `student`'s; copied only where dtype or layout differ."""
+    values = flatten_parameters(nnx.state(start, nnx.Param))
     return {
-        name: jax.device_put(value.astype(dtype), parameter_sharding(name, value.shape, mesh))
-        for name, value in parameters.items()
-        if not is_trained(name, student)
+        name: jax.device_put(values[name].astype(frozen.dtype), frozen.sharding)
+        for name, frozen in abstract_frozen(student).items()
+    }
+
+
+def _is_trained(name: str, student: ShardedStudent) -> bool:
+    return student.structure.lora is None or is_factor(name)
+
+
+def _on_mesh(student: ShardedStudent, names: Sequence[str], dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+    parameters = student.parameters
+    return {
+        name: jax.ShapeDtypeStruct(parameters[name].shape, dtype, sharding=parameters[name].sharding) for name in names
     }

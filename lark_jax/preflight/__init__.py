@@ -1,1 +1,1 @@
-"""Preflight: the steps of an experiment compiled ahead of time for hardware that is not there."""
+"""Preflight: compiles the steps of an experiment ahead of time, for hardware that is not present."""

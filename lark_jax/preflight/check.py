@@ -1,12 +1,12 @@
-"""From an experiment and hardware to findings: what to compile, compiled, costed, and mended where it does not fit."""
+"""From an experiment and hardware to findings: compiles programs, estimates costs, proposes settings that fit."""
 
+import dataclasses
 import functools
 
 from lark_jax.config import Experiment
-from lark_jax.preflight.cost import Assumptions, PoolTime, pool_time, step_cost, step_time
-from lark_jax.preflight.findings import Finding, Findings
+from lark_jax.preflight.cost import Assumptions, PoolTime, StepCost, StepTime, pool_time, step_cost, step_time
 from lark_jax.preflight.lengths import Lengths, plan_steps
-from lark_jax.preflight.remedies import find_remedy
+from lark_jax.preflight.remedies import Remedy, find_remedy
 from lark_jax.preflight.requests import (
     CompileAnswer,
     CompileRequest,
@@ -22,6 +22,38 @@ from lark_jax.students.architecture import Architecture
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One compiled program: its request, the answer, and the cost."""
+
+    request: CompileRequest
+    answer: CompileAnswer
+    cost: StepCost
+    time: StepTime
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """The findings for one run.
+
+    Attributes:
+      remedy: for all programs together; only if one of them does not fit.
+      pool: with the remedy if there is one.
+    """
+
+    student: str
+    topology: Topology
+    programs: tuple[Finding, ...]
+    remedy: Remedy | None
+    lengths: Lengths
+    pool: PoolTime
+    assumptions: Assumptions
+
+    @property
+    def fits(self) -> bool:
+        return all(program.answer.memory.fits for program in self.programs)
+
+
 def check(
     experiment: Experiment,
     architecture: Architecture,
@@ -31,7 +63,7 @@ def check(
     *,
     student_name: str,
 ) -> Findings:
-    """Compiles what needs the most memory for `topology`, and estimates what the rest of the pool takes.
+    """Compiles the programs that need the most memory on `topology`, and estimates the time for the whole pool.
 
     Raises:
       PreflightError: no compiler for this hardware is installed, or it refuses a program.
@@ -69,10 +101,10 @@ def mesh_request(experiment: Experiment, architecture: Architecture, topology: T
 def score_requests(
     experiment: Experiment, architecture: Architecture, topology: Topology, lengths: Lengths, mesh: MeshAnswer
 ) -> tuple[CompileRequest, ...]:
-    """The scoring step for the longest rows of the pool and, where others have more tokens a step, for those.
+    """The scoring step for the longest rows of the pool, and for those with the most tokens per step if they differ.
 
     Args:
-      mesh: on which the experiment scores; the shapes depend on its devices along `data`.
+      mesh: where the experiment scores; the shapes depend on its devices along `data`.
     """
     steps = plan_steps(lengths, experiment.score.tokens_per_batch, mesh.data)
     longest = max(steps, key=lambda step: step.length)
@@ -109,7 +141,7 @@ def _pool_time(
     lengths: Lengths,
     assumptions: Assumptions,
 ) -> PoolTime:
-    """In the layout of `answer`, which is a program of `experiment`."""
+    """The time in the layout of `answer`, a program of `experiment`."""
     return pool_time(
         plan_steps(lengths, experiment.score.tokens_per_batch, answer.data),
         tokens=lengths.tokens,

@@ -1,7 +1,7 @@
-"""What devices tell each other in one step, read off the step's jaxpr.
+"""The communication between devices in one step, read off the step's jaxpr.
 
-The scoring step is one `shard_map` in which every collective is written down, so the jaxpr has all of them, with the
-trip counts of the loops around them.
+A step is one `shard_map` in which every collective is explicit, so the jaxpr has all of them, with the trip counts of
+the loops around them.
 """
 
 import collections
@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-# Share of the whole (gathered, summed or exchanged) array that each of n devices sends in a ring.
+# In a ring of n devices, each sends this many times (n - 1) / n of the whole (gathered, summed or exchanged) array.
 _RING_TRIPS = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "psum": 2, "pmax": 2, "pmin": 2}
 _SAME_AS = {
     "all_gather_invariant": "all_gather",
@@ -29,7 +29,7 @@ class Collective:
       kind: the primitive.
       axes: mesh axes, joined by a comma.
       times: executions per step.
-      bytes_sent: by each device in all of them, when the devices of the axis form a ring.
+      bytes_sent: by each device in all executions, with the devices of the axis in a ring.
     """
 
     kind: str
@@ -39,13 +39,13 @@ class Collective:
 
 
 def collectives_of(jaxpr: ClosedJaxpr, axis_sizes: Mapping[str, int]) -> tuple[Collective, ...]:
-    """Every collective of `jaxpr`, those of one kind and axis added up.
+    """The collectives of `jaxpr`, summed by kind and axis.
 
     Args:
       axis_sizes: devices along each mesh axis.
 
     Raises:
-      NotImplementedError: a collective lies in a loop whose trip count is not known.
+      NotImplementedError: a collective is inside a loop with an unknown trip count.
     """
     times: collections.Counter[tuple[str, str]] = collections.Counter()
     sent: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -63,7 +63,7 @@ def collectives_of(jaxpr: ClosedJaxpr, axis_sizes: Mapping[str, int]) -> tuple[C
 
 
 def _equations(jaxpr: Jaxpr, repeats: int) -> Iterator[tuple[JaxprEqn, int]]:
-    """Collectives with the number of their executions; of the branches of a `cond`, all."""
+    """Collectives with the number of their executions; all branches of a `cond` count."""
     for equation in jaxpr.eqns:
         name = _SAME_AS.get(equation.primitive.name, equation.primitive.name)
         if name in _RING_TRIPS:
@@ -73,7 +73,7 @@ def _equations(jaxpr: Jaxpr, repeats: int) -> Iterator[tuple[JaxprEqn, int]]:
         for sub_jaxpr in _sub_jaxprs(equation.params.values()):
             found = list(_equations(sub_jaxpr, inner))
             if found and equation.primitive.name == "while":
-                raise NotImplementedError("a collective inside a while loop: how often it runs is not known")
+                raise NotImplementedError("a collective inside a while loop: its trip count is unknown")
             yield from found
 
 

@@ -1,4 +1,4 @@
-"""What a step costs and how long a pool takes: analytic counts, and a roofline with its assumptions stated."""
+"""The cost of a step and the time for a pool: analytic counts, and a roofline model with explicit assumptions."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ VOCABULARY_BLOCK = 4_096  # tokens per pass over the head
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """Shares of the makers' peak figures that a step is taken to reach."""
+    """The shares of the makers' peak figures that a step is assumed to reach."""
 
     compute: float = 0.5
     memory: float = 0.8
@@ -27,16 +27,16 @@ class Assumptions:
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """Of one execution, on one device."""
+    """The cost of one execution on one device."""
 
     flops: float
-    memory_bytes: float  # read and written: weights once per layer, activations between matrix products; an estimate
+    memory_bytes: float  # read and written (an estimate): weights once per layer, activations between matrix products
     sent_bytes: float  # to other devices, in rings
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one execution, if each resource were the only one; the slowest counts, the others overlap with it."""
+    """Seconds of one execution for each resource on its own; the slowest counts, the others overlap with it."""
 
     compute: float
     memory: float
@@ -54,7 +54,7 @@ class StepTime:
 def step_cost(
     architecture: Architecture, answer: CompileAnswer, rows_per_device: int, length: int, bytes_per_value: int
 ) -> StepCost:
-    """Of a scoring step with `rows_per_device` x `length` tokens, laid out as in `answer`."""
+    """The cost of a scoring step with `rows_per_device` x `length` tokens, in the layout of `answer`."""
     tokens = rows_per_device * length
     flops = rows_per_device * forward_flops(architecture, length) / answer.tensor
     activations = tokens * _activation_values(architecture, length, answer.tensor) * bytes_per_value
@@ -66,10 +66,10 @@ def step_cost(
 
 
 def training_cost(architecture: Architecture, answer: CompileAnswer, remat: str, lora: Lora | None = None) -> StepCost:
-    """Of the micro-batch that `answer` is about, in bfloat16.
+    """The cost of the micro-batch of `answer`, in bfloat16.
 
-    Memory traffic is taken as that of forward passes, as many as the FLOPs are worth. What is sent is that of the
-    compiled program, recomputation included.
+    Memory traffic is that of as many forward passes as the FLOPs amount to. The bytes sent are those of the compiled
+    program, recomputation included.
     """
     forward = step_cost(architecture, answer, answer.rows_per_device, answer.length, 2)
     flops = answer.rows_per_device * training_flops(architecture, answer.length, remat, lora) / answer.tensor
@@ -77,7 +77,7 @@ def training_cost(architecture: Architecture, answer: CompileAnswer, remat: str,
 
 
 def step_time(cost: StepCost, chip: Chip, *, across_hosts: bool, assumptions: Assumptions) -> StepTime:
-    """Roofline of one step; the network is the slowest link on the way."""
+    """The roofline of one step; the slowest link limits the network."""
     bandwidth = min(chip.link_bandwidth, chip.host_bandwidth) if across_hosts else chip.link_bandwidth
     return StepTime(
         compute=cost.flops / (chip.peak_flops * assumptions.compute),
@@ -91,7 +91,7 @@ def total_sent(collectives: Iterable[Collective]) -> int:
 
 
 def _sent_bytes(answer: CompileAnswer, tokens: int) -> float:
-    """Weights travel once per step, activations once per token: a line through the two traced shapes."""
+    """Weights are sent once per step, activations once per token: a line through the two traced shapes."""
     compiled_tokens, short_tokens = answer.rows_per_device * answer.length, answer.rows_per_device * answer.short_length
     at_compiled, at_short = total_sent(answer.collectives), total_sent(answer.short_collectives)
     if compiled_tokens == short_tokens:
@@ -101,7 +101,7 @@ def _sent_bytes(answer: CompileAnswer, tokens: int) -> float:
 
 
 def _weight_traffic(answer: CompileAnswer) -> float:
-    """Each device reads its parameters; those that are gathered are also written whole and read again."""
+    """Each device reads its parameters; gathered ones are also written whole and read again."""
     gathered = sum(item.bytes_sent for item in answer.collectives if item.kind == "all_gather")
     return answer.memory.parameters + 2 * gathered
 
@@ -119,14 +119,14 @@ def _activation_values(architecture: Architecture, length: int, tensor: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class PoolTime:
-    """Scoring a pool: steps by shape, and the sum over them."""
+    """The time for scoring a pool: the sum over its steps."""
 
     steps: int
     shapes: int
     tokens: int
     padding: float  # share of the planned tokens
     hours: float
-    slowest: str  # resource of the largest share of the time
+    slowest: str  # the resource with the largest share of the time
 
 
 def pool_time(
@@ -140,7 +140,7 @@ def pool_time(
     bytes_per_value: int,
     assumptions: Assumptions,
 ) -> PoolTime:
-    """Time for `steps`, which the meshes of `answer` share."""
+    """The time for `steps`, which are divided among the meshes of `answer`."""
     seconds = {"compute": 0.0, "memory": 0.0, "network": 0.0}
     for shape in steps:
         cost = step_cost(architecture, answer, shape.rows, shape.length, bytes_per_value)

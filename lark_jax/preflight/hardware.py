@@ -1,4 +1,4 @@
-"""Chips and cards: what one JAX device has. Figures are the makers' (dense bfloat16), sources in third_party_notes."""
+"""Chips and cards as JAX devices. Figures are the makers' (dense bfloat16); sources are in third_party_notes."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from lark_jax.errors import ConfigError
 from lark_jax.students.flops import peak_flops
 
 GIB = 2**30
-GPU_SHARE = 0.75  # of a card's memory that JAX takes unless a variable of GPU_SHARE_VARIABLES says otherwise
+GPU_SHARE = 0.75  # JAX's default share of a card's memory; a variable of GPU_SHARE_VARIABLES overrides it
 GPU_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
@@ -19,10 +19,10 @@ class Chip:
     Attributes:
       name: as users write it.
       device_kind: as `students.flops.PEAK_FLOPS` knows it.
-      memory_bytes: that programs can use.
+      memory_bytes: usable by programs.
       memory_bandwidth: bytes/s between chip and its memory.
-      link_bandwidth: bytes/s that one device sends to its neighbours: NVLink; two links (one axis) of a TPU's torus.
-      host_bandwidth: bytes/s that one device sends to other hosts; a TPU slice has its links for that too.
+      link_bandwidth: bytes/s from one device to its neighbours: NVLink; two links (one axis) of a TPU's torus.
+      host_bandwidth: bytes/s from one device to other hosts; the same links inside a TPU slice.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class TpuChip(Chip):
-    """Further: dimensions of its torus, TensorCores that the cloud's names count per chip, options of libtpu."""
+    """A TPU chip: dimensions of its torus, TensorCores per chip in the cloud's names, options for libtpu."""
 
     dimensions: int
     cores_per_chip: int
@@ -51,7 +51,7 @@ class TpuChip(Chip):
 
 @dataclass(frozen=True)
 class Card(Chip):
-    """Further: what XLA's GPU compiler asks about a card that is not there."""
+    """An NVIDIA card: what XLA's GPU compiler needs to know about a card that is not present."""
 
     compute_capability: int  # major; minor is 0 for all of these
     core_count: int
@@ -107,7 +107,7 @@ def _tpu(name: str, memory_gib: float, memory_gbs: float, axis_gbs: float, *, di
     )
 
 
-# Memory: what libtpu's compiler calls available.
+# Memory: what libtpu's compiler reports as available.
 TPU_CHIPS: Mapping[str, TpuChip] = {
     chip.name: chip
     for chip in (
@@ -183,7 +183,7 @@ CARDS: Mapping[str, Card] = {
 
 
 def gpu_share() -> float:
-    """The share of a card's memory that JAX takes under the present environment.
+    """The share of a card's memory that JAX takes in this environment.
 
     Raises:
       ConfigError: the variable is not a number in (0, 1].

@@ -1,4 +1,4 @@
-"""How long the rows of a pool are: counted, given, or assumed; and the steps that they are cut into."""
+"""The lengths of a pool's rows: counted, given, or assumed; and the steps that they are planned into."""
 
 import collections
 import math
@@ -28,7 +28,7 @@ GIVEN = re.compile(r"\d+:\d+(,\d+:\d+)*")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Inputs of every row of a pool (prompt and target tokens less one), and where they come from."""
+    """The inputs of every row of a pool (prompt and target tokens minus one), and their source."""
 
     inputs: tuple[int, ...]
     source: str
@@ -43,19 +43,19 @@ class Lengths:
 
 
 class Steps(NamedTuple):
-    """Steps of one shape."""
+    """All steps of one shape."""
 
     rows: int  # per device
-    length: int  # tokens of a row
+    length: int  # tokens in a row
     times: int
 
 
 def find_lengths(experiment: Experiment, given: str | None) -> Lengths:
-    """Lengths as `given`, else of the experiment's pool where pool and tokenizer are on this machine, else assumed.
+    """`given` lengths, else those of the pool if it and the tokenizer are on this machine, else assumed ones.
 
     Raises:
       ConfigError: `given` is not of the form length:count,length:count.
-      PoolError, TemplateError, CheckpointError: the pool or the tokenizer is there and cannot be used.
+      PoolError, TemplateError, CheckpointError: the pool or the tokenizer is present but cannot be used.
     """
     longest = experiment.student.max_length - 1
     if given is not None:
@@ -68,10 +68,10 @@ def find_lengths(experiment: Experiment, given: str | None) -> Lengths:
 
 
 def plan_steps(lengths: Lengths, tokens_per_batch: int, data_shards: int) -> tuple[Steps, ...]:
-    """The steps of a pool by their shape, longest rows first.
+    """The steps of a pool by shape, longest rows first.
 
     Args:
-      data_shards: devices along which rows are split.
+      data_shards: the number of devices that rows are split over.
     """
     plans = plan_pool(lengths.inputs, tokens_per_batch, data_shards)
     counts = collections.Counter((plan.length, plan.rows // data_shards) for plan in plans)
@@ -87,7 +87,7 @@ def _given(text: str, longest: int) -> Lengths:
 
 
 def _counted(experiment: Experiment) -> Lengths:
-    """Kept below the workdir: a second call counts nothing."""
+    """Counts are cached in the workdir, so a second call counts nothing."""
     pool = load_pool(experiment.pool)
     chat = load_chat_format(experiment.student.path, experiment.student.chat_template)
     max_length = experiment.student.max_length
@@ -103,7 +103,7 @@ def _counted(experiment: Experiment) -> Lengths:
 
 
 def _assumed(longest: int, reason: str) -> Lengths:
-    """A log-normal pool of the paper's size; of each class the length at its middle."""
+    """A log-normal pool of the paper's size; each class has the length at its middle."""
     inputs: list[int] = []
     for number in range(ASSUMED_CLASSES):
         normal = NormalDist().inv_cdf((number + 0.5) / ASSUMED_CLASSES)

@@ -1,4 +1,4 @@
-"""Which setting makes a run fit that does not: candidates, the smallest change first, until all its programs fit."""
+"""Finds settings with which a run fits: tries candidates, smallest change first, until all programs of one fit."""
 
 import dataclasses
 import itertools
@@ -14,20 +14,20 @@ from lark_jax.students.architecture import Architecture
 
 RequestsOf = Callable[[Experiment], tuple[CompileRequest, ...]]
 Compile = Callable[[CompileRequest], CompileAnswer]
-LARGEST_GPU_SHARE = 0.95  # of a card's memory; the rest is for CUDA and its libraries
+LARGEST_GPU_SHARE = 0.95  # of a card's memory; CUDA and its libraries need the rest
 SMALL_CHUNK = 1_024
 MOST_TRIES = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """What makes a run fit, or that nothing does.
+    """Settings with which a run fits, if there are any.
 
     Attributes:
-      settings: as a user writes them; empty where none was found.
+      settings: as a user writes them; empty if none were found.
       experiment: with these settings.
-      answers: all programs of that experiment, none where none was found.
-      tried: settings with which a program does not fit.
+      answers: all programs of that experiment; empty if no settings were found.
+      tried: settings with which some program does not fit.
     """
 
     settings: str
@@ -48,11 +48,10 @@ def find_remedy(
     requests_of: RequestsOf,
     compile_request: Compile,
 ) -> Remedy:
-    """Compiles the programs of candidates until all of one candidate fit.
+    """Compiles the programs of candidates until all programs of one candidate fit.
 
     Args:
-      experiment: of scoring.
-      answers: the programs of `experiment`, of which at least one does not fit.
+      answers: the scoring programs of `experiment`; at least one does not fit.
       requests_of: the programs of an experiment, in the order of `answers`.
     """
     share = int(LARGEST_GPU_SHARE * topology.chip.memory_bytes)
@@ -64,7 +63,7 @@ def find_remedy(
     for candidate in itertools.islice(candidates(experiment, architecture, answers[misfit], topology), MOST_TRIES):
         settings = settings_of(experiment, candidate)
         requests = requests_of(candidate)
-        # What did not fit goes first: as a rule it decides.
+        # The program that did not fit goes first: it usually decides.
         found = _compile_while_they_fit(requests[misfit:] + requests[:misfit], compile_request)
         if found:
             return Remedy(settings, candidate, found, tuple(tried))
@@ -75,9 +74,10 @@ def find_remedy(
 def candidates(
     experiment: Experiment, architecture: Architecture, answer: CompileAnswer, topology: Topology
 ) -> Iterator[Experiment]:
-    """Experiments that could fit, those with the fewest changes first; without those whose parameters are too much.
+    """Experiments that could fit, fewest changes first; candidates whose parameters are too large are left out.
 
-    Fewer rows at a time cost little; then parameters gathered over `data`; narrower logits; layers split over `tensor`.
+    Fewer rows at a time cost little; then come parameters gathered over `data`, narrower logits, and layers split over
+    `tensor`.
 
     Args:
       answer: a program of `experiment` that does not fit.
@@ -117,7 +117,7 @@ def settings_of(before: Experiment, after: Experiment) -> str:
     if after.mesh.data != before.mesh.data:
         flags.append(f"--config.mesh.data={after.mesh.data}")
     if after.mesh.tensor != before.mesh.tensor:
-        # What suits scoring need not suit fine-tuning, so such a run is one of its own.
+        # A mesh that suits scoring need not suit fine-tuning, so scoring becomes a run of its own.
         flags.append(f"--config.mesh.tensor={after.mesh.tensor} --config.stages=score")
     if after.score.vocab_chunk != before.score.vocab_chunk:
         flags.append(f"--config.score.vocab_chunk={after.score.vocab_chunk}")
@@ -125,7 +125,7 @@ def settings_of(before: Experiment, after: Experiment) -> str:
 
 
 def _compile_while_they_fit(requests: Sequence[CompileRequest], compile_request: Compile) -> tuple[CompileAnswer, ...]:
-    """The answers to all of `requests`, or none as soon as one does not fit."""
+    """The answers to all `requests`; empty as soon as one does not fit."""
     answers = []
     for request in requests:
         answer = compile_request(request)
@@ -140,7 +140,7 @@ def _with_memory(answer: CompileAnswer, available: int) -> CompileAnswer:
 
 
 def _is_gathered_already(experiment: Experiment, answer: CompileAnswer) -> bool:
-    """Whether asking for gathered parameters would change nothing but the words."""
+    """Whether asking for gathered parameters would change only the spelling of the setting."""
     return DATA in answer.parameter_axes and experiment.score.parameters == "auto" and experiment.mesh.data == -1
 
 
@@ -151,7 +151,7 @@ def _shards(answer: CompileAnswer) -> int:
 
 
 def _tensor_sizes(configured: int, architecture: Architecture, topology: Topology) -> list[int]:
-    """`configured`, and larger ones: `tensor` must divide the key-value heads; beyond one host it would be slow."""
+    """`configured` and larger sizes that divide the key-value heads; across hosts, `tensor` would be slow."""
     heads, most = architecture.num_kv_heads, topology.devices_per_host
     larger = range(configured + 1, most + 1)
     return [configured, *(size for size in larger if heads % size == 0 and most % size == 0)]

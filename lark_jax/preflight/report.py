@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from lark_jax.preflight.check import Finding, Findings
 from lark_jax.preflight.cost import total_sent
-from lark_jax.preflight.findings import Finding, Findings
 from lark_jax.preflight.hardware import GIB
 from lark_jax.preflight.remedies import Remedy
 from lark_jax.preflight.requests import CompileAnswer
@@ -17,7 +17,7 @@ _NOTES_ON_ATTENTION = {
 
 
 def as_text(findings: Findings) -> str:
-    """One block per compiled program, then what makes them fit where they do not, and the time for the pool."""
+    """One block per compiled program, then settings that fit if the configured ones do not, and the pool's time."""
     blocks = [_heading(findings)]
     blocks += [_program(program, findings) for program in findings.programs]
     if findings.remedy is not None:

@@ -1,7 +1,7 @@
-"""What is asked of the compiler, what it answers, and the child process in between.
+"""Requests to the compiler, its answers, and the child process in between.
 
-A compiler for absent hardware wants its own environment before JAX is imported, and can end the process that called
-it. So each program is compiled in a child: a frozen request goes in as JSON, a frozen answer comes back.
+A compiler for absent hardware needs its own environment before JAX is imported, and can end the process that called it.
+So each program is compiled in a child: a frozen request goes in as JSON, a frozen answer comes back.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from lark_jax.students.lora import Lora
 
 WORKER = "lark_jax.preflight.worker"
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # the compilers are plug-ins; no accelerator of this machine is opened
+    "JAX_PLATFORMS": "cpu",  # the compilers are plug-ins; this machine's accelerators are not opened
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask the cloud which TPU this machine has
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu otherwise lets one process in at a time
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by default libtpu allows one process at a time
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
@@ -33,7 +33,7 @@ class MeshRequest:
 
     Attributes:
       topology: canonical name, see `topologies.parse_topology`.
-      data, tensor: the mesh; data = -1: what `tensor` leaves of the topology.
+      data, tensor: the mesh; data = -1: all devices of the topology, divided by `tensor`.
       dtype: of the parameters.
       parameters: "replicated", "gathered" or "auto", as `config.score.parameters`.
     """
@@ -54,10 +54,10 @@ class CompileRequest(MeshRequest):
       step: a key of `worker.STEPS`.
       attention: as `config.score.attention`.
       rows_per_device: along `data`.
-      length: tokens of a row.
-      remat: as `config.finetune.remat`; scoring has no backward pass.
+      length: tokens in a row.
+      remat: as `config.finetune.remat`; unused in scoring.
       packed: rows have segment ids (fine-tuning).
-      lora: the adapter that fine-tuning trains; None: it trains every parameter.
+      lora: the adapter that fine-tuning trains; None: it trains all parameters.
     """
 
     step: str
@@ -79,12 +79,12 @@ class Memory:
 
     parameters: int  # without the compiler's padding
     arguments: int
-    output: int  # that is not written over an argument
+    output: int  # without what overwrites an argument
     temporary: int
     code: int
     total: int
     available: int
-    resident: int = 0  # what the run keeps beside this program: Adam's moments, or frozen weights in the optimizer step
+    resident: int = 0  # kept by the run but not passed to this program: Adam's moments, or frozen weights
 
     @property
     def fits(self) -> bool:
@@ -93,11 +93,11 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class MeshAnswer:
-    """The mesh that scoring would take.
+    """The mesh that scoring would use.
 
     Attributes:
       data, tensor: devices along the axes of the mesh.
-      meshes: equal ones side by side, one per host; 1: one mesh over all devices.
+      meshes: number of equal meshes, one per host; 1: one mesh over all devices.
     """
 
     data: int
@@ -107,16 +107,16 @@ class MeshAnswer:
 
 @dataclasses.dataclass(frozen=True)
 class CompileAnswer(MeshAnswer):
-    """What became of a request.
+    """The compiled program of a request.
 
     Attributes:
-      parameter_axes: mesh axes over which parameters are split.
+      parameter_axes: mesh axes that parameters are split over.
       attention: the backend that was compiled.
       rows_per_device, length: as requested.
       collectives: of one execution.
-      short_collectives: of one execution with rows of `short_length`, to tell what grows with the rows.
-      compile_seconds: of lowering and compiling.
-      compiler: its package and version.
+      short_collectives: of one execution with rows of `short_length`, which shows what grows with the rows.
+      compile_seconds: for lowering and compiling.
+      compiler: package and version.
     """
 
     memory: Memory
@@ -132,7 +132,7 @@ class CompileAnswer(MeshAnswer):
 
 
 def compile_in_child(request: CompileRequest) -> CompileAnswer:
-    """Compiles in a process of its own.
+    """Compiles in a separate process.
 
     Raises:
       PreflightError: no compiler for this hardware is installed, it refuses the program or the mesh, or it crashed.
@@ -141,7 +141,7 @@ def compile_in_child(request: CompileRequest) -> CompileAnswer:
 
 
 def mesh_in_child(request: MeshRequest) -> MeshAnswer:
-    """Decides the mesh in a process of its own; compiles nothing.
+    """Chooses the mesh in a separate process; compiles nothing.
 
     Raises:
       PreflightError: as for `compile_in_child`.
@@ -194,4 +194,4 @@ def answer_from_json(values: dict[str, Any]) -> CompileAnswer:
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
+    return lines[-1][:300] if lines else "no output"

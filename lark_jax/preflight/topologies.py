@@ -1,7 +1,7 @@
 """Names of hardware -> the devices to compile for.
 
-"v5p:2x2x2" is a TPU slice by its chips; "v5p-16" is the same by the cloud's name, which counts TensorCores (two per
-chip) for v4 and v5p and chips for v5e and v6e; "a100-80gb:8" is eight cards, in hosts of eight.
+"v5p:2x2x2" names a TPU slice by its layout of chips; "v5p-16" is the cloud's name for the same slice, which counts
+TensorCores (two per chip) for v4 and v5p and chips for v5e and v6e; "a100-80gb:8" means eight cards, in hosts of eight.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Topology:
       name: the canonical spelling.
       platform: JAX's name, "tpu" or "cuda".
       layout: TPU: chips along each dimension of the slice; NVIDIA: (hosts, cards per host).
-      memory_bytes: of one device, that JAX may use.
+      memory_bytes: what JAX may use on one device.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Topology:
         }
 
     def one_host(self) -> "Topology":
-        """The devices of one host alone: what a mesh of one process sees."""
+        """The devices of one host: those of one process's own mesh."""
         if isinstance(self.chip, Card):
             return _card_topology(self.chip, self.devices_per_host)
         assert isinstance(self.chip, TpuChip)
@@ -72,10 +72,10 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads a name; see the module.
+    """Parses a name, see the module's docstring.
 
     Raises:
-      ConfigError: unknown chip, or a slice that cannot be; names what is known.
+      ConfigError: unknown chip or impossible slice; lists the known ones.
     """
     name, separator, size = _split(text.strip().lower())
     if name in CARDS and separator in ("", ":"):
@@ -130,7 +130,7 @@ def _layout_from_text(text: str, chip: TpuChip, layout: str) -> tuple[int, ...]:
 
 
 def _layout_from_size(text: str, chip: TpuChip, size: int) -> tuple[int, ...]:
-    """The cloud's layout of a named slice: as near to a cube or square as powers of two allow."""
+    """The cloud's layout of a named slice: as close to a cube or square as powers of two allow."""
     chips = size // chip.cores_per_chip
     smallest = 4 if chip.dimensions == 3 else 1
     known = smallest <= chips <= _LARGEST_NAMED_SLICE and chips & (chips - 1) == 0 and chips != 2
@@ -159,7 +159,7 @@ def _slice_topology(chip: TpuChip, layout: tuple[int, ...]) -> Topology:
 
 
 def _chips_per_host(chip: TpuChip, layout: tuple[int, ...]) -> int:
-    """Four, but for single chips and the eight-chip machines of v5e and v6e."""
+    """Four, except for single chips and the eight-chip machines of v5e and v6e."""
     chips = math.prod(layout)
     single_host = chips < 4 or (chip.dimensions == 2 and chips == 8)
     return chips if single_host else 4

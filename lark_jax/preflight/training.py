@@ -1,4 +1,4 @@
-"""Fine-tuning on hardware that is not there: the peak of every memory policy, and the fastest that fits."""
+"""Fine-tuning on hardware that is not present: the peak of every memory policy, and the fastest that fits."""
 
 import dataclasses
 
@@ -16,11 +16,11 @@ from lark_jax.students.lora import Lora
 
 @dataclasses.dataclass(frozen=True)
 class PolicyFinding:
-    """One memory policy, `finetune.remat`: the largest micro-batches compiled with it.
+    """One memory policy (`finetune.remat`), with the worst-case micro-batches compiled under it.
 
     Attributes:
-      answers: first that with the longest rows, which the next two are of.
-      flops: of the micro-batch on one device, recomputation included.
+      answers: the micro-batch with the longest rows first; `flops` and `time` are for this one.
+      flops: on one device, recomputation included.
     """
 
     remat: str
@@ -30,19 +30,19 @@ class PolicyFinding:
 
     @property
     def answer(self) -> CompileAnswer:
-        """The one that needs most memory."""
+        """The micro-batch that needs the most memory."""
         return max(self.answers, key=lambda answer: answer.memory.total)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFindings:
-    """Of one run.
+    """The findings for one run.
 
     Attributes:
-      configured: the experiment's own `finetune.remat`.
-      lora: the adapter that is trained; None: every parameter is.
-      policies: all of them, in the order of `config.REMAT_CHOICES`.
-      update: the optimizer step, which follows the last micro-batch.
+      configured: the experiment's `finetune.remat`.
+      lora: the adapter to train; None: all parameters are trained.
+      policies: in the order of `config.REMAT_CHOICES`.
+      update: the optimizer step after the last micro-batch.
     """
 
     student: str
@@ -57,17 +57,17 @@ class TrainingFindings:
         return policy.answer.memory.fits and self.update.memory.fits
 
     def peak(self, policy: PolicyFinding) -> int:
-        """Bytes per device, parameters, moments and sums included."""
+        """Bytes per device, including parameters, moments and gradient sums."""
         return max(policy.answer.memory.total, self.update.memory.total)
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits as it is configured."""
+        """Whether the run fits as configured."""
         return any(policy.remat == self.configured and self.fits_with(policy) for policy in self.policies)
 
     @property
     def fastest(self) -> PolicyFinding | None:
-        """Of the policies that fit; of equally fast ones, the one that moves less."""
+        """The fastest policy that fits; among equals the first."""
         fitting = [policy for policy in self.policies if self.fits_with(policy)]
         return min(fitting, key=lambda policy: policy.time.seconds, default=None)
 
@@ -81,7 +81,7 @@ def check_training(
     *,
     student_name: str,
 ) -> TrainingFindings:
-    """Compiles the largest micro-batches under every policy, and the optimizer step.
+    """Compiles the worst-case micro-batches under every policy, and the optimizer step.
 
     Raises:
       PreflightError: no compiler for this hardware is installed, or it refuses a program.
@@ -109,7 +109,7 @@ def check_training(
 def training_requests(
     experiment: Experiment, architecture: Architecture, topology: Topology, lengths: Lengths
 ) -> tuple[CompileRequest, ...]:
-    """The largest micro-batches of the run, that with the longest rows first, on one mesh over all devices."""
+    """The worst-case micro-batches of the run, longest rows first, on one mesh over all devices."""
     finetune, mesh = experiment.finetune, experiment.mesh
     data = topology.num_devices // mesh.tensor if mesh.data == -1 else mesh.data
 

@@ -10,7 +10,7 @@ from lark_jax.students.lora import Lora
 
 
 def training_as_text(findings: TrainingFindings) -> str:
-    """One line per memory policy, what they have in common, and which to take."""
+    """One line per memory policy, what they have in common, and which one to use."""
     first, topology = findings.policies[0].answers[0], findings.topology
     shapes = [f"{answer.rows_per_device} x {answer.length:,}" for answer in findings.policies[0].answers]
     memory, update = first.memory, findings.update.memory
@@ -65,7 +65,7 @@ def training_as_json(findings: TrainingFindings) -> dict[str, Any]:
 
 
 def _trained(lora: Lora | None) -> str:
-    return "float32" if lora is None else f"frozen, but for an adapter of rank {lora.rank}, float32"
+    return "float32" if lora is None else f"frozen, except for an adapter of rank {lora.rank}, float32"
 
 
 def _name(policy: PolicyFinding, findings: TrainingFindings) -> str:
@@ -85,9 +85,9 @@ def _verdict(findings: TrainingFindings) -> str:
 
 
 def _needed(findings: TrainingFindings) -> str:
-    """By the run with the policy that needs least."""
+    """What the run needs under the policy with the lowest peak."""
     if not findings.update.memory.fits:
-        return "the optimizer step alone does not; it needs more devices"
+        return "the optimizer step already does not; it needs more devices"
     worst = min(findings.policies, key=findings.peak).answer
     tokens = worst.rows_per_device * worst.length
     rows = "shorter rows (--config.student.max_length)"

@@ -1,4 +1,4 @@
-"""The child process: question and file for the answer are its arguments, the request is on stdin. See `requests`."""
+"""The child process: its arguments are the question and the file for the answer; the request is on stdin."""
 
 import dataclasses
 import importlib.metadata
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from lark_jax.config import FinetuneConfig, MeshConfig
 from lark_jax.errors import LarkError, PreflightError
 from lark_jax.finetuning.optimizer import make_optimizer
-from lark_jax.finetuning.parameter_sets import abstract_frozen, abstract_parameters
+from lark_jax.finetuning.parameter_sets import abstract_frozen, abstract_trained
 from lark_jax.finetuning.step import trace_accumulate, trace_apply
 from lark_jax.preflight.collectives import collectives_of
 from lark_jax.preflight.requests import (
@@ -31,16 +31,11 @@ from lark_jax.preflight.requests import (
 )
 from lark_jax.preflight.topologies import Topology, parse_topology
 from lark_jax.runtime.sharding import DATA, TENSOR, make_mesh
-from lark_jax.scoring.mesh_choice import fits_one_process
-from lark_jax.scoring.parameter_axes import (
-    bytes_per_device,
-    check_tensor_axis,
-    choose_parameter_axes,
-    parameter_bytes_per_device,
-)
 from lark_jax.scoring.step import trace_score_step
 from lark_jax.students.attention.dispatch import default_backend, describe_backend
+from lark_jax.students.layout import bytes_per_device, choose_parameter_axes, fits_one_process
 from lark_jax.students.parameters import abstract_decoder
+from lark_jax.students.sharded import ShardedStudent, check_tensor_axis
 
 SHORT_LENGTH = 128
 _OUT_OF_MEMORY = (
@@ -51,88 +46,76 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _INSTALL = {"tpu": "pip install 'lark_jax[preflight]'", "cuda": "pip install 'lark_jax[gpu]'"}
 _PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "jax-cuda13-plugin")}
 
-TraceStep = Callable[[CompileRequest, Mesh, tuple[str, ...], str, int], jax.stages.Traced]
-
-
-def trace_score(
-    request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str, length: int
-) -> jax.stages.Traced:
-    return trace_score_step(
-        request.architecture,
-        mesh,
-        dtype=request.dtype,
-        vocab_chunk=request.vocab_chunk,
-        parameter_axes=parameter_axes,
-        attention_backend=attention,
-        rows=request.rows_per_device * mesh.shape[DATA],
-        length=length,
-    )
-
-
-def trace_micro_batch(
-    request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str, length: int
-) -> jax.stages.Traced:
-    del parameter_axes  # training has one layout
-    return trace_accumulate(
-        request.architecture,
-        mesh,
-        dtype=request.dtype,
-        vocab_chunk=request.vocab_chunk,
-        remat=request.remat,
-        attention_backend=attention,
-        rows=request.rows_per_device * mesh.shape[DATA],
-        length=length,
-        packed=request.packed,
-        lora=request.lora,
-    )
-
-
-def trace_update(
-    request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str, length: int
-) -> jax.stages.Traced:
-    del parameter_axes, attention, length
-    return trace_apply(request.architecture, make_optimizer(FinetuneConfig(), total_steps=1_000), mesh, request.lora)
-
 
 class Held(NamedTuple):
-    """Bytes on each device: parameters that the program sees, and what the run keeps that it does not see."""
+    """Bytes on each device: parameters that the program gets, and what the run keeps that the program does not get."""
 
     parameters: int
     resident: int
 
 
-def held_in_scoring(request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...]) -> Held:
-    return Held(parameter_bytes_per_device(request.architecture, mesh, request.dtype, parameter_axes), 0)
-
-
-def held_in_micro_batch(request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...]) -> Held:
-    """Two moments of what is trained wait for the optimizer step."""
-    trained, frozen = _trained_and_frozen(request, mesh, parameter_axes)
-    return Held(trained + frozen, 2 * trained)
-
-
-def held_in_update(request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...]) -> Held:
-    trained, frozen = _trained_and_frozen(request, mesh, parameter_axes)
-    return Held(trained, frozen)
-
-
-def _trained_and_frozen(request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...]) -> tuple[int, int]:
-    student = abstract_decoder(request.architecture, request.dtype, lora=request.lora)
-    trained, frozen = abstract_parameters(student), abstract_frozen(student)
-    return bytes_per_device(trained, mesh, parameter_axes), bytes_per_device(frozen, mesh, parameter_axes)
-
-
 class Step(NamedTuple):
     """What preflight compiles."""
 
-    trace: TraceStep
-    held: Callable[[CompileRequest, Mesh, tuple[str, ...]], Held]
+    student: Callable[[CompileRequest, Mesh, tuple[str, ...], str], ShardedStudent]  # last: the attention backend
+    trace: Callable[[ShardedStudent, CompileRequest, int], jax.stages.Traced]  # last: the length of a row
+    held: Callable[[ShardedStudent], Held]
+
+
+def scoring_student(
+    request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str
+) -> ShardedStudent:
+    structure = abstract_decoder(request.architecture, request.dtype, request.dtype, attention_backend=attention)
+    return ShardedStudent.abstract(structure, mesh, parameter_axes)
+
+
+def training_student(
+    request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str
+) -> ShardedStudent:
+    options: dict[str, Any] = {"remat": request.remat, "attention_backend": attention, "lora": request.lora}
+    return ShardedStudent.abstract(
+        abstract_decoder(request.architecture, request.dtype, **options), mesh, parameter_axes
+    )
+
+
+def trace_score(student: ShardedStudent, request: CompileRequest, length: int) -> jax.stages.Traced:
+    rows = request.rows_per_device * student.mesh.shape[DATA]
+    return trace_score_step(student, vocab_chunk=request.vocab_chunk, rows=rows, length=length)
+
+
+def trace_micro_batch(student: ShardedStudent, request: CompileRequest, length: int) -> jax.stages.Traced:
+    return trace_accumulate(
+        student,
+        vocab_chunk=request.vocab_chunk,
+        rows=request.rows_per_device * student.mesh.shape[DATA],
+        length=length,
+        packed=request.packed,
+    )
+
+
+def trace_update(student: ShardedStudent, request: CompileRequest, length: int) -> jax.stages.Traced:
+    del request, length
+    return trace_apply(student, make_optimizer(FinetuneConfig(), total_steps=1_000))
+
+
+def held_in_scoring(student: ShardedStudent) -> Held:
+    return Held(bytes_per_device(student.parameters), 0)
+
+
+def held_in_micro_batch(student: ShardedStudent) -> Held:
+    """Adam's two moments of each trained parameter wait for the optimizer step."""
+    trained, frozen = bytes_per_device(abstract_trained(student)), bytes_per_device(abstract_frozen(student))
+    return Held(trained + frozen, 2 * trained)
+
+
+def held_in_update(student: ShardedStudent) -> Held:
+    return Held(bytes_per_device(abstract_trained(student)), bytes_per_device(abstract_frozen(student)))
 
 
 STEPS: Mapping[str, Step] = {
-    "score": Step(trace_score, held_in_scoring),
-    "finetune": Step(trace_micro_batch, held_in_micro_batch),
-    "finetune_update": Step(trace_update, held_in_update),
+    "score": Step(scoring_student, trace_score, held_in_scoring),
+    "finetune": Step(training_student, trace_micro_batch, held_in_micro_batch),
+    "finetune_update": Step(training_student, trace_update, held_in_update),
 }
 
 
@@ -141,7 +124,7 @@ def answer(request: CompileRequest) -> CompileAnswer:
 
     Raises:
       PreflightError: no compiler for this hardware is installed, or it refuses the program.
-      ConfigError: the mesh does not fit the hardware or the student, or the attention backend does not.
+      ConfigError: the mesh does not fit the hardware or the student, or the attention backend cannot run there.
     """
     topology = parse_topology(request.topology)
     dtype = jnp.dtype(request.dtype)
@@ -149,10 +132,11 @@ def answer(request: CompileRequest) -> CompileAnswer:
     parameter_axes = choose_parameter_axes(request.architecture, mesh, dtype, request.parameters, topology.memory_bytes)
     attention = _attention(request, topology)
     step = STEPS[request.step]
-    traced = step.trace(request, mesh, parameter_axes, attention, request.length)
-    short = step.trace(request, mesh, parameter_axes, attention, min(SHORT_LENGTH, request.length))
+    student = step.student(request, mesh, parameter_axes, attention)
+    traced = step.trace(student, request, request.length)
+    short = step.trace(student, request, min(SHORT_LENGTH, request.length))
     start = time.monotonic()
-    memory = _compiled_memory(traced, topology, step.held(request, mesh, parameter_axes))
+    memory = _compiled_memory(traced, topology, step.held(student))
     return CompileAnswer(
         memory=memory,
         parameter_axes=parameter_axes,
@@ -171,7 +155,7 @@ def answer(request: CompileRequest) -> CompileAnswer:
 
 
 def mesh_answer(request: MeshRequest) -> MeshAnswer:
-    """Decides the mesh for `request`, as scoring would.
+    """Chooses the mesh for `request`, as scoring would.
 
     Raises:
       PreflightError: no compiler for this hardware is installed, or it refuses the topology.
@@ -183,13 +167,13 @@ def mesh_answer(request: MeshRequest) -> MeshAnswer:
 
 
 def _mesh(request: MeshRequest, topology: Topology) -> tuple[Mesh, int]:
-    """The mesh that scoring with one process per host would take, and how many of them there are."""
+    """The mesh that scoring with one process per host would use, and how many of them there are."""
     config = MeshConfig(request.data, request.tensor)
     everywhere = _devices(topology)
     if topology.num_hosts == 1:
         return make_mesh(config, everywhere), 1
     local = _devices(topology.one_host())
-    alone = fits_one_process(
+    fits = fits_one_process(
         request.architecture,
         config,
         jnp.dtype(request.dtype),
@@ -198,7 +182,7 @@ def _mesh(request: MeshRequest, topology: Topology) -> tuple[Mesh, int]:
         everywhere=everywhere,
         device_memory_bytes=topology.memory_bytes,
     )
-    return (make_mesh(config, local), topology.num_hosts) if alone else (make_mesh(config, everywhere), 1)
+    return (make_mesh(config, local), topology.num_hosts) if fits else (make_mesh(config, everywhere), 1)
 
 
 def _devices(topology: Topology) -> list[jax.Device]:
@@ -218,7 +202,7 @@ def _attention(request: CompileRequest, topology: Topology) -> str:
     dtype, head_dim, packed = jnp.dtype(request.dtype), request.architecture.head_dim, request.packed
     if request.attention == "auto":
         return default_backend(request.length, platform, dtype, head_dim, packed=packed)
-    # Refuses what cannot run there.
+    # Raises if the backend cannot run there.
     describe_backend(request.attention, [request.length], platform, dtype, head_dim, packed=packed)
     return request.attention
 
@@ -233,7 +217,7 @@ def _compiled_memory(traced: jax.stages.Traced, topology: Topology, held: Held) 
             raise PreflightError(
                 f"{topology.name}: the compiler fails: {' '.join(str(error).split())[:300]}"
             ) from error
-        # The compiler gives up with the total alone; rows of tokens are small beside parameters.
+        # The compiler only reports the total; rows of tokens are small compared to parameters.
         temporary = max(0, total - parameters)
         return Memory(parameters, parameters, 0, temporary, 0, total + resident, topology.memory_bytes, resident)
     output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -251,7 +235,7 @@ def _compiled_memory(traced: jax.stages.Traced, topology: Topology, held: Held) 
 
 
 def out_of_memory_bytes(message: str) -> int | None:
-    """Bytes that a program would need, from the message with which a TPU compiler refuses it; None: another error."""
+    """The bytes that a program would need, from a TPU compiler's error message; None for other errors."""
     for pattern in _OUT_OF_MEMORY:
         if found := pattern.search(message):
             return int(float(found[1]) * _UNITS[found[2]])
@@ -259,7 +243,7 @@ def out_of_memory_bytes(message: str) -> int | None:
 
 
 def _compiler(platform: str) -> str:
-    """Package and version of the installed compiler; empty where there is none."""
+    """Package and version of the installed compiler; empty if there is none."""
     for package in _PACKAGES[platform]:
         try:
             return f"{package} {importlib.metadata.version(package)}"
@@ -268,7 +252,7 @@ def _compiler(platform: str) -> str:
     return ""
 
 
-# What can be asked, each of a request as JSON.
+# Question -> answer to a request as JSON.
 QUESTIONS: Mapping[str, Callable[[dict[str, Any]], MeshAnswer]] = {
     "mesh": lambda values: mesh_answer(request_from_json(values, MeshRequest)),
     "program": lambda values: answer(request_from_json(values, CompileRequest)),

@@ -1,7 +1,7 @@
-"""The device mesh and ONE table: parameter name -> PartitionSpec.
+"""The device mesh and one table: parameter name -> PartitionSpec.
 
-Mesh axes: `data` (rows; in fine-tuning also parameters, gradients and Adam moments: FSDP) and `tensor` (single
-layers). Names and layouts are those of `students.decoder`: HF's, layers stacked on a leading axis.
+Mesh axes: `data` (rows; in fine-tuning also parameters, gradients and Adam moments: FSDP) and `tensor` (the inside of a
+layer). Names and shapes are those of `students.decoder`: HF's, with layers stacked on a leading axis.
 """
 
 import collections
@@ -19,9 +19,9 @@ from lark_jax.errors import ConfigError
 DATA = "data"
 TENSOR = "tensor"
 
-# Stacked layer parameters are [num_layers, out, in]; the output side of q, k, v, gate and up and the input side of
-# o and down lie on `tensor`, the other side on `data`. Norm scales are small and stay whole. The matrices of an
-# adapter, [num_layers, rank, in] and [num_layers, out, rank], lie on `tensor` where the weight beside them does.
+# Stacked layer parameters are [num_layers, out, in]. The output side of q, k, v, gate and up and the input side of o
+# and down are split over `tensor`, the other side over `data`. Norm scales are small and stay whole. An adapter's
+# factors, [num_layers, rank, in] and [num_layers, out, rank], are split over `tensor` on the side where the weight is.
 PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed_tokens\.weight", PartitionSpec(TENSOR, DATA)),
     (r"lm_head\.weight", PartitionSpec(TENSOR, DATA)),
@@ -41,8 +41,8 @@ PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh of shape [data, tensor] over `devices` (default: all).
 
-    Where the devices are of several slices (of TPUs; hosts of NVIDIA cards are such too), `tensor` lies inside a slice,
-    and so do neighbours along `data`.
+    If the devices belong to several slices (of TPUs; a host of NVIDIA cards counts as one), `tensor` stays inside a
+    slice, and so do neighbours along `data`.
 
     Raises:
       ConfigError: the number of devices is not data x tensor, or the number of slices does not divide data.
@@ -76,20 +76,31 @@ def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[s
     """The table's spec for parameter `name`, reduced to those of `axes` that split its dimension evenly.
 
     Args:
-      axes: mesh axes that parameters may be split over. (): every device holds all of them; (TENSOR,): layers are
-        split into columns and rows; (DATA, TENSOR): what is left is split over `data` too.
+      axes: mesh axes that parameters may be split over. (): every device holds all parameters; (TENSOR,): layers are
+        split into columns and rows; (DATA, TENSOR): the other dimension is split over `data` too.
 
     Raises:
-      KeyError: no row, or more than one row, of the table matches `name`.
+      KeyError: see `table_spec`.
     """
-    matches = [spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, name)]
-    if len(matches) != 1:
-        raise KeyError(f"{name}: {len(matches)} rows of PARAMETER_SPECS match, expected one")
 
     def splits(axis: str | None, size: int) -> bool:
         return axis in axes and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
 
-    return PartitionSpec(*(axis if splits(axis, size) else None for axis, size in zip(matches[0], shape, strict=False)))
+    return PartitionSpec(
+        *(axis if splits(axis, size) else None for axis, size in zip(table_spec(name), shape, strict=False))
+    )
+
+
+def table_spec(name: str) -> PartitionSpec:
+    """The row of `PARAMETER_SPECS` for parameter `name`.
+
+    Raises:
+      KeyError: no row, or more than one row, matches `name`.
+    """
+    matches = [spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, name)]
+    if len(matches) != 1:
+        raise KeyError(f"{name}: {len(matches)} rows of PARAMETER_SPECS match, expected one")
+    return matches[0]
 
 
 def parameter_sharding(
@@ -104,10 +115,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """Leading axis over `data`: batches of rows."""
+    """For batches of rows: the leading axis is split over `data`."""
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
 def split_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """`array` on the devices, cut over `data`. Where the mesh spans several processes, each passes the same array."""
+    """`array` on the devices, split over `data`. If the mesh spans several processes, each passes the same array."""
     return jax.make_array_from_callback(array.shape, rows(mesh), array.__getitem__)

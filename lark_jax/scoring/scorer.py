@@ -70,7 +70,7 @@ def score_share(
         student.architecture,
         _streams(workload),
         what="score",
-        step=make_score_step(student, mesh, options.vocab_chunk, parameter_axes=options.parameter_axes),
+        step=make_score_step(student, mesh, options.vocab_chunk),
         encode=encode,
     )
     return run_pass(work, mesh=mesh, share=share, writes=writes)

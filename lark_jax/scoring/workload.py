@@ -39,7 +39,6 @@ class ScoreOptions:
     max_length: int  # tokens of prompt and answer
     tokens_per_batch: int  # per device, at most; small pools have smaller batches
     vocab_chunk: int
-    parameter_axes: tuple[str, ...] = ()  # mesh axes over which the student's parameters are split
     batches_per_part: int = 16
 
 

@@ -52,7 +52,6 @@ def _compute(experiment: Experiment, layout: Layout, pool: Pool, directory: Path
         vocab_chunk=experiment.score.vocab_chunk,
         context=experiment.score.natural_context,
         split=experiment.score.natural_split,
-        parameter_axes=place.parameter_axes,
     )
     data_shards = place.mesh.shape[DATA]
     work = plan_work(pool, open_chat(experiment), options, data_shards=data_shards, directory=directory / PARTS)

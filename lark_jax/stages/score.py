@@ -27,14 +27,13 @@ from lark_jax.scoring import (
     score_share,
     write_scores,
 )
-from lark_jax.scoring.mesh_choice import fits_one_process
-from lark_jax.scoring.parameter_axes import choose_parameter_axes, smallest_device_memory
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.pool import open_pool, pool_inputs, say_what_is_left_out
 from lark_jax.stages.student import open_chat, scored_with, student_inputs
 from lark_jax.students import Decoder, load_student, local_folder, lossless_dtype, read_architecture
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
+from lark_jax.students.layout import choose_parameter_axes, fits_one_process, smallest_device_memory
 
 STATISTICS = "statistics.parquet"
 PARTS = "parts"
@@ -61,7 +60,6 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
             max_length=experiment.student.max_length,
             tokens_per_batch=experiment.score.tokens_per_batch,
             vocab_chunk=experiment.score.vocab_chunk,
-            parameter_axes=place.parameter_axes,
         )
         workload = plan_workload(
             pool,

@@ -5,11 +5,13 @@ from lark_jax.students.checkpoint.exporting import export_adapter, export_studen
 from lark_jax.students.checkpoint.hub import loaded_files, local_folder
 from lark_jax.students.checkpoint.loading import load_student, lossless_dtype
 from lark_jax.students.decoder import Decoder
-from lark_jax.students.initialization import random_student
+from lark_jax.students.parameters import random_student
+from lark_jax.students.sharded import ShardedStudent
 
 __all__ = [
     "Architecture",
     "Decoder",
+    "ShardedStudent",
     "export_adapter",
     "export_student",
     "load_student",

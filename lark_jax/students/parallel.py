@@ -1,14 +1,14 @@
-"""Where each device holds a part of every parameter: the communication that the decoder then needs.
+"""The communication of a decoder whose parameters are split over devices.
 
-For use inside `shard_map`, rows of tokens split over `data`. A parameter may be split over
+For use inside `shard_map`, with rows of tokens split over `data`. A parameter may be split over
 
-- `tensor`: heads, features of the MLP and rows of the vocabulary. A device computes with what it has, and partial
-  results are added up twice a layer (Shoeybi et al., 2019, Megatron-LM);
-- `data`: the other side of the matrix. It is gathered where a layer is about to be computed, so one layer is whole at
-  a time (Zhao et al., 2023, FSDP). The embedding table is never gathered: tokens travel to its columns.
+- `tensor`: heads, features of the MLP and rows of the vocabulary. Each device computes with its own part, and partial
+  results are summed twice per layer (Shoeybi et al., 2019, Megatron-LM);
+- `data`: the other side of the matrix. It is gathered just before a layer is computed, so that one layer at a time is
+  whole (Zhao et al., 2023, FSDP). The embedding table is never gathered: tokens travel to its columns.
 
-Backward, each device differentiates the loss of its own rows. What moves then is written down as well: the transpose of
-every collective is given here, not derived, so that it holds in a `shard_map` with `check_vma=False`.
+In the backward pass each device differentiates the loss of its own rows. The transpose of every collective is given
+here explicitly, so that it is correct in a `shard_map` with `check_vma=False`.
 """
 
 import dataclasses
@@ -31,24 +31,24 @@ class ParameterSplit:
     """How the parameters of a decoder are split over the mesh axes of the enclosing `shard_map`.
 
     Attributes:
-      specs: PartitionSpec of every parameter by its dotted name; empty: the decoder is given whole parameters, or
-        global arrays, and nothing is communicated.
+      specs: PartitionSpec of every parameter by its dotted name; empty: the decoder has whole parameters, or global
+        arrays, and nothing is communicated.
     """
 
     specs: Mapping[str, PartitionSpec]
 
     def gathered_layer(self, weights: nnx.State, dtype: DTypeLike) -> nnx.State:
-        """One layer of the stack with everything that is split over `data` made whole.
+        """One layer of the stack, with everything that is split over `data` gathered.
 
-        It travels in `dtype`, or in that of `weights` where this is narrower. Values are rounded to it and keep the
-        dtype of `weights`, in which their gradients are added up over `data`.
+        Weights are sent as `dtype`, or as their own dtype if this is narrower. Values are rounded to it but keep the
+        dtype of `weights`, in which their gradients are summed over `data`.
         """
 
         def gathered(path: tuple[str, ...], weight: nnx.Variable) -> nnx.Variable:
             dimension = self._dimension(".".join(("layers", *path)), DATA)
             if dimension is None:
                 return weight
-            # The table counts the leading axis of the stack.
+            # Specs count the leading axis of the stack.
             return weight.replace(_gathered(weight[...], dimension - 1, _travelling_dtype(weight[...], dtype)))
 
         return nnx.map_state(gathered, weights)
@@ -70,44 +70,45 @@ class ParameterSplit:
         return hidden_btd
 
     def copy_to_tensor(self, name: str, x: jax.Array) -> jax.Array:
-        """`x` on its way into products with weight `name` [out, in], of which each device has its own rows.
+        """`x` as input of products with weight `name` [out, in], of which each device has its own rows.
 
-        Backward, the gradients by way of all rows are added up, in the dtype of `x`.
+        In the backward pass the devices' gradients are summed, in the dtype of `x`.
         """
         return x if self._dimension(name, TENSOR) is None else _summed_backward(x)
 
     def reduce_from_tensor(self, name: str, out: jax.Array) -> jax.Array:
-        """The product with weight `name` [out, in], from those with its columns; added up in the dtype of `out`."""
+        """The product with weight `name` [out, in]: the sum over the devices' columns, in the dtype of `out`."""
         return out if self._dimension(name, TENSOR) is None else _summed(out)
 
     def head(self, name: str, head_vd: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """This device's rows of the output projection `name`, with all their columns; dtypes as in `gathered_layer`."""
+        """This device's rows of the output projection `name`, with all columns; dtypes as in `gathered_layer`."""
         dimension = self._dimension(name, DATA)
         return head_vd if dimension is None else _gathered(head_vd, dimension, _travelling_dtype(head_vd, dtype))
 
     def total_gradients(self, gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """From gradients of the loss of this device's rows to those of the whole batch, laid out as the parameters.
+        """Gradients of the whole batch, laid out as the parameters, from those of this device's rows.
 
-        What is split over `data` was added up where it was gathered, or looked up. The rest is added up here, at once.
+        Gradients of parameters that are split over `data` were summed where these were gathered or looked up. The rest
+        are summed here, all at once.
         """
         totals: dict[str, jax.Array] = {}
         for axes in ((), (DATA,), (TENSOR,), (DATA, TENSOR)):
             group = {name: value for name, value in gradients.items() if self._partial_over(name) == axes}
-            # Over a single device too, XLA's CPU backend copies all that it is told to add up.
+            # XLA's CPU backend copies the operands of a psum even over a single device.
             several = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
             totals |= lax.psum(group, several) if several and group else group
         return totals
 
     def _partial_over(self, name: str) -> tuple[str, ...]:
-        """The axes along which a gradient has parts."""
+        """The axes along which devices hold partial sums of a gradient."""
         over_data = (DATA,) if self._dimension(name, DATA) is None else ()
-        return (*over_data, TENSOR) if self._sees_one_part(name) else over_data
+        return (*over_data, TENSOR) if self._sees_own_part(name) else over_data
 
-    def _sees_one_part(self, name: str) -> bool:
-        """Whether devices along `tensor` share a parameter and go on with it differently.
+    def _sees_own_part(self, name: str) -> bool:
+        """Whether devices along `tensor` share a parameter but each apply it to its own part.
 
-        Norms of single heads see the heads of one device. A of an adapter goes into the device's own rows of B, or B
-        comes after its own columns of A.
+        Norms of single heads see the heads of one device. An adapter's A feeds the device's own rows of B, or its B
+        follows the device's own columns of A.
         """
         if self._dimension(name, TENSOR) is not None:
             return False
@@ -136,9 +137,9 @@ def _travelling_dtype(part: jax.Array, dtype: DTypeLike) -> jnp.dtype:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(part: jax.Array, dimension: int, dtype: jnp.dtype) -> jax.Array:
-    """Gathered over `data` as `dtype`, then given the dtype of `part`: compilers drop that cast and the next one back.
+    """Gathered over `data` as `dtype`, then cast to `part`'s dtype; compilers drop that cast and the next one back.
 
-    A gradient has the dtype of its value. With this one it leaves the layer unrounded, and is added up so.
+    A gradient has the dtype of its value, so it leaves the layer unrounded and is summed unrounded.
     """
     return lax.all_gather(part.astype(dtype), DATA, axis=dimension, tiled=True).astype(part.dtype)
 
@@ -157,7 +158,7 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 @jax.custom_vjp
 def _summed(x: jax.Array) -> jax.Array:
-    """Sum over `tensor` of parts; every device then has the gradient of its part already."""
+    """The sum over `tensor`. Backward, the gradient of the sum is that of every part."""
     return lax.psum(x, TENSOR)
 
 
@@ -166,7 +167,7 @@ _summed.defvjp(lambda x: (_summed(x), None), lambda _, d_out: (d_out,))
 
 @jax.custom_vjp
 def _summed_backward(x: jax.Array) -> jax.Array:
-    """A value that all devices along `tensor` share, and go on with differently: their gradients are added up."""
+    """A value that devices along `tensor` share but use differently: backward, their gradients are summed."""
     return x
 
 

@@ -1,4 +1,4 @@
-"""Flat dotted parameter names <-> NNX state, and the shapes of an architecture's parameters without allocating."""
+"""Flat dotted parameter names <-> NNX state; decoders with random weights, and with shapes in place of arrays."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,16 +38,27 @@ def abstract_decoder(
     param_dtype: DTypeLike = jnp.float32,
     **options: Any,
 ) -> Decoder:
-    """A decoder whose parameters are `jax.ShapeDtypeStruct`s; takes no memory."""
+    """A decoder with `jax.ShapeDtypeStruct`s for parameters; takes no memory."""
     return nnx.eval_shape(lambda: Decoder(architecture, dtype, param_dtype, rngs=nnx.Rngs(0), **options))
+
+
+def random_student(architecture: Architecture, seed: int, dtype: DTypeLike) -> Decoder:
+    """A decoder with fresh weights, parameters and computation in `dtype`; equal seeds give equal weights."""
+    dtype = jnp.dtype(dtype)
+    return nnx.jit(lambda: Decoder(architecture, dtype, dtype, rngs=nnx.Rngs(seed)))()
+
+
+def abstract_parameters(student: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dotted name -> shape and dtype of every parameter, those of an adapter included, sorted by name."""
+    flat = nnx.to_flat_state(nnx.state(student, nnx.Param))
+    return dict(sorted((".".join(map(str, path)), jax.ShapeDtypeStruct(v.shape, v.dtype)) for path, v in flat))
+
+
+def shapes_of(student: Decoder) -> dict[str, tuple[int, ...]]:
+    """Dotted name -> shape of every parameter, those of an adapter included, sorted by name."""
+    return {name: value.shape for name, value in abstract_parameters(student).items()}
 
 
 def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Dotted name -> shape of every parameter of a checkpoint, layers stacked on the leading axis."""
     return shapes_of(abstract_decoder(architecture))
-
-
-def shapes_of(student: Decoder) -> dict[str, tuple[int, ...]]:
-    """The same for a decoder, whose adapter, where it has one, is not in `parameter_shapes`."""
-    flat = nnx.to_flat_state(nnx.state(student, nnx.Param))
-    return dict(sorted((".".join(map(str, path)), value.shape) for path, value in flat))

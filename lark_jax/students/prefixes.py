@@ -1,8 +1,8 @@
-"""Continuations of shared prefixes: keys and values of a prefix are computed once, whatever is read after it.
+"""Continuations of shared prefixes: the keys and values of a prefix are computed once for all its continuations.
 
-Two forward passes. `encode_prefixes` keeps every layer's keys and values; `continue_prefixes` runs packed rows of
-segments, each of which sees its row's prefix and itself, at the positions it would have directly after the prefix. The
-hidden states are those that prefix and segment would have in a row of their own.
+Two forward passes. `encode_prefixes` keeps every layer's keys and values. `continue_prefixes` runs packed rows of
+segments: each sees its row's prefix and itself, at the positions directly after the prefix. The hidden states equal
+those of prefix and segment in a row of their own.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from lark_jax.students.rope import rotation_tables
 
 
 class Prefixes(NamedTuple):
-    """Rotated keys, and values, of every layer: [layers, prefixes, tokens, kv_heads, head_dim] in the compute dtype."""
+    """Rotated keys, and values, of all layers: [layers, prefixes, tokens, kv_heads, head_dim] in the compute dtype."""
 
     k_lnskd: jax.Array
     v_lnskd: jax.Array
@@ -55,10 +55,10 @@ def continue_prefixes(
 ) -> jax.Array:
     """Hidden states after the final norm, [wanted, hidden_size], of some tokens of `rows`.
 
-    Of all other tokens the last layer computes no more than keys and values that the wanted ones see.
+    For all other tokens the last layer computes only the keys and values that the wanted ones attend to.
 
     Args:
-      prefixes: of one or more; `rows.layout` says which row continues which.
+      prefixes: one or more; `rows.layout` has the prefix of each row.
       wanted_s: int32 indices into rows x time.
       split: as in `Decoder.__call__`.
     """

@@ -16,7 +16,7 @@ from lark_jax.finetuning.held_out import HeldOutLoss
 from lark_jax.finetuning.loop import CHECKPOINTS
 from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.decoder import Decoder
-from lark_jax.students.parameters import abstract_decoder
+from lark_jax.students.sharded import ShardedStudent
 
 HELD_OUT = tuple(dataclasses.replace(example, weight=7.0) for example in random_examples(99, 5, 1))
 MEASURED = dataclasses.replace(CONFIG, evaluate_every=4, checkpoint_every=6)
@@ -43,8 +43,7 @@ def test_it_is_the_plain_mean_over_trajectories_on_any_devices(num_devices: int,
     student = tiny_student(3)
     mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
     config = dataclasses.replace(CONFIG, tokens_per_batch=tokens_per_batch)
-    model = abstract_decoder(student.architecture)
-    loss = HeldOutLoss(HELD_OUT, model, config, mesh, PAD_ID)(
+    loss = HeldOutLoss(HELD_OUT, ShardedStudent.abstract(student, mesh), config, PAD_ID)(
         {name: jax.numpy.asarray(value) for name, value in weights_of(student).items()}
     )
     assert loss == pytest.approx(np.mean([mean_cross_entropy(student, example) for example in HELD_OUT]), rel=1e-6)
@@ -129,4 +128,4 @@ def test_a_held_out_loss_that_is_not_finite_names_the_trajectory() -> None:
     )
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with pytest.raises(TrainingError, match=rf"held-out loss is not finite for .*{HELD_OUT[2].name}"):
-        HeldOutLoss(HELD_OUT, abstract_decoder(student.architecture), CONFIG, mesh, PAD_ID)(parameters)
+        HeldOutLoss(HELD_OUT, ShardedStudent.abstract(student, mesh), CONFIG, PAD_ID)(parameters)

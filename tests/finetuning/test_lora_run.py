@@ -15,7 +15,7 @@ from lark_jax.errors import TrainingError
 from lark_jax.finetuning import CHECKPOINTS, FinetuneResult, deciding_settings, read_held_out, read_metrics
 from lark_jax.finetuning.held_out import HeldOutLoss
 from lark_jax.students.lora import is_factor
-from lark_jax.students.parameters import abstract_decoder
+from lark_jax.students.sharded import ShardedStudent
 
 ADAPTED = dataclasses.replace(
     CONFIG,
@@ -109,8 +109,7 @@ def test_the_held_out_loss_starts_at_that_of_the_student_and_follows_the_adapter
     finished: tuple[Path, FinetuneResult],
 ) -> None:
     _, result = finished
-    model, mesh = abstract_decoder(tiny_student().architecture), mesh_of(1, 1)
-    plain = HeldOutLoss(HELD_OUT, model, CONFIG, mesh, PAD_ID)
+    plain = HeldOutLoss(HELD_OUT, ShardedStudent.abstract(tiny_student(), mesh_of(1, 1)), CONFIG, PAD_ID)
     measured = read_held_out(result.held_out)
     assert [item.step for item in measured] == [0, 5, 10, 15]
     assert measured[0].loss == pytest.approx(plain({n: jnp.asarray(v) for n, v in weights_of(tiny_student()).items()}))

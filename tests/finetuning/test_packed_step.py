@@ -15,7 +15,7 @@ from tiny_run import ARCHITECTURE, CONFIG, PAD_ID, VOCAB_SIZE, tiny_student, wei
 from lark_jax.config import MeshConfig
 from lark_jax.finetuning.data import Example, MicroBatch, TrainingSet
 from lark_jax.finetuning.optimizer import Parameters, make_optimizer
-from lark_jax.finetuning.step import TrainStep, initial_state, make_train_step, put_rows, trained_student, zero_sums
+from lark_jax.finetuning.step import TrainStep, initial_state, make_train_step, put_rows, zero_sums
 from lark_jax.rendering.batching import BatchPlan
 from lark_jax.rendering.chat import RenderedTrajectory
 from lark_jax.rendering.packing import PackedPlan, best_fit
@@ -26,6 +26,7 @@ from lark_jax.students.attention import splash as splash_attention
 from lark_jax.students.attention import triton as triton_attention
 from lark_jax.students.attention.dispatch import BACKENDS, Backend, no_refusal
 from lark_jax.students.decoder import Decoder
+from lark_jax.students.sharded import ShardedStudent
 
 INPUTS = (129, 100, 64, 57, 33, 32, 31, 17, 2, 1)  # around the blocks of 32 and 128; packed into two rows of 256
 CAPACITY = 256
@@ -49,7 +50,11 @@ def several_blocks_in_a_row_and_the_tpu_kernel_as_plain_jax(monkeypatch: pytest.
 def compiled(backend: str, dtype: str, num_devices: int) -> TrainStep:
     """One set of compiled functions for all tests."""
     student = Decoder(ARCHITECTURE, dtype, rngs=nnx.Rngs(0), attention_backend=backend)
-    return make_train_step(student, OPTIMIZER, mesh_of(num_devices), vocab_chunk=48)
+    return make_train_step(ShardedStudent.abstract(student, mesh_of(num_devices)), OPTIMIZER, vocab_chunk=48)
+
+
+def layout_of(num_devices: int) -> ShardedStudent:
+    return ShardedStudent.abstract(tiny_student(), mesh_of(num_devices))
 
 
 def mesh_of(num_devices: int) -> Mesh:
@@ -68,8 +73,9 @@ def large_weights() -> dict[str, np.ndarray]:
 
 @functools.cache
 def parameters_of(num_devices: int) -> Parameters:
-    student = trained_student(tiny_student(), jax.tree.map(jnp.asarray, large_weights()))
-    return initial_state(student, OPTIMIZER, mesh_of(num_devices)).parameters
+    layout = layout_of(num_devices)
+    student = layout.with_parameters(jax.tree.map(jnp.asarray, large_weights()))
+    return initial_state(student, layout, OPTIMIZER).parameters
 
 
 def examples_of(inputs: Sequence[int]) -> tuple[Example, ...]:
@@ -108,7 +114,7 @@ class Outcome(dict[str, np.ndarray]):
 
 def outcome(micro_batches: Sequence[MicroBatch], backend: str, dtype: str = "float32", num_devices: int = 1) -> Outcome:
     step, parameters, mesh = compiled(backend, dtype, num_devices), parameters_of(num_devices), mesh_of(num_devices)
-    sums, of_members = zero_sums(parameters, mesh), {}
+    sums, of_members = zero_sums(layout_of(num_devices)), {}
     for micro in micro_batches:
         sums, cross_entropy_bt = step.accumulate(parameters, sums, put_rows(micro, mesh))
         values_bt = np.asarray(cross_entropy_bt)
@@ -160,7 +166,7 @@ def test_no_trajectory_sees_another_one_or_padding(backend: str) -> None:
         changed = MicroBatch(
             tokens_bt, micro.targets_bt, micro.token_weights_bt, micro.members_bt, micro.segment_ids_bt
         )
-        return np.asarray(step.accumulate(parameters, zero_sums(parameters, mesh), put_rows(changed, mesh))[1])
+        return np.asarray(step.accumulate(parameters, zero_sums(layout_of(1)), put_rows(changed, mesh))[1])
 
     before = log_probs(micro.tokens_bt)
     for name, place in _pieces(micro):

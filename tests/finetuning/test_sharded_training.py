@@ -1,4 +1,4 @@
-"""Training in every layout of the parameters: the same losses and gradients, and no more communication than said."""
+"""Training in every layout of the parameters: the same losses and gradients, with the expected communication."""
 
 import dataclasses
 import functools
@@ -22,7 +22,6 @@ from twenty_training_steps import LENGTH, Trace, mesh_of, student_of, twenty_ste
 from lark_jax.errors import ConfigError
 from lark_jax.finetuning.data import MicroBatch
 from lark_jax.finetuning.optimizer import make_optimizer
-from lark_jax.finetuning.parameter_sets import abstract_parameters
 from lark_jax.finetuning.step import (
     initial_state,
     make_train_step,
@@ -33,7 +32,8 @@ from lark_jax.finetuning.step import (
 from lark_jax.preflight.collectives import collectives_of
 from lark_jax.runtime.sharding import DATA, TENSOR
 from lark_jax.students.architecture import Architecture
-from lark_jax.students.parameters import abstract_decoder
+from lark_jax.students.parameters import abstract_decoder, abstract_parameters
+from lark_jax.students.sharded import ShardedStudent
 
 STUDENTS = {
     "qwen2-untied": ARCHITECTURE,
@@ -66,10 +66,11 @@ class Outcome:
 def outcome_of(name: str, data: int, tensor: int) -> Outcome:
     architecture, mesh = STUDENTS[name], mesh_of(data, tensor)
     student, optimizer = student_of(architecture, 3), make_optimizer(CONFIG, 10)
-    train_step = make_train_step(student, optimizer, mesh, vocab_chunk=24)
-    parameters = initial_state(student, optimizer, mesh).parameters
+    layout = ShardedStudent.abstract(student, mesh)
+    train_step = make_train_step(layout, optimizer, vocab_chunk=24)
+    parameters = initial_state(student, layout, optimizer).parameters
     rows = put_rows(micro_batch_of(architecture, 4), mesh)
-    sums, cross_entropy_bt = train_step.accumulate(parameters, zero_sums(parameters, mesh), rows)
+    sums, cross_entropy_bt = train_step.accumulate(parameters, zero_sums(layout), rows)
     assert cross_entropy_bt.sharding.is_fully_replicated
     assert cross_entropy_bt.dtype == jnp.float32
     for parameter, gradient in sums.gradients.items():
@@ -106,7 +107,7 @@ def trace_of(data: int, tensor: int) -> Trace:
 def test_twenty_steps_have_the_losses_of_one_device(layout: str) -> None:
     expected, found = trace_of(1, 1), trace_of(*LAYOUTS[layout])
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
-    assert min(expected.losses[-5:]) < 0.95 * max(expected.losses[:5]), "nothing learnt: the comparison says little"
+    assert min(expected.losses[-5:]) < 0.95 * max(expected.losses[:5]), "nothing learnt: the comparison proves little"
     for name, value in expected.weights.items():
         assert np.linalg.norm(found.weights[name] - value) <= 1e-4 * np.linalg.norm(value), name
 
@@ -148,25 +149,19 @@ def test_twenty_steps_of_two_processes_have_the_losses_of_one_device(layout: str
         np.testing.assert_allclose(np.load(output), trace_of(1, 1).losses, rtol=1e-5)
 
 
+@functools.cache
 def traced(
     data: int, tensor: int, *, remat: str = "block", layers: int = 5, attention: str = "blockwise"
 ) -> tuple[ClosedJaxpr, Mesh]:
     mesh = mesh_of(data, tensor)
-    step = trace_accumulate(
-        dataclasses.replace(ARCHITECTURE, num_layers=layers),
-        mesh,
-        dtype="bfloat16",
-        vocab_chunk=48,
-        remat=remat,
-        attention_backend=attention,
-        rows=8,
-        length=LENGTH,
-    )
+    architecture = dataclasses.replace(ARCHITECTURE, num_layers=layers)
+    structure = abstract_decoder(architecture, "bfloat16", remat=remat, attention_backend=attention)
+    step = trace_accumulate(ShardedStudent.abstract(structure, mesh), vocab_chunk=48, rows=8, length=LENGTH)
     return step.jaxpr, mesh
 
 
 def equations(jaxpr: Jaxpr, in_loop: bool = False) -> list[tuple[JaxprEqn, bool]]:
-    """Every equation, and whether it lies in a loop."""
+    """Every equation, and whether it is inside a loop."""
     found = []
     for equation in jaxpr.eqns:
         found.append((equation, in_loop))
@@ -256,4 +251,4 @@ def test_over_tensor_two_sums_of_activations_a_layer_each_way() -> None:
 
 def test_a_tensor_axis_that_would_cut_heads_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"config\.mesh\.tensor: .* 2 key-value heads \(1, 2\), got 4"):
-        make_train_step(abstract_decoder(ARCHITECTURE), make_optimizer(CONFIG, 10), mesh_of(2, 4), vocab_chunk=48)
+        ShardedStudent.abstract(abstract_decoder(ARCHITECTURE), mesh_of(2, 4))

@@ -1,3 +1,5 @@
+"""One training step: Eq. 1 and its gradient, whatever the micro-batches, devices, row order and remat policy."""
+
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -29,7 +31,8 @@ from lark_jax.finetuning.step import (
 from lark_jax.rendering.batching import BatchPlan
 from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.decoder import Decoder
-from lark_jax.students.parameters import flatten_parameters
+from lark_jax.students.parameters import abstract_decoder, flatten_parameters
+from lark_jax.students.sharded import ShardedStudent
 
 Gradients = dict[str, np.ndarray]
 OPTIMIZER = make_optimizer(CONFIG, 10)
@@ -43,7 +46,11 @@ def mesh_of(num_devices: int) -> Mesh:
 def compiled(num_devices: int, remat: str = "none", dtype: str = "float32") -> TrainStep:
     """One set of compiled functions for all tests."""
     student = Decoder(ARCHITECTURE, dtype, rngs=nnx.Rngs(0), remat=remat)
-    return make_train_step(student, OPTIMIZER, mesh_of(num_devices), vocab_chunk=48)
+    return make_train_step(ShardedStudent.abstract(student, mesh_of(num_devices)), OPTIMIZER, vocab_chunk=48)
+
+
+def layout_of(num_devices: int) -> ShardedStudent:
+    return ShardedStudent.abstract(tiny_student(), mesh_of(num_devices))
 
 
 def summed(
@@ -64,12 +71,12 @@ def summed(
 def accumulated(
     micro_batches: Sequence[MicroBatch], *, num_devices: int = 1, remat: str = "none", dtype: str = "float32"
 ) -> tuple[float, Gradients, dict[int, float]]:
-    mesh, train_step = mesh_of(num_devices), compiled(num_devices, remat, dtype)
-    parameters = initial_state(tiny_student(), OPTIMIZER, mesh).parameters
-    sums = zero_sums(parameters, mesh)
+    layout, train_step = layout_of(num_devices), compiled(num_devices, remat, dtype)
+    parameters = initial_state(tiny_student(), layout, OPTIMIZER).parameters
+    sums = zero_sums(layout)
     losses = {}
     for micro in micro_batches:
-        sums, cross_entropy_bt = train_step.accumulate(parameters, sums, put_rows(micro, mesh))
+        sums, cross_entropy_bt = train_step.accumulate(parameters, sums, put_rows(micro, layout.mesh))
         losses |= micro.mean_losses(np.asarray(cross_entropy_bt))
     return float(sums.loss), {name: np.asarray(value) for name, value in sums.gradients.items()}, losses
 
@@ -166,12 +173,8 @@ def test_with_bfloat16_compute_devices_add_up_their_gradients_in_float32() -> No
 def test_with_bfloat16_compute_the_gradient_of_the_head_is_reduced_in_float32() -> None:
     """Read before XLA's own passes: the CPU backend turns every bfloat16 all-reduce into float32."""
     traced = trace_accumulate(
-        ARCHITECTURE,
-        mesh_of(8),
-        dtype="bfloat16",
+        ShardedStudent.abstract(abstract_decoder(ARCHITECTURE, "bfloat16"), mesh_of(8)),
         vocab_chunk=48,
-        remat="none",
-        attention_backend=None,
         rows=8,
         length=64,
     )
@@ -200,8 +203,8 @@ def test_doubling_a_weight_adds_its_share_of_eq_1(tokens_per_batch: int) -> None
     doubled = (*examples[:3], Example(examples[3].rendered, 2 * examples[3].weight))
     _, before, _ = summed(examples, range(4), tokens_per_batch=tokens_per_batch)
     _, after, _ = summed(doubled, range(4), tokens_per_batch=tokens_per_batch)
-    _, alone = eq_1([examples[3]], [examples[3].weight])
-    share = {name: value / 4 for name, value in alone.items()}
+    _, single = eq_1([examples[3]], [examples[3].weight])
+    share = {name: value / 4 for name, value in single.items()}
     _, expected = eq_1(doubled, [example.weight for example in doubled])
     assert_same_gradient(after, expected)
     assert_same_gradient({name: before[name] + share[name] for name in share}, after)
@@ -227,13 +230,11 @@ def test_a_trajectory_of_weight_zero_changes_nothing_but_the_divisor() -> None:
 
 
 def test_large_arrays_are_cut_over_the_devices_and_stay_so() -> None:
-    mesh = mesh_of(8)
-    train_step = compiled(8)
-    state = initial_state(tiny_student(), OPTIMIZER, mesh)
-    sums = zero_sums(state.parameters, mesh)
+    layout = layout_of(8)
+    state = initial_state(tiny_student(), layout, OPTIMIZER)
     data = TrainingSet(random_examples(0, 4, 4), 16, seed=0)
     micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=1, data_shards=8, pad_id=PAD_ID))
-    applied, _ = run_step(train_step, state, sums, micro_batches, mesh)
+    applied, _ = run_step(compiled(8), state, zero_sums(layout), micro_batches, layout.mesh)
     moments = optax.tree_utils.tree_get(applied.state, "mu"), optax.tree_utils.tree_get(applied.state, "nu")
     trees = (applied.state.parameters, *moments, applied.sums.gradients)
     for tree in trees:
@@ -242,18 +243,17 @@ def test_large_arrays_are_cut_over_the_devices_and_stay_so() -> None:
         for name, value in matrices.items():
             assert {shard.data.size for shard in value.addressable_shards} == {value.size // 8}, name
             assert value.dtype == jnp.float32
-    expected = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(tiny_student(), OPTIMIZER, mesh))
+    expected = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(layout, OPTIMIZER))
     actual = jax.tree.map(lambda leaf: leaf.sharding, applied.state)
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, actual, expected))
 
 
 def test_sums_are_zero_again_after_a_step_and_the_student_keeps_its_weights() -> None:
-    mesh, student = mesh_of(1), tiny_student()
-    train_step = compiled(1)
-    state = initial_state(student, OPTIMIZER, mesh)
+    layout, student = layout_of(1), tiny_student()
+    state = initial_state(student, layout, OPTIMIZER)
     data = TrainingSet(random_examples(0, 1, 2), 2, seed=0)
     micro_batches = tuple(data.micro_batches(data.batch(0), tokens_per_batch=1, data_shards=1, pad_id=PAD_ID))
-    applied, _ = run_step(train_step, state, zero_sums(state.parameters, mesh), micro_batches, mesh)
+    applied, _ = run_step(compiled(1), state, zero_sums(layout), micro_batches, layout.mesh)
     assert float(applied.grad_norm) > 0
     assert all(not np.any(value) for value in jax.tree.leaves(applied.sums))
     fresh = flatten_parameters(nnx.state(tiny_student(), nnx.Param))
@@ -263,17 +263,15 @@ def test_sums_are_zero_again_after_a_step_and_the_student_keeps_its_weights() ->
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(broken: str) -> None:
-    mesh = mesh_of(1)
-    train_step = compiled(1)
-    state = initial_state(tiny_student(), OPTIMIZER, mesh)
+    state = initial_state(tiny_student(), layout_of(1), OPTIMIZER)
     before = jax.tree.map(np.array, state)
-    sums = zero_sums(state.parameters, mesh)
+    sums = zero_sums(layout_of(1))
     if broken == "loss":
         sums = StepSums(sums.gradients, sums.loss + jnp.inf)
     else:
         norm = sums.gradients["norm.weight"].at[3].set(jnp.nan)
         sums = StepSums({**sums.gradients, "norm.weight": norm}, sums.loss)
-    applied = train_step.apply(state, sums)
+    applied = compiled(1).apply(state, sums)
     assert not bool(applied.finite)
     jax.tree.map(np.testing.assert_array_equal, applied.state, before)
     assert all(not np.any(value) for value in jax.tree.leaves(applied.sums))

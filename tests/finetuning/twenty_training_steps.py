@@ -21,6 +21,7 @@ from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import flatten_parameters, replace_parameters
+from lark_jax.students.sharded import ShardedStudent
 
 LENGTH = 64
 
@@ -54,9 +55,10 @@ def twenty_steps(mesh: Mesh) -> Trace:
     config = dataclasses.replace(CONFIG, learning_rate=1e-3)
     examples = random_examples(6, 10, 4)
     optimizer, set_of = make_optimizer(config, 20), TrainingSet(examples, 8, seed=1)
-    train_step = make_train_step(student, optimizer, mesh, vocab_chunk=48)
-    state = initial_state(student, optimizer, mesh)
-    sums, losses = zero_sums(state.parameters, mesh), []
+    layout = ShardedStudent.abstract(student, mesh)
+    train_step = make_train_step(layout, optimizer, vocab_chunk=48)
+    state = initial_state(student, layout, optimizer)
+    sums, losses = zero_sums(layout), []
     for step in range(20):
         batch = set_of.batch(step)
         # Rows of the longest length, so that one shape is compiled.

@@ -5,9 +5,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from compiler_answers import experiment_of
 from student_shapes import STUDENT_SHAPES
 
-from lark_jax.config import Experiment, FinetuneConfig, PoolConfig, StudentConfig
+from lark_jax.config import FinetuneConfig
 from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileRequest
 from lark_jax.preflight.topologies import parse_topology
@@ -38,13 +39,7 @@ def request_of(case: str) -> CompileRequest:
         return score_request(*SCORING[case])
     student, name, remat = TRAINING[case]
     topology = parse_topology(name)
-    experiment = Experiment(
-        workdir="runs/x",
-        stages=("finetune",),
-        student=StudentConfig(path="nowhere/student"),
-        pool=PoolConfig(path="nowhere/pool.jsonl"),
-        finetune=FinetuneConfig(remat=remat),
-    )
+    experiment = experiment_of("finetune", finetune=FinetuneConfig(remat=remat))
     architecture = architecture_from_config(STUDENT_SHAPES[student])
     (request,) = training_requests(experiment, architecture, topology, Lengths((LENGTH,), "given"))
     return request

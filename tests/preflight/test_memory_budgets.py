@@ -57,7 +57,7 @@ def test_every_case_has_a_budget() -> None:
 
 @needs_libtpu
 def test_a_student_that_is_too_large_is_measured_not_guessed() -> None:
-    """Replicated, 7B parameters leave 1.6 GiB of a v5e: the compiler itself says how much is missing."""
+    """Replicated, 7B parameters leave 1.6 GiB of a v5e: the compiler itself reports how much is missing."""
     memory = compile_in_child(score_request("qwen2.5-7b", "v5e-4", parameters="replicated")).memory
     assert not memory.fits
     assert memory.parameters == pytest.approx(2 * 7.6156e9, rel=1e-3)

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 from budget_cases import libtpu_version, score_request
+from compiler_answers import answer_with, experiment_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lark_jax.config import Experiment, MeshConfig, PoolConfig, ScoreConfig, StudentConfig
+from lark_jax.config import Experiment, MeshConfig, ScoreConfig
 from lark_jax.preflight.check import check, mesh_request, score_requests
 from lark_jax.preflight.cost import Assumptions
 from lark_jax.preflight.hardware import GIB
@@ -21,14 +22,7 @@ ARCHITECTURE = score_request("qwen2.5-7b", "v5e-16").architecture
 
 
 def experiment_with(tensor: int = 1, **score: object) -> Experiment:
-    return Experiment(
-        workdir="runs/x",
-        stages=("score",),
-        student=StudentConfig(path="nowhere/student"),
-        pool=PoolConfig(path="nowhere/pool.jsonl"),
-        score=ScoreConfig(**score),
-        mesh=MeshConfig(tensor=tensor),
-    )
+    return experiment_of("score", score=ScoreConfig(**score), mesh=MeshConfig(tensor=tensor))
 
 
 def mesh_of(request: MeshRequest) -> MeshAnswer:
@@ -37,18 +31,11 @@ def mesh_of(request: MeshRequest) -> MeshAnswer:
 
 
 def answer_to(request: CompileRequest, total: int) -> CompileAnswer:
-    return CompileAnswer(
+    return answer_with(
+        Memory(2 * GIB, 2 * GIB, 0, total - 2 * GIB, 0, total, 16 * GIB),
         **dataclasses.asdict(mesh_of(request)),
-        memory=Memory(2 * GIB, 2 * GIB, 0, total - 2 * GIB, 0, total, 16 * GIB),
-        parameter_axes=("data",),
-        attention="splash",
         rows_per_device=request.rows_per_device,
         length=request.length,
-        collectives=(),
-        short_collectives=(),
-        short_length=128,
-        compile_seconds=0.0,
-        compiler="none",
     )
 
 

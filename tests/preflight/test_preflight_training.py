@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import pytest
 from budget_cases import score_request
+from compiler_answers import answer_with, experiment_of
 
-from lark_jax.config import REMAT_CHOICES, Experiment, FinetuneConfig, MeshConfig, PoolConfig, StudentConfig
+from lark_jax.config import REMAT_CHOICES, Experiment, FinetuneConfig, MeshConfig
 from lark_jax.preflight import training
 from lark_jax.preflight.cost import Assumptions
 from lark_jax.preflight.hardware import GIB
@@ -24,14 +25,7 @@ FULLER = Lengths((20_000, 8_000), "given")  # short rows fill a micro-batch bett
 
 
 def experiment_with(remat: str = "block", tensor: int = 1) -> Experiment:
-    return Experiment(
-        workdir="runs/x",
-        stages=("finetune",),
-        student=StudentConfig(path="nowhere/student"),
-        pool=PoolConfig(path="nowhere/pool.jsonl"),
-        finetune=FinetuneConfig(remat=remat),
-        mesh=MeshConfig(tensor=tensor),
-    )
+    return experiment_of("finetune", finetune=FinetuneConfig(remat=remat), mesh=MeshConfig(tensor=tensor))
 
 
 def findings_of(
@@ -42,7 +36,7 @@ def findings_of(
     lengths: Lengths = LENGTHS,
     for_more_tokens: int = 0,
 ) -> tuple[TrainingFindings, list[CompileRequest]]:
-    """Of a compiler that needs `totals` GiB for each policy, and `update` for the optimizer step.
+    """The findings with a compiler that needs `totals` GiB for each policy, and `update` for the optimizer step.
 
     Args:
       for_more_tokens: GiB more for micro-batches of over 30,000 tokens.
@@ -53,20 +47,12 @@ def findings_of(
         asked.append(request)
         more = for_more_tokens if request.rows_per_device * request.length > 30_000 else 0
         total = update if request.step == "finetune_update" else totals[request.remat] + more
-        return CompileAnswer(
+        return answer_with(
+            Memory(4 * GIB, 8 * GIB, 0, (total - 16) * GIB, 0, total * GIB, 95 * GIB, 8 * GIB),
             data=request.data,
             tensor=request.tensor,
-            meshes=1,
-            memory=Memory(4 * GIB, 8 * GIB, 0, (total - 16) * GIB, 0, total * GIB, 95 * GIB, 8 * GIB),
-            parameter_axes=("data",),
-            attention="splash",
             rows_per_device=request.rows_per_device,
             length=request.length,
-            collectives=(),
-            short_collectives=(),
-            short_length=128,
-            compile_seconds=0.0,
-            compiler="none",
         )
 
     monkeypatch.setattr(training, "compile_in_child", compile_request)
@@ -112,7 +98,7 @@ def test_an_optimizer_step_that_does_not_fit_lets_no_policy_fit(monkeypatch: pyt
     assert found.fastest is None
     assert not found.fits
     assert found.peak(found.policies[0]) == 96 * GIB
-    assert "the optimizer step alone does not; it needs more devices" in training_as_text(found)
+    assert "the optimizer step already does not; it needs more devices" in training_as_text(found)
 
 
 def test_the_peak_is_that_of_the_larger_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:

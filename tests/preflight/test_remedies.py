@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 from budget_cases import score_request
+from compiler_answers import answer_with, experiment_of
 
-from lark_jax.config import Experiment, MeshConfig, PoolConfig, ScoreConfig, StudentConfig
+from lark_jax.config import Experiment, MeshConfig, ScoreConfig
 from lark_jax.preflight.check import score_requests
 from lark_jax.preflight.hardware import GIB, GPU_SHARE_VARIABLES
 from lark_jax.preflight.lengths import Lengths
@@ -15,18 +16,11 @@ from lark_jax.preflight.topologies import Topology, parse_topology
 
 
 def experiment_with(tensor: int = 1, **score: object) -> Experiment:
-    return Experiment(
-        workdir="runs/x",
-        stages=("score",),
-        student=StudentConfig(path="nowhere/student"),
-        pool=PoolConfig(path="nowhere/pool.jsonl"),
-        score=ScoreConfig(**score),
-        mesh=MeshConfig(tensor=tensor),
-    )
+    return experiment_of("score", score=ScoreConfig(**score), mesh=MeshConfig(tensor=tensor))
 
 
 def requests_for(student: str, topology: Topology, *inputs: int) -> RequestsOf:
-    """Of a pool with rows of `inputs`, enough of each that small pools' smaller batches do not come into it."""
+    """The requests for a pool with rows of `inputs`, with enough of each that batches have their full size."""
     architecture = score_request(student, topology.name).architecture
     lengths = Lengths(tuple(length for length in inputs for _ in range(10_000)), "drawn")
 
@@ -43,20 +37,13 @@ def answer_to(request: CompileRequest, parameters: int, total: int) -> CompileAn
     topology = parse_topology(request.topology)
     data = topology.num_devices // request.tensor
     axes = (("data",) if request.parameters == "gathered" else ()) + (("tensor",) if request.tensor > 1 else ())
-    return CompileAnswer(
-        memory=Memory(parameters, parameters, 0, total - parameters, 0, total, topology.memory_bytes),
+    return answer_with(
+        Memory(parameters, parameters, 0, total - parameters, 0, total, topology.memory_bytes),
         parameter_axes=axes,
         data=data,
         tensor=request.tensor,
-        meshes=1,
-        attention="splash",
         rows_per_device=request.rows_per_device,
         length=request.length,
-        collectives=(),
-        short_collectives=(),
-        short_length=128,
-        compile_seconds=0.0,
-        compiler="none",
     )
 
 

@@ -21,7 +21,7 @@ from lark_jax.finetuning.step import initial_state, make_train_step, put_rows, z
 from lark_jax.rendering.chat import load_chat_format, render_trajectories, render_trajectory
 from lark_jax.runtime.sharding import make_mesh
 from lark_jax.selection import read_training_set
-from lark_jax.students import load_student
+from lark_jax.students import ShardedStudent, load_student
 from lark_jax.students.checkpoint.hf_names import hf_slots
 
 pytest.importorskip("torch")
@@ -47,9 +47,10 @@ def ours(material: Material) -> Gradient:
     config = FinetuneConfig(batch_size=len(examples), dtype="float32", remat="none", tokens_per_batch=2_048)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     student, architecture = load_student(material.student, mesh=mesh, dtype="float32")
-    step = make_train_step(student, make_optimizer(config, 1), mesh, vocab_chunk=200)
-    state = initial_state(student, make_optimizer(config, 1), mesh)
-    sums, data = zero_sums(state.parameters, mesh), TrainingSet(examples, len(examples), seed=0)
+    layout, optimizer = ShardedStudent.abstract(student, mesh), make_optimizer(config, 1)
+    step = make_train_step(layout, optimizer, vocab_chunk=200)
+    state = initial_state(student, layout, optimizer)
+    sums, data = zero_sums(layout), TrainingSet(examples, len(examples), seed=0)
     for micro_batch in cut(data, data.batch(0), config, data_shards=1, pad_id=chat.pad_id):
         sums, _ = step.accumulate(state.parameters, sums, put_rows(micro_batch, mesh))
     host = {name: np.asarray(value) for name, value in sums.gradients.items()}

@@ -191,8 +191,9 @@ def test_with_enough_context_every_token_has_its_log_likelihood_in_one_pass(sett
 def test_every_layout_gives_the_scores_of_one_device(
     setting: Setting, one_device: np.ndarray, tmp_path: Path, data: int, tensor: int, axes: tuple[str, ...]
 ) -> None:
-    options = dataclasses.replace(OPTIONS, parameter_axes=axes)
-    found, _ = _scores(setting, tmp_path, options, data, tensor)
+    mesh = make_mesh(MeshConfig(data, tensor), jax.devices()[: data * tensor])
+    student, _ = load_student(setting.folder, mesh=mesh, dtype="float32", parameter_axes=axes)
+    found, _ = _scores(dataclasses.replace(setting, student=student), tmp_path, OPTIONS, data, tensor)
     np.testing.assert_allclose(found, one_device, rtol=2e-5)
 
 

@@ -42,7 +42,7 @@ def score_local_naturalness(
       ConfigError: the mesh does not fit the student.
     """
     options, architecture = work.options, student.architecture
-    programs = WindowPrograms(student, mesh, options.vocab_chunk, parameter_axes=options.parameter_axes)
+    programs = WindowPrograms(student, mesh, options.vocab_chunk)
     prompts: Prompts = {}
 
     def render(number: int) -> list[PromptWindows]:

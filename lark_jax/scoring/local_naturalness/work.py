@@ -46,7 +46,6 @@ class NaturalnessOptions:
     vocab_chunk: int
     context: int = 4  # m: steps before the scored one
     split: str | None = None  # see `steps.compile_split`
-    parameter_axes: tuple[str, ...] = ()  # mesh axes over which the student's parameters are split
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
-"""The layout of the student's parameters: what was asked for, else what fits; heads are never cut."""
-
-import math
+"""The layout of a student: what was asked for, else what fits; one process's devices if the student fits them."""
 
 import jax
 import pytest
@@ -8,14 +6,16 @@ import pytest
 from lark_jax.config import MeshConfig
 from lark_jax.errors import ConfigError
 from lark_jax.runtime.sharding import DATA, TENSOR, make_mesh
-from lark_jax.scoring.parameter_axes import (
-    check_tensor_axis,
+from lark_jax.students.architecture import Architecture, architecture_from_config
+from lark_jax.students.layout import (
+    REPLICATED_SHARE,
+    bytes_per_device,
     choose_parameter_axes,
-    parameter_bytes_per_device,
+    fits_one_process,
     smallest_device_memory,
 )
-from lark_jax.students.architecture import Architecture, architecture_from_config
-from lark_jax.students.parameters import parameter_shapes
+from lark_jax.students.parameters import abstract_decoder
+from lark_jax.students.sharded import ShardedStudent, check_tensor_axis
 
 GIB = 1 << 30
 # Qwen2.5-7B: 7,615,616,512 parameters, 14.19 GiB in bfloat16.
@@ -78,13 +78,12 @@ def test_one_device_has_nothing_to_split_over() -> None:
 
 
 def test_bytes_of_a_device() -> None:
-    mesh = make_mesh(MeshConfig(tensor=2))
-    total = 2 * sum(math.prod(shape) for shape in parameter_shapes(SEVEN_B).values())
-    assert total == 2 * 7_615_616_512
-    assert parameter_bytes_per_device(SEVEN_B, mesh, "bfloat16", ()) == total
+    mesh, structure = make_mesh(MeshConfig(tensor=2)), abstract_decoder(SEVEN_B, "bfloat16", "bfloat16")
+    total = 2 * 7_615_616_512
     small = total / 1_000  # norms and biases stay whole
-    assert total / 2 <= parameter_bytes_per_device(SEVEN_B, mesh, "bfloat16", (TENSOR,)) < total / 2 + small
-    assert total / 8 <= parameter_bytes_per_device(SEVEN_B, mesh, "bfloat16", (DATA, TENSOR)) < total / 8 + small
+    for axes, ways in ((), 1), ((TENSOR,), 2), ((DATA, TENSOR), 8):
+        held = bytes_per_device(ShardedStudent.abstract(structure, mesh, axes).parameters)
+        assert total / ways <= held < total / ways + small * (ways > 1) + 1
 
 
 @pytest.mark.parametrize(("kv_heads", "divisors"), [(1, "1"), (4, "1, 2, 4"), (6, "1, 2, 3, 6")])
@@ -115,3 +114,52 @@ def test_memory_is_that_of_the_smallest_device_and_unknown_where_none_says() -> 
     assert smallest_device_memory(jax.devices()) is None
     assert smallest_device_memory([_Device(None), _Device({"bytes_in_use": 3})]) is None  # type: ignore[arg-type]
     assert smallest_device_memory([_Device({"bytes_limit": 7}), _Device({"bytes_limit": 5})]) == 5  # type: ignore[arg-type]
+
+
+EIGHT_HEADS = {"model_type": "qwen2", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+EIGHT_HEADS |= {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}
+SMALL = architecture_from_config({**EIGHT_HEADS, "max_position_embeddings": 64, "tie_word_embeddings": True})
+WHOLE = 4 * 115_392  # bytes of its parameters
+
+
+def _fits(config: MeshConfig, memory: float | None, own: int = 4, requested: str = "auto") -> bool:
+    """Whether SMALL fits `own` of 8 devices, each with so much memory for parameters."""
+    device_memory_bytes = None if memory is None else int(memory / REPLICATED_SHARE)
+    devices = {"local": jax.devices()[:own], "everywhere": jax.devices()}
+    return fits_one_process(SMALL, config, "float32", requested, **devices, device_memory_bytes=device_memory_bytes)
+
+
+@pytest.mark.parametrize(
+    ("config", "memory", "expected"),
+    [
+        (MeshConfig(), None, True),
+        (MeshConfig(), WHOLE + 1, True),
+        (MeshConfig(), 0.5 * WHOLE, True),  # split over the process's own devices
+        (MeshConfig(tensor=4), 0.5 * WHOLE, True),
+        (MeshConfig(), 0.2 * WHOLE, False),
+        (MeshConfig(tensor=4), 0.2 * WHOLE, False),
+    ],
+)
+def test_a_process_needs_the_others_only_if_its_own_devices_cannot_hold_the_student(
+    config: MeshConfig, memory: float | None, expected: bool
+) -> None:
+    assert bytes_per_device(ShardedStudent.abstract(abstract_decoder(SMALL), make_mesh(config), ()).parameters) == WHOLE
+    assert _fits(config, memory) == expected
+
+
+def test_replicated_parameters_gain_nothing_from_more_devices() -> None:
+    assert _fits(MeshConfig(), 1, requested="replicated")
+
+
+def test_a_tensor_axis_wider_than_the_own_devices_takes_the_devices_of_all() -> None:
+    assert not _fits(MeshConfig(tensor=8), None)
+    assert not _fits(MeshConfig(tensor=2), None, own=1)
+
+
+@pytest.mark.parametrize(("data", "tensor", "expected"), [(4, 1, True), (2, 2, True), (8, 1, False), (4, 2, False)])
+def test_explicit_axes_decide_which_devices_are_meant(data: int, tensor: int, expected: bool) -> None:
+    assert _fits(MeshConfig(data=data, tensor=tensor), 1) == expected
+
+
+def test_one_process_always_fits_itself() -> None:
+    assert _fits(MeshConfig(tensor=8), 1, own=8)

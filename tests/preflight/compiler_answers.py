@@ -1,0 +1,26 @@
+"""Experiments, and answers as of a compiler, for tests that compile nothing."""
+
+from typing import Any
+
+from lark_jax.config import Experiment, PoolConfig, StudentConfig
+from lark_jax.preflight.requests import CompileAnswer, Memory
+
+
+def experiment_of(stage: str, **sections: Any) -> Experiment:
+    student, pool = StudentConfig(path="nowhere/student"), PoolConfig(path="nowhere/pool.jsonl")
+    return Experiment(workdir="runs/x", stages=(stage,), student=student, pool=pool, **sections)
+
+
+def answer_with(memory: Memory, **fields: Any) -> CompileAnswer:
+    """One mesh, no communication; `fields` replace or add to these."""
+    values: dict[str, Any] = {
+        "meshes": 1,
+        "parameter_axes": ("data",),
+        "attention": "splash",
+        "collectives": (),
+        "short_collectives": (),
+        "short_length": 128,
+        "compile_seconds": 0.0,
+        "compiler": "none",
+    }
+    return CompileAnswer(memory=memory, **{**values, **fields})
