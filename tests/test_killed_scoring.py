@@ -1,4 +1,4 @@
-"""A real scoring process, killed without warning again and again, leaves the bytes of an undisturbed one."""
+"""A real scoring process, killed again and again without warning, leaves the bytes of an undisturbed one."""
 
 import os
 import random

@@ -1,8 +1,8 @@
 """Rule-based quality: four indicators of a trajectory's text (paper, Appendix C.2, after LIMO, arXiv 2502.03387).
 
-The paper leaves some things open. Here a word is what white space separates; a keyword is counted as a whole word,
-without regard to case, inflected forms ("checking") not included; the text is the whole content of the assistant's
-message, thinking and what a student's `max_length` would cut off included. An empty text has frequencies of 0.
+Where the paper leaves a choice: words are separated by white space; a keyword counts as a whole word in any case,
+without inflected forms ("checking"); the text is the whole content of the assistant's message, including the thinking
+and what a student's `max_length` would cut off. An empty text has frequencies of 0.
 """
 
 import re
@@ -21,7 +21,7 @@ _PATTERNS = {name: re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE) for 
 
 
 def text_indicators(text: str) -> dict[str, float]:
-    """Words of the text, and occurrences of each group of keywords per word, by column name."""
+    """Number of words, and occurrences of each group of keywords per word, by column name."""
     words = len(text.split())
     frequencies = {name: len(pattern.findall(text)) / max(words, 1) for name, pattern in _PATTERNS.items()}
     return {"rule_words": float(words), **frequencies}

@@ -37,7 +37,7 @@ from lark_jax.students.layout import choose_parameter_axes, fits_one_process, sm
 
 STATISTICS = "statistics.parquet"
 PARTS = "parts"
-THROUGHPUT = "throughput"  # the note that differs from run to run
+THROUGHPUT = "throughput"  # the only note that differs from run to run
 Assembled = TypeVar("Assembled")
 
 
@@ -114,7 +114,7 @@ def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
 
     def decide() -> list[Any]:
         dtype = _parameter_dtype(experiment)
-        alone = fits_one_process(
+        is_own_mesh = fits_one_process(
             architecture,
             experiment.mesh,
             dtype,
@@ -123,13 +123,13 @@ def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
             everywhere=jax.devices(),
             device_memory_bytes=smallest_device_memory(jax.local_devices()),
         )
-        mesh = make_mesh(experiment.mesh, jax.local_devices() if alone else jax.devices())
+        mesh = make_mesh(experiment.mesh, jax.local_devices() if is_own_mesh else jax.devices())
         axes = choose_parameter_axes(architecture, mesh, dtype, parameters, smallest_device_memory(mesh.local_devices))
-        return [alone, axes]
+        return [is_own_mesh, axes]
 
-    alone, axes = processes.decided_by_first("score: mesh", decide)
-    mesh = make_mesh(experiment.mesh, jax.local_devices() if alone else jax.devices())
-    if alone:
+    is_own_mesh, axes = processes.decided_by_first("score: mesh", decide)
+    mesh = make_mesh(experiment.mesh, jax.local_devices() if is_own_mesh else jax.devices())
+    if is_own_mesh:
         return Place(mesh, tuple(axes), Share(processes.index(), processes.count()), writes=True)
     return Place(mesh, tuple(axes), EVERYTHING, writes=processes.is_first())
 

@@ -32,8 +32,8 @@ BATCHES_PER_PART = 16  # about; a part's last batch of each row length is not fu
 SHORTEST_PREFIX = 128  # tokens; lengths of padded prompts are powers of two
 TRAJECTORIES_AT_ONCE = 256  # tokenized together
 
-# Of each step of a part: its number, counted through the answers in the order of `Part.members`, and the sum over its
-# tokens of their log-likelihoods, nats.
+# One row per step of a part: its number, counted through the answers in the order of `Part.members`, and the sum of its
+# tokens' log-likelihoods, nats.
 SCHEMA = pa.schema(
     [pa.field("step", pa.int64(), nullable=False), pa.field("log_likelihood", pa.float64(), nullable=False)]
 )
