@@ -4,10 +4,9 @@
     python scripts/bench_local_naturalness.py --pool=POOL.jsonl --tokenizer=FOLDER --problems=1 --join=22 --out=F.json
     python scripts/bench_local_naturalness.py --pool=POOL.jsonl --tokenizer=FOLDER --problems=450 --rounds=0
 
-A student of --shape gets random weights. --join puts so many answers of a problem behind each other into one, which
-makes long trajectories with steps of real length. Both sides get tokens and batches that were made before, and are
-compiled before: what is timed is the work of the device, padding included, in turns. --rounds=0 counts FLOPs alone, for
-all shapes.
+A student of --shape gets random weights. --join concatenates so many answers of a problem, which makes long
+trajectories with steps of real length. Batches are made and programs compiled before the clock starts: what is timed,
+in turns, is the work of the device, padding included. --rounds=0 only counts FLOPs, for all shapes.
 """
 
 import argparse
@@ -66,16 +65,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pool", required=True, help=".jsonl or .parquet")
     parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json")
     parser.add_argument("--chat_template", help="Jinja file, for tokenizers without a template")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the student that is timed")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b", help="of the student")
     parser.add_argument("--problems", type=int, default=2, help="of the pool, evenly spaced, with all their answers")
     parser.add_argument("--answers", type=int, help="of each problem, evenly spaced; default: all")
-    parser.add_argument("--join", type=int, default=1, help="answers of a problem that become one")
+    parser.add_argument("--join", type=int, default=1, help="answers of a problem to concatenate into one")
     parser.add_argument("--context", type=int, default=4, help="m")
     parser.add_argument("--max_length", type=int, default=32_768)
     parser.add_argument("--tokens_per_batch", type=int, default=8_192)
     parser.add_argument("--vocab_chunk", type=int, default=4_096)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3, help="of both in turn; the median ratio counts")
+    parser.add_argument("--rounds", type=int, default=3, help="of both, in turns; the median ratio is reported")
     parser.add_argument("--out", help="JSON file for the figures")
     return parser.parse_args()
 
@@ -132,7 +131,7 @@ def measured(work: Work, chat: ChatFormat, options: argparse.Namespace) -> dict[
 
 
 def one_pass(student: Decoder, work: Work, chat: ChatFormat) -> Contestant:
-    """What GRAPE takes: the scorer's batches and forward pass, asked for the cross-entropy alone."""
+    """What GRAPE needs: the scorer's batches and forward pass, with the cross-entropy as the only result."""
     options = work.options
     rendered = [
         item
@@ -165,8 +164,7 @@ def windows(student: Decoder, work: Work) -> Contestant:
         scores = []
         for part in parts:
             prefixes = programs.encode(part.prompts_ns)
-            found = [programs.log_likelihoods(prefixes, batch) for batch in part.batches]
-            scores.append(part.scores(jax.device_get(found)))
+            scores += jax.device_get([programs.log_likelihoods(prefixes, batch) for batch in part.batches])
         return scores
 
     padded = sum(batch.tokens_bt.size for part in parts for batch in part.batches)

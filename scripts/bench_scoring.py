@@ -7,7 +7,7 @@ With --shape, a student of that size gets random weights and scores rows of rand
 are rendered and scored (evenly spaced ones, in our length buckets). The contestants (`scoring_contestants.py`):
 
   ours                             all statistics, exact, in batches of --tokens_per_batch
-  ours, cross-entropy alone        what the other statistics cost
+  ours, cross-entropy only         shows what the other statistics cost
   published                        transformers on torch, sdpa, one row at a time, full float32 logits, top-50 Brier
   published, exact Brier and RSR   the same, exact, with clipped ranks
 
@@ -35,7 +35,7 @@ from lark_jax.runtime import environment, files
 from lark_jax.students import read_architecture
 from lark_jax.students.flops import forward_flops
 
-CHECKPOINT_DTYPE = "bfloat16"  # in which the students' checkpoints are published, whatever --dtype computes
+CHECKPOINT_DTYPE = "bfloat16"  # of published checkpoints, independent of --dtype
 PROMPT_SHARE = 8  # random rows: one token in eight is prompt
 
 
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens_per_batch", type=int, default=8_192, help="of ours, padding included")
     parser.add_argument("--vocab_chunk", type=int, default=4_096)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3, help="of all contestants in turn; medians count")
+    parser.add_argument("--rounds", type=int, default=3, help="of all contestants, in turns; medians are reported")
     parser.add_argument("--scratch", help="folder for the random checkpoint; default: the system's")
     parser.add_argument("--out", help="JSON file for the figures")
     options = parser.parse_args()
@@ -129,7 +129,7 @@ def run_case(
         rows_per_batch=max(1, options.tokens_per_batch // length),
     )
     script = Path(__file__).with_name("scoring_contestants.py")
-    # In turn, so that a machine whose speed drifts is as fast for one as for the other.
+    # In turns, so that a drift of the machine's speed affects all of them.
     rounds = [
         [Result(**run_contestant(script, asdict(replace(request, contestant=name)), scratch)) for name in CONTESTANTS]
         for _ in range(options.rounds)
@@ -161,7 +161,7 @@ def merged(rounds: Sequence[Result]) -> Result:
 
 
 def median_ratio(result: Result, ours: Result) -> float:
-    """Of the times, round by round."""
+    """The median of the ratios of the times within a round."""
     return float(np.median(np.divide(result.all_seconds, ours.all_seconds)))
 
 

@@ -1,9 +1,9 @@
-"""One contestant of `bench_scoring.py`, alone in its process so that its peak memory is its own.
+"""One contestant of `bench_scoring.py`, in a process of its own so that its peak memory is its own.
 
     python scripts/scoring_contestants.py --request=REQUEST.json      # written and started by bench_scoring.py
 
-A contestant scores all rows once to compile and warm up, and once against the clock. Ours takes them in batches, the
-published method one by one, as published.
+A contestant scores all rows once to compile and warm up, and once against the clock. Ours takes batches; the published
+method takes one row at a time, as published.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Rows:
         return [Rows(*(array[start : start + size] for array in self._arrays())) for start in starts]
 
     def unpadded(self) -> "Rows":
-        """A single row without the padding behind its last target."""
+        """A single row without the padding after its last target."""
         length = int(self.mask_bt[0].nonzero()[0][-1]) + 1
         return Rows(*(array[:, :length] for array in self._arrays()))
 
@@ -56,8 +56,8 @@ class Result:
     all_seconds: tuple[float, ...]
     losses: tuple[float, ...]  # mean cross-entropy of every row
     briers: tuple[float, ...]
-    mean_clipped_ranks: tuple[float, ...]  # NaN where the contestant computes none
-    peak_bytes: int  # of the device, or of the process on a CPU, while scoring
+    mean_clipped_ranks: tuple[float, ...]  # NaN if the contestant does not compute them
+    peak_bytes: int  # of the device (on a CPU: of the process) while scoring
     resident_bytes: int  # the same before the first row: interpreter, libraries and parameters
     setup_seconds: float  # first round minus a later one: compilation, warm-up
 
@@ -93,8 +93,8 @@ def ours(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
     return score, jax_peak_bytes
 
 
-def cross_entropy_alone(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
-    """The same forward pass and head, asked for the cross-entropy only: the compiler drops what nobody reads."""
+def cross_entropy_only(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
+    """The same forward pass and head with the cross-entropy as the only result: the compiler drops the rest."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -177,7 +177,7 @@ def exact_brier_and_rank(logits, targets):
 
 CONTESTANTS: Mapping[str, Callable[[Request, Rows], tuple[Scorer, Memory]]] = {
     "ours": ours,
-    "ours, cross-entropy alone": cross_entropy_alone,
+    "ours, cross-entropy only": cross_entropy_only,
     "published": published,
     "published, exact Brier and RSR": published_exact,
 }

@@ -1,4 +1,4 @@
-"""A real scoring process, killed without warning again and again, leaves the bytes of an undisturbed one."""
+"""A real scoring process, killed again and again without warning, leaves the bytes of an undisturbed one."""
 
 import os
 import random
@@ -51,10 +51,10 @@ def finished(process: "subprocess.Popen[str]") -> None:
     assert process.returncode == 0, said
 
 
-def saved(workdir: Path) -> set[str]:
-    """What a restarted run finds: counted tokens, fragments, parts."""
+def saved(workdir: Path) -> set[tuple[str, int]]:
+    """Name and size of what a restarted run finds: counted tokens and streams."""
     kept = (workdir / "metrics" / "statistics" / "parts").rglob("*")
-    return {path.name for path in kept if path.suffix in (".json", ".parquet") and not path.name.startswith(".")}
+    return {(path.name, path.stat().st_size) for path in kept if path.suffix in (".json", ".arrows")}
 
 
 def test_killed_whenever_something_was_saved_the_table_has_the_bytes_of_an_undisturbed_run(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_killed_whenever_something_was_saved_the_table_has_the_bytes_of_an_undis
         time.sleep(random.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert not (workdir / "score" / "manifest.json").exists(), "over before it could be killed: take a larger pool"
+        assert not (workdir / "score" / "manifest.json").exists(), "it ended before it was killed: use a larger pool"
     finished(start(tmp_path, workdir))
 
     tables = [folder / "score" / "scores.parquet" for folder in (workdir, tmp_path / "undisturbed")]
@@ -82,4 +82,4 @@ def test_killed_whenever_something_was_saved_the_table_has_the_bytes_of_an_undis
     manifest = read_manifest(workdir / "score")
     assert manifest is not None
     last_run = manifest.outcome.notes["throughput"]["trajectories"]
-    assert 0 < last_run < manifest.outcome.counts["scored"], "what earlier runs had done was computed again"
+    assert 0 < last_run < manifest.outcome.counts["scored"], "finished work was computed again"

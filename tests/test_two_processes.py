@@ -1,4 +1,4 @@
-"""Two real processes with four devices each, as one run: the same table as one process, whatever happens to them."""
+"""Two real processes with four devices each as one run leave the table of one process, whatever happens to them."""
 
 import dataclasses
 import os
@@ -21,6 +21,8 @@ from lark_jax.run import execute
 from lark_jax.runtime import files
 from lark_jax.runtime.pipeline import read_manifest
 from lark_jax.scoring import CandidateScore, read_scores
+from lark_jax.scoring.part_streams import PartStreams
+from lark_jax.scoring.table import SCHEMA
 from lark_jax.stages.metric_task import COLUMNS
 from lark_jax.students import random_student, read_architecture, save_new_student
 
@@ -100,7 +102,7 @@ def start(arguments: list[str], devices: int = 4, **environment: str) -> "subpro
 def pair(
     arguments: list[str], second: tuple[str, ...] = (), devices: int = 4
 ) -> Iterator[list["subprocess.Popen[str]"]]:
-    """Both processes of a run, as the fields of the configuration say; `second` are arguments of the second alone."""
+    """Both processes of a run, configured by fields; only the second gets the arguments `second`."""
     fields = [f"coordinator=localhost:{free_port()}", "num_processes=2", f"lost_timeout={LOST_TIMEOUT}"]
     meeting = [f"--config.distributed.{field}" for field in fields]
     with ended(
@@ -130,7 +132,7 @@ def pair_of_srun(arguments: list[str]) -> Iterator[list["subprocess.Popen[str]"]
 
 @contextmanager
 def ended(started: Iterable["subprocess.Popen[str]"]) -> Iterator[list["subprocess.Popen[str]"]]:
-    """None of them is left behind."""
+    """Kills those that are still running in the end."""
     processes = list(started)
     try:
         yield processes
@@ -147,7 +149,7 @@ def free_port() -> int:
 
 
 def outputs(processes: list["subprocess.Popen[str]"], timeout: float = 200) -> list[str]:
-    """What each printed until its end, without what libraries say of themselves (Gloo, transformers without torch)."""
+    """What each printed, without the messages of libraries (Gloo, transformers without torch)."""
     printed = [process.communicate(timeout=timeout)[0].splitlines(keepends=True) for process in processes]
     return ["".join(line for line in lines if not any(noise in line for noise in NOISE)) for lines in printed]
 
@@ -156,14 +158,16 @@ def table(workdir: Path) -> Path:
     return workdir / "score" / "scores.parquet"
 
 
-def part_files(workdir: Path) -> dict[int, int]:
-    """Inode of every finished part: a part that is written again gets another."""
+def finished_parts(workdir: Path) -> dict[int, tuple[int, int]]:
+    """Size and modification time of the stream of every finished part: they change if it is written again."""
     found = {}
-    for path in (workdir / "metrics" / "statistics" / "parts").glob("*/part-*.parquet"):
-        try:
-            found[int(path.stem.removeprefix("part-"))] = path.stat().st_ino
-        except FileNotFoundError:  # gone since it was listed
-            continue
+    for folder in (workdir / "metrics" / "statistics" / "parts").glob("statistics-v*"):
+        streams = PartStreams(folder, SCHEMA, 0)
+        for path in folder.glob("part-*.arrows"):
+            part = int(path.stem.removeprefix("part-"))
+            batches, total = streams.found(part)
+            if batches == total:
+                found[part] = (path.stat().st_size, path.stat().st_mtime_ns)
     return found
 
 
@@ -208,7 +212,7 @@ def test_two_processes_leave_the_bytes_of_one_with_as_many_devices_each(
     assert "8 x cpu (cpu), 2 processes" in manifests[0].hardware
 
 
-def test_only_the_first_process_talks(two_processes: tuple[Path, list[str]]) -> None:
+def test_only_the_first_process_prints(two_processes: tuple[Path, list[str]]) -> None:
     _, (first, second) = two_processes
     assert "score: done" in first
     assert second == ""
@@ -240,12 +244,12 @@ def test_one_mesh_over_both_processes_gives_the_same_scores(
 def test_local_naturalness_of_two_processes_has_the_bytes_of_one(
     material: Material, one_process: Path, two_processes: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    """Its parts are shared out; the statistics are those of the runs before."""
-    alone, together = tmp_path / "one", tmp_path / "two"
-    shutil.copytree(one_process, alone)
+    """Its parts are shared out; the statistics are taken from the runs before."""
+    single, together = tmp_path / "one", tmp_path / "two"
+    shutil.copytree(one_process, single)
     shutil.copytree(two_processes[0], together)
     fields = {"score__metrics": "local_naturalness", "score__tokens_per_batch": 2_000}
-    (printed,) = outputs([process := start(material.arguments(alone, **fields), devices=1)])
+    (printed,) = outputs([process := start(material.arguments(single, **fields), devices=1)])
     assert process.returncode == 0, printed
     with pair(material.arguments(together, **fields), devices=1) as processes:
         first, second = outputs(processes)
@@ -254,34 +258,29 @@ def test_local_naturalness_of_two_processes_has_the_bytes_of_one(
     assert second == ""
     columns = Path("metrics") / "local_naturalness"
     parts = {int(path.stem.removeprefix("part-")) for path in (together / columns).glob("parts/*/part-*")}
-    assert {number % 2 for number in parts} == {0, 1}, "both have something to do"
-    assert (together / columns / COLUMNS).read_bytes() == (alone / columns / COLUMNS).read_bytes()
-    assert table(together).read_bytes() == table(alone).read_bytes()
+    assert {number % 2 for number in parts} == {0, 1}, "each process had parts to compute"
+    assert (together / columns / COLUMNS).read_bytes() == (single / columns / COLUMNS).read_bytes()
+    assert table(together).read_bytes() == table(single).read_bytes()
 
 
-def test_one_of_two_is_killed_and_after_a_restart_nothing_is_scored_twice(
+def test_after_one_of_two_was_killed_a_restart_keeps_all_finished_parts(
     material: Material, one_process: Path, tmp_path: Path
 ) -> None:
     arguments = material.arguments(tmp_path)
     with pair(arguments) as processes:
-        wait_until(lambda: any(number % 2 for number in part_files(tmp_path)), processes)
+        wait_until(lambda: any(number % 2 for number in finished_parts(tmp_path)), processes)
         processes[1].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         printed = outputs(processes[:1], timeout=120)[0]
         assert time.monotonic() - killed < LOST_TIMEOUT + 20, "the other process has to notice"
         assert processes[0].returncode != 0, printed
-    before = part_files(tmp_path)
+    before = finished_parts(tmp_path)
     assert not table(tmp_path).exists()
 
-    seen: dict[int, set[int]] = {}
     with pair(arguments) as processes:
-        while any(process.poll() is None for process in processes):
-            for number, inode in part_files(tmp_path).items():
-                seen.setdefault(number, set()).add(inode)
-            time.sleep(0.005)
         printed = "".join(outputs(processes))
         assert [process.returncode for process in processes] == [0, 0], printed
-    assert {number: {inode} for number, inode in before.items()}.items() <= seen.items()
+    assert before.items() <= finished_parts(tmp_path).items()
     assert table(tmp_path).read_bytes() == table(one_process).read_bytes()
 
 
@@ -304,7 +303,7 @@ def test_an_error_of_one_process_ends_both_with_its_line(material: Material, tmp
     assert "process 2 failed" in first
 
 
-def test_an_error_of_both_is_said_once(material: Material, tmp_path: Path) -> None:
+def test_an_error_of_both_is_printed_once(material: Material, tmp_path: Path) -> None:
     with pair_of_srun(material.arguments(tmp_path / "run", stages="score,export")) as processes:
         printed = "".join(outputs(processes, timeout=60))
     assert [process.returncode for process in processes] == [2, 2], printed
@@ -323,7 +322,7 @@ def test_a_second_run_in_the_same_folder_is_kept_out(material: Material, tmp_pat
     assert printed.count("another run is using it") == 1
 
 
-def test_without_the_other_process_the_first_says_what_to_check(material: Material, tmp_path: Path) -> None:
+def test_without_the_other_process_the_first_explains_what_to_check(material: Material, tmp_path: Path) -> None:
     fields = [f"coordinator=localhost:{free_port()}", "num_processes=2", "process_id=0", "connect_timeout=1"]
     arguments = material.arguments(tmp_path) + [f"--config.distributed.{field}" for field in fields]
     with ended([start(arguments)]) as processes:
@@ -333,7 +332,7 @@ def test_without_the_other_process_the_first_says_what_to_check(material: Materi
     assert printed.count("\n") == 1
 
 
-def test_stages_of_the_cpu_go_on_in_the_first_process_alone(
+def test_stages_of_the_cpu_run_in_the_first_process_only(
     material: Material, two_processes: tuple[Path, list[str]]
 ) -> None:
     workdir, _ = two_processes

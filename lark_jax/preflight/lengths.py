@@ -95,9 +95,9 @@ def _counted(experiment: Experiment) -> Lengths:
     content = files.sha256_of_path(local_source(experiment.pool.path), files_read(experiment.pool))
     texts = files.sha256_of_json([content, experiment.pool.reading()])
     counts = files.sha256_of_json([RENDERING_VERSION, texts, chat.template_hash, chat.tokenizer_hash, max_length])
-    folder = Path(experiment.workdir) / FOLDER / f"lengths-{counts[:16]}"
+    folder = Path(experiment.workdir) / FOLDER / f"inputs-{counts[:16]}"
     counted = count_inputs(pool, chat, max_length, folder=folder, share=EVERYTHING)
-    inputs = tuple(length for length in counted if length > 0)  # 0: cannot be rendered
+    inputs = tuple(length for length in counted if isinstance(length, int))
     if not inputs:
         raise ConfigError(f"{experiment.pool.path}: no trajectory can be rendered, so there are no lengths to plan for")
     return Lengths(inputs, f"{experiment.pool.path}, tokenized")

@@ -1,4 +1,4 @@
-"""Token counts of a pool: a summary for people, and the inputs of every trajectory, kept on disk in chunks."""
+"""Token counts of a pool: a summary for people, and the inputs of every trajectory, stored on disk in chunks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +16,11 @@ MOST_CHUNKS = 512  # a large pool has larger chunks
 def summarise_tokens(
     pool: Pool, chat: ChatFormat, student: str, max_length: int, advance: Callable[[int], object] = lambda _: None
 ) -> Tokens:
-    """Tokenizes every text, as scoring will; `advance` is told of each trajectory.
+    """Tokenizes every text as scoring does.
 
     Args:
       student: named in the summary.
+      advance: called with 1 for each trajectory.
     """
     prompts, targets, refused, truncated = [], [], [], 0
     for item in render_trajectories(chat, _reporting(pool.trajectories, advance), max_length):
@@ -32,14 +33,14 @@ def summarise_tokens(
     return Tokens(student, max_length, lengths_of(prompts), lengths_of(targets), truncated, tuple(refused))
 
 
-def count_inputs(pool: Pool, chat: ChatFormat, max_length: int, *, folder: Path, share: Share) -> tuple[int, ...]:
-    """`RenderedTrajectory.num_inputs` of each trajectory, in pool order; 0 for one that cannot be rendered.
+def count_inputs(pool: Pool, chat: ChatFormat, max_length: int, *, folder: Path, share: Share) -> tuple[int | str, ...]:
+    """`RenderedTrajectory.num_inputs` of each trajectory in pool order, or the reason why it cannot be rendered.
 
-    Each chunk becomes a file in `folder`, which must be of this pool, tokenizer and `max_length` alone. Workers begin
-    at different chunks and take over what others have counted by the time that they come there.
+    Each chunk becomes a file in `folder`, which must only be used for this pool, tokenizer and `max_length`. Workers
+    begin at different chunks and take over those that others have counted in the meantime.
     """
     chunks = list(_chunks(pool.trajectories))
-    counted: dict[int, list[int]] = {}
+    counted: dict[int, list[int | str]] = {}
     prompts: Prompts = {}
     with terminal.progress_bar(what="count tokens", total=len(pool.trajectories), unit="trajectory", delay=2.0) as bar:
         first = len(chunks) * share.index // share.count
@@ -48,7 +49,7 @@ def count_inputs(pool: Pool, chat: ChatFormat, max_length: int, *, folder: Path,
             known = _read(path, len(chunks[number]))
             if known is None:
                 items = render_trajectories(chat, chunks[number], max_length, prompts)
-                known = [item.num_inputs if isinstance(item, RenderedTrajectory) else 0 for item in items]
+                known = [item.num_inputs if isinstance(item, RenderedTrajectory) else item.reason for item in items]
                 files.write_json(path, known)
             counted[number] = known
             bar.update(len(known))
@@ -66,21 +67,22 @@ def _chunks(trajectories: Sequence[Trajectory]) -> Iterator[Sequence[Trajectory]
             start, characters = end, 0
 
 
-def _read(path: Path, expected: int) -> list[int] | None:
+def _read(path: Path, expected: int) -> list[int | str] | None:
+    """None where there is no such file, or a damaged one, which is named."""
     if not path.is_file():
         return None
     try:
-        lengths = files.read_json(path)
+        counts = files.read_json(path)
     except (ValueError, OSError):
-        lengths = None
-    if (
-        isinstance(lengths, list)
-        and len(lengths) == expected
-        and all(type(length) is int and length >= 0 for length in lengths)
-    ):
-        return lengths
+        counts = None
+    if isinstance(counts, list) and len(counts) == expected and all(map(_is_count_or_reason, counts)):
+        return counts
     terminal.warn(f"{path}: damaged; counting these tokens again")
     return None
+
+
+def _is_count_or_reason(value: object) -> bool:
+    return (type(value) is int and value > 0) or (isinstance(value, str) and value != "")
 
 
 def _reporting(trajectories: Iterable[Trajectory], advance: Callable[[int], object]) -> Iterator[Trajectory]:

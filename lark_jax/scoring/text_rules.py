@@ -1,8 +1,8 @@
 """Rule-based quality: four indicators of a trajectory's text (paper, Appendix C.2, after LIMO, arXiv 2502.03387).
 
-The paper leaves some things open. Here words are separated by white space; keywords are counted as whole words in any
-case, without inflected forms ("checking"); the text is the whole content of the assistant's message, including its
-thinking and what the student's `max_length` would cut off. An empty text has frequencies of 0.
+Where the paper leaves a choice: words are separated by white space; a keyword counts as a whole word in any case,
+without inflected forms ("checking"); the text is the whole content of the assistant's message, including the thinking
+and what a student's `max_length` would cut off. An empty text has frequencies of 0.
 """
 
 import re

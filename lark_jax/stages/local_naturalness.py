@@ -1,4 +1,4 @@
-"""The metric "local_naturalness": every step under the student, behind the prompt and few steps before it."""
+"""The metric "local_naturalness": every step under the student, after the prompt and a few steps before it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ from lark_jax.stages.student import open_chat, student_inputs
 from lark_jax.students import local_folder, read_architecture
 
 NAME = "local_naturalness"
-TOKENS_OF_STEPS = 2  # raised when tokens go to other steps under the same rule
+TOKENS_OF_STEPS = 2  # increased when the same rule assigns tokens to other steps
 NOT_FINITE = "not_finite: a log-likelihood under the student is not finite"
 
 
@@ -55,11 +55,12 @@ def _compute(experiment: Experiment, layout: Layout, pool: Pool, directory: Path
     )
     data_shards = place.mesh.shape[DATA]
     work = plan_work(pool, open_chat(experiment), options, data_shards=data_shards, directory=directory / PARTS)
-    require_one_plan(work.folder)
+    require_one_plan(work.plan)
     times = windows_over_one_pass(architecture, work)
     terminal.say(f"local naturalness: {work}; {times:.2f} times the FLOPs of one pass per trajectory")
     student = open_scoring_student(experiment, place)
-    score_local_naturalness(student, work, mesh=place.mesh, share=place.share, writes=place.writes)
+    throughput = score_local_naturalness(student, work, mesh=place.mesh, share=place.share, writes=place.writes)
+    terminal.say(f"local naturalness: scored {throughput}")
     processes.barrier("local naturalness: all parts are written")
     if not processes.is_first():
         return None

@@ -38,7 +38,7 @@ from lark_jax.students.layout import choose_parameter_axes, fits_one_process, sm
 
 STATISTICS = "statistics.parquet"
 PARTS = "parts"
-THROUGHPUT = "throughput"  # the note that differs from run to run
+THROUGHPUT = "throughput"  # the only note that differs from run to run
 Assembled = TypeVar("Assembled")
 
 
@@ -70,9 +70,9 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
             directory=directory / PARTS,
             share=Share(processes.index(), processes.count()),
         )
-        require_one_plan(workload.folder)
+        require_one_plan(workload.plan)
         terminal.say(f"to score: {workload}")
-        terminal.say(_attention(experiment, architecture, place, workload.ladder))
+        terminal.say(_attention(experiment, architecture, place, workload.buckets))
         terminal.say(f"parameters: {_describe_parameters(place)}")
         student = open_scoring_student(experiment, place)
         throughput = score_share(student, workload, mesh=place.mesh, share=place.share, writes=place.writes)
@@ -95,7 +95,7 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where this process scores, and what."""
+    """The mesh on which this process scores, and its share of the work."""
 
     mesh: Mesh
     parameter_axes: tuple[str, ...]
@@ -106,7 +106,7 @@ class Place:
 def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
     """A mesh over the devices of this process and its share of the work, or one mesh that spans all processes.
 
-    The latter where the configured mesh asks for it, or the student does not fit the devices of one process.
+    The latter if the configured mesh asks for it, or if the student does not fit the devices of one process.
 
     Raises:
       ConfigError: the configured mesh matches neither.
@@ -115,7 +115,7 @@ def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
 
     def decide() -> list[Any]:
         dtype = _parameter_dtype(experiment)
-        alone = fits_one_process(
+        is_own_mesh = fits_one_process(
             architecture,
             experiment.mesh,
             dtype,
@@ -124,13 +124,13 @@ def choose_place(experiment: Experiment, architecture: Architecture) -> Place:
             everywhere=jax.devices(),
             device_memory_bytes=smallest_device_memory(jax.local_devices()),
         )
-        mesh = make_mesh(experiment.mesh, jax.local_devices() if alone else jax.devices())
+        mesh = make_mesh(experiment.mesh, jax.local_devices() if is_own_mesh else jax.devices())
         axes = choose_parameter_axes(architecture, mesh, dtype, parameters, smallest_device_memory(mesh.local_devices))
-        return [alone, axes]
+        return [is_own_mesh, axes]
 
-    alone, axes = processes.decided_by_first("score: mesh", decide)
-    mesh = make_mesh(experiment.mesh, jax.local_devices() if alone else jax.devices())
-    if alone:
+    is_own_mesh, axes = processes.decided_by_first("score: mesh", decide)
+    mesh = make_mesh(experiment.mesh, jax.local_devices() if is_own_mesh else jax.devices())
+    if is_own_mesh:
         return Place(mesh, tuple(axes), Share(processes.index(), processes.count()), writes=True)
     return Place(mesh, tuple(axes), EVERYTHING, writes=processes.is_first())
 
@@ -152,23 +152,22 @@ def _parameter_dtype(experiment: Experiment) -> np.dtype:
     return lossless_dtype(local_folder(experiment.student.path), experiment.score.dtype)
 
 
-def require_one_plan(folder: Path) -> None:
+def require_one_plan(plan: str) -> None:
     """Refuses processes that cut the pool into different batches, before hours are spent on them.
 
     Raises:
       PipelineError: the first process has another plan.
     """
-    name = folder.name
-    of_first = processes.decided_by_first("score: plan", lambda: name)
-    if of_first != name:
+    of_first = processes.decided_by_first("score: plan", lambda: plan)
+    if of_first != plan:
         raise PipelineError(
-            f"process {processes.label()} plans other batches ({name}) than the first one ({of_first}); all need the "
-            f"same pool and the same number of devices, here {jax.local_device_count()}"
+            f"process {processes.label()} plans other batches ({plan}) than the first process ({of_first}); all need "
+            f"the same pool and the same number of devices, here {jax.local_device_count()}"
         )
 
 
 def _attention(experiment: Experiment, architecture: Architecture, place: Place, lengths: Sequence[int] = ()) -> str:
-    """What will compute the attention; a ConfigError where the configured backend cannot."""
+    """Describes what will compute the attention; raises ConfigError if the configured backend cannot."""
     backend = None if experiment.score.attention == "auto" else experiment.score.attention
     platform = kernel_platform(place.mesh.devices.flat[0])
     dtype, window = jnp.dtype(experiment.score.dtype), architecture.sliding_window
@@ -180,7 +179,7 @@ def _describe_parameters(place: Place) -> str:
 
 
 def assembled_when_seen(assemble: Callable[[], Assembled]) -> Assembled:
-    """What all wrote, put together: file systems over a network may show another process's files after a while."""
+    """The result of `assemble`, called again for a while: network file systems show other hosts' files with a delay."""
     deadline = time.monotonic() + (SECONDS_TO_BE_SEEN if processes.count() > 1 else 0)
     while True:
         try:
@@ -192,7 +191,7 @@ def assembled_when_seen(assemble: Callable[[], Assembled]) -> Assembled:
 
 
 def refuse_if_nothing_scored(scores: tuple[CandidateScore, ...]) -> None:
-    """Raises PoolError when every trajectory was skipped: going on would train on nothing."""
+    """Raises PoolError if every trajectory was skipped: there would be nothing to train on."""
     skipped = [score for score in scores if score.status != "ok"]
     if len(skipped) == len(scores):
         kinds = Counter(score.reason.partition(":")[0] for score in skipped)

@@ -1,4 +1,4 @@
-"""A workload of a few dozen short trajectories, and a student that costs nothing, for tests of everything around it."""
+"""A workload of a few dozen short trajectories, and a student that costs nothing, for tests of the rest."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from lark_jax.students import read_architecture
 
 SIZES = SyntheticConfig(num_problems=6, num_test_problems=2, num_pretrain_problems=60, rollouts=2)
 OPTIONS = ScoreOptions(max_length=256, tokens_per_batch=256, vocab_chunk=100, batches_per_part=4)
-ROW_MULTIPLE = 2
+DATA_SHARDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Material:
     chat: ChatFormat
     student: SimpleNamespace
 
-    def workload(self, directory: Path, data_shards: int = ROW_MULTIPLE) -> Workload:
+    def workload(self, directory: Path, data_shards: int = DATA_SHARDS) -> Workload:
         return plan_workload(self.pool, self.chat, OPTIONS, data_shards=data_shards, directory=directory)
 
 
@@ -42,7 +42,7 @@ def write_material(folder: Path) -> Material:
     return Material(Pool(tuple(trajectories)), load_chat_format(folder / "student"), student)
 
 
-def small_mesh(devices: int = ROW_MULTIPLE) -> jax.sharding.Mesh:
+def small_mesh(devices: int = DATA_SHARDS) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(), jax.devices()[:devices])
 
 

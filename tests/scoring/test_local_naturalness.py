@@ -1,7 +1,7 @@
 """Local Naturalness against its definition: every step in a row of its own, through transformers, in float32."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from lark_jax.config import MeshConfig, SyntheticConfig
-from lark_jax.errors import PipelineError
 from lark_jax.pool import read_pool
 from lark_jax.pool.records import Message, Pool, Trajectory
 from lark_jax.pool.synthetic import write_synthetic
@@ -25,7 +24,11 @@ from lark_jax.scoring.local_naturalness import (
     score_local_naturalness,
     scorer,
 )
-from lark_jax.scoring.local_naturalness.work import RenderedPart
+from lark_jax.scoring.local_naturalness.cost import load_of_batch, load_of_part
+from lark_jax.scoring.local_naturalness.windows import WindowBatch
+from lark_jax.scoring.local_naturalness.work import render_part
+from lark_jax.scoring.pool_pass import BATCHES_IN_FLIGHT
+from lark_jax.scoring.throughput import NO_LOAD
 from lark_jax.students import Decoder, load_student, random_student, read_architecture, save_new_student
 
 torch = pytest.importorskip("torch")
@@ -105,7 +108,7 @@ def _scores(
 
 
 def _by_definition(setting: Setting, steps_of: list[np.ndarray | str], options: NaturalnessOptions) -> np.ndarray:
-    """Each step alone: prompt, at most `context` steps, the step; nothing is shared or batched."""
+    """Every step in a row of its own: prompt, at most `context` steps, the step; nothing is shared or batched."""
     model = transformers.AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).eval()
     scores = np.full(len(steps_of), np.nan)
     for index, steps in enumerate(steps_of):
@@ -129,6 +132,27 @@ def _steps(work: Work) -> list[np.ndarray | str]:
     return [sizes if isinstance(sizes, str) else sizes.steps for sizes in work.sizes]
 
 
+@dataclasses.dataclass
+class CostlessPrograms:
+    """In place of `WindowPrograms`; may die before a batch."""
+
+    log_likelihood: Callable[[WindowBatch], np.ndarray] = lambda batch: batch.targets_s.astype(np.float32)
+    dies_at: int | None = None
+    encoded: list[np.ndarray] = dataclasses.field(default_factory=list)
+    scored: list[WindowBatch] = dataclasses.field(default_factory=list)
+
+    def encode(self, prompts_ns: np.ndarray) -> np.ndarray:
+        self.encoded.append(prompts_ns)
+        return prompts_ns
+
+    def log_likelihoods(self, prefixes: np.ndarray, batch: WindowBatch) -> np.ndarray:
+        assert prefixes is self.encoded[-1]
+        if len(self.scored) == self.dies_at:
+            raise KeyboardInterrupt
+        self.scored.append(batch)
+        return self.log_likelihood(batch)
+
+
 @pytest.fixture(scope="module")
 def one_device(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     return _scores(setting, tmp_path_factory.mktemp("one_device"))[0]
@@ -146,7 +170,7 @@ def test_scores_are_those_of_every_step_in_a_row_of_its_own(setting: Setting, tm
     assert np.isfinite(np.delete(found, UNRENDERABLE)).all()
     one_more = _by_definition(setting, steps[:8], dataclasses.replace(options, context=context + 1))
     moved = np.nanmax(np.abs(expected[:8] - one_more))
-    assert moved > 10 * 2e-5 * np.nanmax(np.abs(expected)), "a student that does not mind what it sees"
+    assert moved > 10 * 2e-5 * np.nanmax(np.abs(expected)), "the student's numbers do not depend on the context"
 
 
 def test_with_enough_context_every_token_has_its_log_likelihood_in_one_pass(setting: Setting, tmp_path: Path) -> None:
@@ -185,54 +209,59 @@ def test_prompts_are_encoded_once_each_and_every_answer_is_scored_once(setting: 
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_a_killed_run_goes_on_with_the_parts_that_are_missing(
+def test_a_killed_run_continues_after_its_last_batch_and_encodes_the_prompts_of_a_part_once(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A prompt's keys take as much as a batch: each is a part of its own.
-    options = dataclasses.replace(OPTIONS, tokens_per_batch=128)
-    done = []
+    monkeypatch.setattr("lark_jax.scoring.part_streams.SECONDS_BETWEEN_WRITES", 0.0)
+    # The keys of a prompt take as much as a batch: each prompt is a part of its own, of several batches.
+    options = dataclasses.replace(OPTIONS, tokens_per_batch=512)
+    programs = CostlessPrograms()
+    monkeypatch.setattr(scorer, "WindowPrograms", lambda *_, **__: programs)
+    undisturbed, work = _scores(setting, tmp_path / "undisturbed", options)
+    encoded, batches = len(programs.encoded), len(programs.scored)
+    assert encoded == len(work.parts) == SIZES.num_problems
+    assert batches > 2 * encoded
+    for dies_at in range(0, batches, 2):
+        programs.encoded, programs.scored, programs.dies_at = [], [], dies_at
+        with pytest.raises(KeyboardInterrupt):
+            _scores(setting, tmp_path / str(dies_at), options)
+        programs.dies_at = None
+        again, _ = _scores(setting, tmp_path / str(dies_at), options)
+        np.testing.assert_array_equal(again, undisturbed)
+        assert batches <= len(programs.scored) <= batches + BATCHES_IN_FLIGHT + 1
+        assert encoded <= len(programs.encoded) <= encoded + 2
 
-    def costless(programs: object, rendered: RenderedPart) -> Iterator[np.ndarray]:
-        del programs
-        done.append(rendered.part.number)
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        for batch in rendered.batches:
-            yield batch.targets_s.astype(np.float32)
 
-    monkeypatch.setattr(scorer, "_log_likelihoods", costless)
-    with pytest.raises(KeyboardInterrupt):
-        _scores(setting, tmp_path, options)
-    _, work = _scores(setting, tmp_path, options)
-    assert done == [0, 1, 2, 2]
-    part = work.folder / "part-00001.json"
-    part.write_text(part.read_text(encoding="utf-8")[:-3], encoding="utf-8")
-    with pytest.raises(PipelineError, match=r"part-00001\.json: missing or damaged"):
-        assemble_local_naturalness(work)
-    _scores(setting, tmp_path, options)
-    assert done == [0, 1, 2, 2, 1]
+def test_the_loads_of_batches_add_up_to_those_of_the_plan(setting: Setting, tmp_path: Path) -> None:
+    """The time left is right in the end, although batches are known only when their part is rendered."""
+    architecture = setting.student.architecture
+    work = plan_work(setting.pool, setting.chat, OPTIONS, data_shards=2, directory=tmp_path)
+    for part in work.parts:
+        batches = render_part(work, part, {}).batches
+        planned = load_of_part(architecture, work, part)
+        total = sum((load_of_batch(architecture, batch) for batch in batches), NO_LOAD)
+        assert (total.items, total.tokens) == (planned.items, planned.tokens)
+        assert total.flops == pytest.approx(planned.flops)
+        assert total.padded_tokens == sum(batch.tokens_bt.size for batch in batches)
 
 
 @pytest.mark.parametrize(
     "change", [{"context": 3}, {"split": r"(?P<end>\n)"}, {"max_length": 300}, {"tokens_per_batch": 1_024}]
 )
-def test_what_decides_the_windows_names_their_folder(setting: Setting, tmp_path: Path, change: dict) -> None:
-    def folder(options: NaturalnessOptions) -> Path:
-        return plan_work(setting.pool, setting.chat, options, data_shards=1, directory=tmp_path).folder
+def test_what_decides_the_windows_is_in_the_plan(setting: Setting, tmp_path: Path, change: dict) -> None:
+    def plan(options: NaturalnessOptions) -> str:
+        return plan_work(setting.pool, setting.chat, options, data_shards=1, directory=tmp_path).plan
 
-    assert folder(dataclasses.replace(OPTIONS, **change)) != folder(OPTIONS)
+    assert plan(dataclasses.replace(OPTIONS, **change)) != plan(OPTIONS)
 
 
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
 def test_numbers_of_the_student_that_are_not_finite_leave_no_score(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: float
 ) -> None:
-    def broken(programs: object, rendered: RenderedPart) -> Iterator[np.ndarray]:
-        del programs
-        for batch in rendered.batches:
-            # The first step of the first answer of each part.
-            yield np.where(batch.step_ids_s == 0, np.nan, -1.0)
-
-    monkeypatch.setattr(scorer, "_log_likelihoods", broken)
+    # In the first step of the first answer of each part.
+    programs = CostlessPrograms(lambda batch: np.where(batch.step_ids_s == 0, number, -1.0))
+    monkeypatch.setattr(scorer, "WindowPrograms", lambda *_, **__: programs)
     found, work = _scores(setting, tmp_path)
     first = [part.members[0] for part in work.parts]
     assert sorted(np.flatnonzero(np.isnan(found))) == sorted([*first, UNRENDERABLE])

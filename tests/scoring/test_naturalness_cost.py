@@ -1,4 +1,4 @@
-"""FLOPs of windows against a count, token by token, of what each layer does."""
+"""FLOPs of windows against a count of what each layer computes, token by token."""
 
 import numpy as np
 import pytest

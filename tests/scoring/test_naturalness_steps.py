@@ -1,4 +1,4 @@
-"""Sentence-level steps: where they end, and which tokens they have."""
+"""Sentence-level steps: where they end, and which tokens belong to them."""
 
 import re
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_sentences_end_where_a_reader_would_end_them(expected: list[str]) -> Non
     assert steps("".join(expected)) == expected
 
 
-def test_pieces_that_say_nothing_join_the_step_before_them() -> None:
+def test_pieces_without_letters_or_digits_join_the_step_before_them() -> None:
     assert steps("---\nOne.\n***\n}\nTwo.\n---") == ["---\nOne.\n***\n}\n", "Two.\n---"]
 
 
@@ -59,14 +59,14 @@ def test_another_rule_replaces_ours() -> None:
 
 
 @pytest.mark.parametrize(("rule", "message"), [("(", "not a regular expression"), (r"\n", "no group named `end`")])
-def test_a_rule_that_marks_no_ends_is_refused(rule: str, message: str) -> None:
+def test_a_rule_without_ends_is_refused(rule: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compile_split(rule)
 
 
 @given(st.text("ab1. \n?!*`\\[]$e.g", max_size=60))
 @example("")
-def test_steps_are_the_text_and_each_says_something(text: str) -> None:
+def test_steps_add_up_to_the_text_and_each_has_a_letter_or_digit(text: str) -> None:
     found = steps(text)
     assert "".join(found) == text
     if re.search(r"\w", text):
@@ -77,7 +77,7 @@ def test_steps_are_the_text_and_each_says_something(text: str) -> None:
 
 def test_tokens_go_to_the_step_of_their_last_character() -> None:
     #        0123456789
-    # text: "Hi. Yes.\n" with a lead before it, an end of turn behind it, and " Yes" as one token.
+    # text: "Hi. Yes.\n" with a lead before it, an end of turn after it, and " Yes" as one token.
     starts = step_starts("Hi. Yes.\n", SENTENCES)
     assert starts == (0, 4)
     offsets = [(-1, 0), (0, 2), (2, 3), (3, 7), (7, 9), (9, 19)]
@@ -102,7 +102,7 @@ def test_a_tokenizer_that_trims_white_space_gives_the_same_steps(text: str) -> N
     assert found[0][-1] + 1 == len(steps(text))
 
 
-def test_a_step_without_a_token_of_its_own_vanishes_and_numbers_stay_dense() -> None:
+def test_a_step_without_a_token_vanishes_and_numbers_stay_dense() -> None:
     # The token (0, 9) covers the first two steps and belongs to the second; bytes of one character share its place.
     np.testing.assert_array_equal(steps_of_tokens([(0, 9), (9, 10), (9, 10), (10, 12)], (0, 4, 10)), [0, 0, 0, 1])
     np.testing.assert_array_equal(steps_of_tokens([(0, 5), (2, 3), (5, 6)], (0, 4)), [0, 0, 0])

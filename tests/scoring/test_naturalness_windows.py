@@ -11,7 +11,7 @@ STEP_SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=20)
 
 
 @given(STEP_SIZES, st.integers(0, 6))
-def test_each_token_is_scored_once_behind_the_steps_that_it_may_see(step_sizes: list[int], context: int) -> None:
+def test_each_token_is_scored_once_after_the_steps_that_it_may_see(step_sizes: list[int], context: int) -> None:
     step_of = np.repeat(np.arange(len(step_sizes)), step_sizes)
     windows = windows_of(np.array(step_sizes), context)
     scored_in = {token: start for start, scored, stop in zip(*windows, strict=True) for token in range(scored, stop)}

@@ -73,7 +73,7 @@ def test_scores_are_the_means_of_dense_float64_statistics(setting: Setting, tmp_
         )
 
 
-def test_clipped_ranks_are_exact_but_for_near_ties(setting: Setting, tmp_path: Path) -> None:
+def test_clipped_ranks_are_exact_except_near_ties(setting: Setting, tmp_path: Path) -> None:
     scores = _score(setting, tmp_path)
     items = [render_trajectory(setting.chat, t, OPTIONS.max_length) for t in setting.pool.trajectories]
     tokens = near_ties = 0
@@ -84,10 +84,10 @@ def test_clipped_ranks_are_exact_but_for_near_ties(setting: Setting, tmp_path: P
         # Each near-tie can move one rank by one; the sum is of integers, of which the float32 mean is rounded.
         assert abs(round(score.statistics["mean_clipped_rank"] * len(rank)) - int(rank.sum())) <= near
         tokens, near_ties = tokens + len(rank), near_ties + near
-    assert near_ties < tokens / 4, "so many near-ties that the comparison says little"
+    assert near_ties < tokens / 4, "so many near-ties that the comparison proves little"
 
 
-def test_raw_ranks_are_exact_but_for_near_ties(setting: Setting, tmp_path: Path) -> None:
+def test_raw_ranks_are_exact_except_near_ties(setting: Setting, tmp_path: Path) -> None:
     scores = _score(setting, tmp_path)
     items = [render_trajectory(setting.chat, t, OPTIONS.max_length) for t in setting.pool.trajectories]
     for score, item, logits in zip(scores, items, _reference_logits(setting, items), strict=True):
@@ -110,7 +110,7 @@ def test_one_device_and_eight_give_the_same_scores(setting: Setting, tmp_path: P
     _assert_same_scores(_score(setting, tmp_path / "one", devices=1), _score(setting, tmp_path / "eight", devices=8))
 
 
-def test_batches_shapes_and_padding_are_said(
+def test_batches_shapes_and_padding_are_reported(
     setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = setting.pool.trajectories[:2]

@@ -18,7 +18,7 @@ from lark_jax.rendering.chat import RenderedTrajectory, load_chat_format, render
 from lark_jax.rendering.token_counts import count_inputs
 from lark_jax.runtime import files
 from lark_jax.runtime.processes import EVERYTHING, Share
-from lark_jax.scoring import ScoreOptions, Workload, plan_workload
+from lark_jax.scoring import ScoreOptions, Workload, assemble_scores, plan_workload
 from lark_jax.scoring.workload import MOST_PADDING, render_part
 
 
@@ -33,8 +33,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def padding_of(workload: Workload, lengths: list[int]) -> float:
-    """Counted slot by slot, from lengths that the plan did not make itself."""
-    slots = sum(np.ones((batch.rows, batch.length)).sum() for part in workload.parts for batch in part.batches)
+    """Counted slot by slot, from independent lengths."""
+    slots = sum(np.ones((batch.rows, batch.length)).sum() for part in workload.parts for batch in part)
     return 1 - sum(lengths) / slots
 
 
@@ -42,16 +42,16 @@ def padding_of(workload: Workload, lengths: list[int]) -> float:
 def test_log_normal_lengths_are_padded_within_the_bound(seed: int, spread: float, devices: int):
     draw = np.random.default_rng(seed).lognormal(7.5, spread, 3_000 * devices)
     lengths = draw.clip(16, 32_767).astype(int).tolist()
-    ladder = choose_buckets(lengths, 8_192, devices, MOST_PADDING)
-    plans = plan_batches(lengths, 8_192, devices, ladder)
+    buckets = choose_buckets(lengths, 8_192, devices, MOST_PADDING)
+    plans = plan_batches(lengths, 8_192, devices, buckets)
     assert 1 - sum(lengths) / sum(plan.rows * plan.length for plan in plans) <= MOST_PADDING
-    assert len({(plan.rows, plan.length) for plan in plans}) == len({plan.length for plan in plans}) <= len(ladder)
+    assert len({(plan.rows, plan.length) for plan in plans}) == len({plan.length for plan in plans}) <= len(buckets)
 
 
 def test_few_batches_get_few_shapes():
     lengths = np.random.default_rng().integers(100, 4_000, 20).tolist()
-    ladder = choose_buckets(lengths, 32_768, 8, MOST_PADDING)
-    assert len(plan_batches(lengths, 32_768, 8, ladder)) == len(ladder) == 1
+    buckets = choose_buckets(lengths, 32_768, 8, MOST_PADDING)
+    assert len(plan_batches(lengths, 32_768, 8, buckets)) == len(buckets) == 1
 
 
 @pytest.mark.slow
@@ -69,41 +69,45 @@ def test_a_published_pool_is_padded_within_the_bound(
     assert [workload.lengths[index] for index in sample] == [item.num_inputs for item in rendered]
     assert padding_of(workload, list(workload.lengths)) == pytest.approx(workload.padding)
     assert workload.padding <= MOST_PADDING
-    assert len(workload.ladder) <= 45
+    assert len(workload.buckets) <= 45
 
 
-def test_every_trajectory_is_in_one_part_and_in_one_batch_if_it_can_be_rendered(material: Material, tmp_path: Path):
+def test_every_trajectory_is_in_one_batch_if_it_can_be_rendered(material: Material, tmp_path: Path):
     workload = material.workload(tmp_path)
-    members = [member for part in workload.parts for member in part.members]
-    assert sorted(members) == list(range(len(material.pool.trajectories)))
-    in_batches = [part.members[member] for part in workload.parts for batch in part.batches for member in batch.members]
-    assert sorted(in_batches) == [index for index in range(len(members)) if index != 2]
-    assert [part.number for part in workload.parts] == list(range(len(workload.parts)))
+    assert len(workload.parts) > 2
+    members = [member for part in range(len(workload.parts)) for member in workload.members(part)]
+    assert sorted(members) == [index for index in range(len(material.pool.trajectories)) if index != 2]
 
 
 def test_rows_fit_their_batches_and_the_longest_come_first(material: Material, tmp_path: Path):
     workload = material.workload(tmp_path)
-    batches = [batch for part in workload.parts for batch in part.batches]
+    batches = [batch for part in workload.parts for batch in part]
     assert [batch.length for batch in batches] == sorted((batch.length for batch in batches), reverse=True)
-    for part in workload.parts:
-        rendered = render_part(workload, part, {})
-        assert len(rendered.rows) == part.num_scorable
-        for batch in part.batches:
-            assert max(rendered.rows[member].num_inputs for member in batch.members) <= batch.length
-            assert batch.rows % 2 == 0
+    for part, planned in enumerate(workload.parts):
+        rendered = render_part(workload, material.student.architecture, part, {})
+        assert [batch.plan for batch in rendered] == list(planned)
+        for batch in rendered:
+            rows = batch.token_rows(pad_id=0)
+            assert rows.tokens_bt.shape == batch.shape == (batch.plan.rows, batch.plan.length)
+            assert batch.plan.rows % 2 == 0
+            for row, member in enumerate(batch.plan.members):
+                trajectory = material.pool.trajectories[member]
+                assert f"{batch.rows[row].problem_id}/{batch.rows[row].candidate_id}" == trajectory.name
+                assert rows.mask_bt[row].sum() == len(batch.rows[row].target_tokens)
+            assert not rows.mask_bt[len(batch.rows) :].any()
 
 
 def test_lengths_are_those_of_the_rendered_trajectories(material: Material, tmp_path: Path):
     items = render_trajectories(material.chat, material.pool.trajectories, OPTIONS.max_length)
-    expected = [item.num_inputs if isinstance(item, RenderedTrajectory) else 0 for item in items]
+    expected = [item.num_inputs if isinstance(item, RenderedTrajectory) else item.reason for item in items]
     assert list(material.workload(tmp_path).lengths) == expected
+    assert "control_token" in expected[2]
 
 
 def test_the_plan_is_the_same_again_and_in_another_folder(material: Material, tmp_path: Path):
     first, again, elsewhere = (material.workload(tmp_path / name) for name in ("a", "a", "b"))
     assert first.parts == again.parts == elsewhere.parts
-    assert first.folder == again.folder
-    assert first.folder.name == elsewhere.folder.name
+    assert first.plan == again.plan == elsewhere.plan
 
 
 @pytest.mark.parametrize(
@@ -122,9 +126,9 @@ def test_the_plan_is_the_same_again_and_in_another_folder(material: Material, tm
     ],
     ids=["devices", "tokens_per_batch", "order", "fewer"],
 )
-def test_whatever_changes_the_batches_changes_the_folder(material: Material, tmp_path: Path, change, monkeypatch):
+def test_whatever_changes_the_batches_changes_the_plan(material: Material, tmp_path: Path, change, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert change(material).folder.name != material.workload(tmp_path).folder.name
+    assert change(material).plan != material.workload(tmp_path).plan
 
 
 def test_a_text_of_the_same_length_is_another_text(material: Material, tmp_path: Path):
@@ -132,7 +136,7 @@ def test_a_text_of_the_same_length_is_another_text(material: Material, tmp_path:
     answer = dataclasses.replace(first.messages[-1], content=first.response[::-1])
     changed = dataclasses.replace(first, messages=(*first.prompt, answer))
     other = dataclasses.replace(material, pool=Pool((changed, *rest)))
-    assert other.workload(tmp_path).folder != material.workload(tmp_path).folder
+    assert other.workload(tmp_path).plan != material.workload(tmp_path).plan
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -159,11 +163,11 @@ def test_a_killed_count_goes_on_and_workers_take_over_each_others_chunks(
     assert count_inputs(*arguments, folder=tmp_path / "killed", share=EVERYTHING) == expected
 
 
-def test_damaged_counts_are_said_and_made_again(material: Material, tmp_path: Path, capsys):
+def test_damaged_counts_are_named_and_counted_again(material: Material, tmp_path: Path, capsys):
     workload = material.workload(tmp_path)
-    negative = str([-1] * len(workload.lengths))
-    for damage in ("[1, 2", "[1, 2]", "{}", negative):
-        (file,) = tmp_path.glob("lengths-*/*.json")
+    zeros = str([0] * len(workload.lengths))
+    for damage in ("[1, 2", "[1, 2]", "{}", zeros):
+        (file,) = tmp_path.glob("inputs-*/*.json")
         file.write_text(damage)
         assert material.workload(tmp_path).lengths == workload.lengths
         assert f"{file}: damaged; counting these tokens again" in capsys.readouterr().err
@@ -171,14 +175,14 @@ def test_damaged_counts_are_said_and_made_again(material: Material, tmp_path: Pa
 
 def test_counts_of_other_texts_are_refused_in_one_line(material: Material, tmp_path: Path):
     workload = material.workload(tmp_path)
-    other = dataclasses.replace(workload, lengths=tuple(length + 1 for length in workload.lengths))
+    other = dataclasses.replace(workload, lengths=(*workload.lengths[1:], workload.lengths[0]))
     with pytest.raises(PipelineError, match="holds other token counts than this pool's; delete it") as caught:
-        render_part(other, other.parts[0], {})
+        render_part(other, material.student.architecture, 0, {})
     assert "\n" not in str(caught.value)
 
 
-def test_a_pool_of_which_nothing_can_be_rendered_is_one_part_without_batches(material: Material, tmp_path: Path):
-    nothing = dataclasses.replace(material, pool=Pool(material.pool.trajectories[2:3]))
-    (part,) = nothing.workload(tmp_path).parts
-    assert (part.members, part.batches) == ((0,), ())
-    assert nothing.workload(tmp_path).padding == 0.0
+def test_a_pool_without_a_trajectory_that_can_be_rendered_has_no_parts(material: Material, tmp_path: Path):
+    nothing = dataclasses.replace(material, pool=Pool(material.pool.trajectories[2:3])).workload(tmp_path)
+    assert (nothing.parts, nothing.padding) == ((), 0.0)
+    (score,) = assemble_scores(nothing)
+    assert (score.status, score.reason) == ("skipped", nothing.lengths[0])

@@ -1,6 +1,4 @@
-"""What the score stage refuses before it computes."""
-
-from pathlib import Path
+"""The score stage refuses inconsistent processes before it computes."""
 
 import pytest
 
@@ -10,8 +8,7 @@ from lark_jax.stages.score import require_one_plan
 
 
 def test_processes_with_different_plans_end_before_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path("parts-own")
-    require_one_plan(folder)
-    monkeypatch.setattr(processes, "decided_by_first", lambda *_: "parts-first")
-    with pytest.raises(PipelineError, match=r"parts-own.*parts-first.*same number of devices"):
-        require_one_plan(folder)
+    require_one_plan("own")
+    monkeypatch.setattr(processes, "decided_by_first", lambda *_: "first")
+    with pytest.raises(PipelineError, match=r"\(own\).*\(first\).*same number of devices"):
+        require_one_plan("own")

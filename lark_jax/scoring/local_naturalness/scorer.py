@@ -1,106 +1,116 @@
-"""Local Naturalness of every trajectory: parts are rendered ahead, batches kept in flight, finished parts on disk."""
+"""Local Naturalness of every trajectory: the log-likelihoods of its steps, as a pass over the pool."""
 
-import math
-from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Hashable
+from dataclasses import dataclass
 
+import jax
 import numpy as np
+import pyarrow as pa
 from jax.sharding import Mesh
 
-from lark_jax.errors import PipelineError
 from lark_jax.rendering.chat import Prompts
-from lark_jax.runtime import files, processes, terminal
 from lark_jax.runtime.processes import EVERYTHING, Share
-from lark_jax.scoring.ahead import computed_ahead
+from lark_jax.scoring.local_naturalness.cost import load_of_batch, load_of_part
 from lark_jax.scoring.local_naturalness.programs import WindowPrograms
-from lark_jax.scoring.local_naturalness.work import Part, RenderedPart, Work, render_part
+from lark_jax.scoring.local_naturalness.windows import WindowBatch
+from lark_jax.scoring.local_naturalness.work import SCHEMA, Work, render_part
+from lark_jax.scoring.pool_pass import PoolPass, run_pass
+from lark_jax.scoring.throughput import Load, Throughput
 from lark_jax.students.decoder import Decoder
+from lark_jax.students.prefixes import Prefixes
 
-BATCHES_IN_FLIGHT = 2  # dispatched before the oldest result is fetched
+
+@dataclass(frozen=True)
+class PromptWindows:
+    """A batch of windows and the prompts of its part; see `pool_pass.Batch`."""
+
+    prompts_ns: np.ndarray
+    windows: WindowBatch
+    load: Load
+
+    @property
+    def shape(self) -> Hashable:
+        return self.prompts_ns.shape, self.windows.tokens_bt.shape, self.windows.wanted_s.shape
 
 
 def score_local_naturalness(
     student: Decoder, work: Work, *, mesh: Mesh, share: Share = EVERYTHING, writes: bool = True
-) -> None:
-    """Scores the parts of a worker's share that are not finished yet; each becomes a file of `work.folder`.
-
-    As for `scorer.score_share`: in a mesh that spans several processes each calls this, and one of them `writes`.
+) -> Throughput:
+    """Computes what is not finished yet of a worker's share of the parts; see `run_pass`.
 
     Raises:
       ConfigError: the mesh does not fit the student.
     """
-    options = work.options
+    options, architecture = work.options, student.architecture
     programs = WindowPrograms(student, mesh, options.vocab_chunk)
-    own = [part for part in work.parts if share.takes(part.number)]
-    finished = _agree_on_finished(work, own, mesh)
     prompts: Prompts = {}
-    todo = [part for part in own if part.number not in finished]
-    total, left = (sum(len(part.members) for part in parts) for parts in (own, todo))
-    with terminal.progress_bar(what="local naturalness", total=total, unit="trajectory", initial=total - left) as bar:
-        for rendered in computed_ahead(lambda part: render_part(work, part, prompts), todo):
-            scores = rendered.scores(list(_log_likelihoods(programs, rendered)))
-            if writes:
-                files.write_json(_file(work, rendered.part), [s if math.isfinite(s) else None for s in scores.tolist()])
-            bar.update(len(rendered.part.members))
+
+    def render(number: int) -> list[PromptWindows]:
+        part = render_part(work, work.parts[number], prompts)
+        return [PromptWindows(part.prompts_ns, batch, load_of_batch(architecture, batch)) for batch in part.batches]
+
+    return run_pass(
+        PoolPass(
+            what="local naturalness",
+            unit="steps",
+            streams=work.streams,
+            loads=[load_of_part(architecture, work, part) for part in work.parts],
+            render=render,
+            step=WindowStep(programs),
+            encode=sums_of_steps,
+        ),
+        mesh=mesh,
+        share=share,
+        writes=writes,
+    )
+
+
+class WindowStep:
+    """Log-likelihoods of a batch's scored tokens; the prompts of a part are encoded before its first batch."""
+
+    def __init__(self, programs: WindowPrograms) -> None:
+        self._programs = programs
+        self._prompts_ns: np.ndarray | None = None
+        self._prefixes: Prefixes | None = None
+        self._last: jax.Array | None = None
+
+    def __call__(self, batch: PromptWindows) -> jax.Array:
+        if batch.prompts_ns is not self._prompts_ns:
+            jax.block_until_ready(self._last)  # so that the keys and values of two parts never take memory at once
+            self._prefixes = None
+            self._prefixes, self._prompts_ns = self._programs.encode(batch.prompts_ns), batch.prompts_ns
+        assert self._prefixes is not None
+        self._last = self._programs.log_likelihoods(self._prefixes, batch.windows)
+        return self._last
+
+
+def sums_of_steps(batch: PromptWindows, log_likelihoods_s: np.ndarray) -> pa.RecordBatch:
+    """The log-likelihood of each step of the batch, summed over its tokens; no step is in two batches."""
+    step_ids_s = batch.windows.step_ids_s
+    real_s = step_ids_s >= 0
+    steps, places = np.unique(step_ids_s[real_s], return_inverse=True)
+    sums = np.zeros(len(steps))
+    np.add.at(sums, places, np.asarray(log_likelihoods_s, np.float64)[real_s])
+    return pa.record_batch([pa.array(steps), pa.array(sums)], schema=SCHEMA)
 
 
 def assemble_local_naturalness(work: Work) -> tuple[float, ...]:
-    """The scores of all parts, by whichever worker, in pool order; NaN where there is none.
+    """The scores of all parts, by whichever worker, in pool order; NaN for a trajectory without a score.
 
-    Mean over steps of the mean over a step's tokens of log pi(token | prompt, at most m steps before, step so far), in
-    nats (Appendix C.2). Higher is better. NaN: it cannot be rendered, or the student's numbers were not finite.
+    A score is the mean over steps of the mean over a step's tokens of log pi(token | prompt, at most m steps before,
+    step so far), in nats (Appendix C.2). Higher is better. NaN: the trajectory cannot be rendered, or the student's
+    numbers are not finite.
 
     Raises:
-      PipelineError: a part is missing or not readable; names it.
+      PipelineError: parts are missing or not readable; names them.
     """
     scores = np.full(len(work.pool.trajectories), np.nan)
-    for part in work.parts:
-        values = _read(work, part)
-        if values is None:
-            raise PipelineError(f"{_file(work, part)}: missing or damaged; start the same command again")
-        scores[list(part.members)] = [math.nan if value is None else value for value in values]
-    return tuple(scores.tolist())
-
-
-def _log_likelihoods(programs: WindowPrograms, rendered: RenderedPart) -> Iterator[np.ndarray]:
-    prefixes = programs.encode(rendered.prompts_ns)
-    in_flight: deque = deque()
-    for batch in rendered.batches:
-        in_flight.append(programs.log_likelihoods(prefixes, batch))
-        if len(in_flight) > BATCHES_IN_FLIGHT:
-            yield np.asarray(in_flight.popleft())
-    while in_flight:
-        yield np.asarray(in_flight.popleft())
-
-
-def _agree_on_finished(work: Work, own: list[Part], mesh: Mesh) -> frozenset[int]:
-    def found() -> list[int]:
-        return [part.number for part in own if _read(work, part) is not None]
-
-    if not mesh.is_multi_process:
-        return frozenset(found())
-    return frozenset(processes.decided_by_first(f"local naturalness before, {work.folder.name}", found))
-
-
-def _file(work: Work, part: Part) -> Path:
-    return work.folder / f"part-{part.number:05d}.json"
-
-
-def _read(work: Work, part: Part) -> list[float | None] | None:
-    """None: not there, or damaged, which is said."""
-    path = _file(work, part)
-    if not path.is_file():
-        return None
-    try:
-        values = files.read_json(path)
-    except (ValueError, OSError):
-        values = None
-    if (
-        isinstance(values, list)
-        and len(values) == len(part.members)
-        and all(value is None or isinstance(value, float) for value in values)
-    ):
-        return values
-    terminal.warn(f"{path}: damaged; scoring this part again")
-    return None
+    for number, table in work.streams.read_all():
+        members = work.parts[number].members
+        step_sizes = [work.step_sizes(member) for member in members]
+        sums = np.full(sum(map(len, step_sizes)), np.nan)
+        sums[table["step"].to_numpy()] = table["log_likelihood"].to_numpy()
+        ends = np.cumsum([len(sizes) for sizes in step_sizes])
+        means = np.split(sums / np.concatenate(step_sizes), ends[:-1])
+        scores[list(members)] = [steps.mean() for steps in means]
+    return tuple(np.where(np.isfinite(scores), scores, np.nan).tolist())

@@ -1,19 +1,19 @@
-"""From an answer to its sentence-level steps, and from steps to the tokens that each of them has.
+"""From an answer to its sentence-level steps, and from steps to their tokens.
 
-The rule is one regular expression that is searched from left to right. Where its group `end` takes part in a match, a
-step ends behind the match; any other match is text that stays in one piece. `SENTENCES`, the default:
+The rule is one regular expression, searched from left to right. Where its group `end` matches, a step ends after the
+match; any other match is text that is never cut. The default, `SENTENCES`:
 
-- a step ends behind ., ! or ? (their full-width forms too), closing quotes, brackets and asterisks included, where
-  white space follows, and at every line break; the white space still belongs to it, but for the indentation of the
-  next line. So "3.14" and "f.g" stay whole. Math that ends with the sentence, "$x = 5.$" or "\\(x = 5.\\)", is closed
-  like a quote, but not behind "!": "$5!$" is a factorial;
-- fenced code, display math between \\[ \\] or $$ $$, common abbreviations ("e.g.", "Fig.", "Dr.") and the number of a
-  list item ("2. Next") are never cut.
+- A step ends after ., ! or ? (or their full-width forms), closing quotes, brackets and asterisks included, if white
+  space follows, and at every line break. The white space belongs to the step, except the indentation of the next line.
+  So "3.14" and "f.g" stay whole. Math that ends with the sentence, "$x = 5.$" or "\\(x = 5.\\)", is closed like a
+  quote, but not after "!": "$5!$" is a factorial.
+- Fenced code, display math in \\[ \\] or $$ $$, common abbreviations ("e.g.", "Fig.", "Dr.") and the number of a list
+  item ("2. Next") are never cut.
 
-A piece without a letter or digit (a rule, a lone bracket) joins the step before it, and the first one that after it.
+A piece without a letter or digit (a rule, a lone bracket) joins the step before it, or the one after it if it is first.
 
-Tokens are those of the whole answer, as they are scored everywhere else: nothing is tokenized twice. A token belongs to
-the step of its last character, since tokens begin with the space before a word.
+Tokens are those of the whole answer, as everywhere else: nothing is tokenized twice. A token belongs to the step of its
+last character, since tokens begin with the space before a word.
 """
 
 import re
@@ -36,17 +36,17 @@ _SOMETHING_SAID = re.compile(r"[^\W_]")
 
 
 def compile_split(rule: str | None) -> re.Pattern[str]:
-    """The rule as a pattern; None: `SENTENCES`. `.` matches line breaks, `^` and `$` match at each of them.
+    """The rule as a pattern; None: `SENTENCES`. `.` matches line breaks; `^` and `$` match at every line.
 
     Raises:
-      ValueError: no regular expression, or one without a group `end`.
+      ValueError: it is not a regular expression, or has no group `end`.
     """
     try:
         pattern = re.compile(SENTENCES if rule is None else rule, re.DOTALL | re.MULTILINE)
     except re.error as error:
         raise ValueError(f"not a regular expression: {error}") from error
     if "end" not in pattern.groupindex:
-        raise ValueError("has no group named `end`, which marks where a step ends: (?P<end>...)")
+        raise ValueError("no group named `end`, which marks where a step ends: (?P<end>...)")
     return pattern
 
 
@@ -58,18 +58,18 @@ def step_starts(text: str, split: re.Pattern[str]) -> tuple[int, ...]:
         if _SOMETHING_SAID.search(text, starts[-1], end):
             starts.append(end)
         elif len(starts) > 1:
-            starts[-1] = end  # the piece goes to the step before it: the next one begins behind it
+            starts[-1] = end  # the piece joins the step before it
     return tuple(starts[:-1]) or (0,)
 
 
 def steps_of_tokens(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> np.ndarray:
-    """int32 [tokens]: which step each token belongs to: 0, 1, 2, ..., ascending, none left out.
+    """int32 [tokens]: the step of each token, ascending from 0 without gaps.
 
     Args:
-      offsets: first character of each token and the one behind its last, in the text that `starts` counts in;
-        characters before the text (negative) go to the first step, those behind it to the last. Some tokenizers trim
-        white space: a token of nothing else then is empty, (end, end), and its last character is the one before.
-      starts: from `step_starts`. A step that is the last character of no token vanishes.
+      offsets: index of each token's first character, and one past its last, in the text of `starts`. Tokens before the
+        text (negative) go to the first step, tokens after it to the last. Some tokenizers trim white space: a token
+        of nothing else is then empty, (end, end), and its last character is the one before.
+      starts: from `step_starts`. A step without the last character of any token vanishes.
     """
     last_characters = np.asarray([end - 1 for _, end in offsets], np.int64)
     steps = np.searchsorted(np.asarray(starts), last_characters, side="right") - 1

@@ -1,8 +1,8 @@
 """The windows of a trajectory, and rows that are packed with the windows of one prompt.
 
 A step is scored in a window that holds at most `context` steps before it. The first `context + 1` steps share one
-window, since each of them sees all that precedes it; every later step has its own, of which only that step is scored.
-No two windows have more in common than the prompt: a step's hidden states depend on what precedes it in the window.
+window, since each of them sees everything before it; every later step has its own window, in which only that step is
+scored. Two windows share nothing but the prompt: a step's hidden states depend on what precedes it in the window.
 """
 
 import bisect
@@ -14,21 +14,21 @@ import numpy as np
 
 from lark_jax.rendering.batching import bucket_lengths
 
-SHORTEST_ROW = 512  # a few windows of usual length; attention looks at the whole row
-SCORED_SHARES = 8  # numbers of scored tokens that are compiled: so many parts of a batch's tokens
-FEWER_ROWS = 4  # the last batch of a kind has 1, 4, 16, ... rows per device, as few as it needs
+SHORTEST_ROW = 512  # a few windows of usual length; attention reads the whole row
+SCORED_SHARES = 8  # numbers of scored tokens are rounded up to so many fractions of a batch's tokens: few programs
+FEWER_ROWS = 4  # the last batch of a row length has 1, 4, 16, ... rows per device, as few as it needs
 
 
 class Windows(NamedTuple):
-    """Of one trajectory, int [windows] each: indices of its target tokens."""
+    """The windows of one trajectory as indices of its target tokens, int [windows] each."""
 
-    starts: np.ndarray  # the first in the window
-    scored: np.ndarray  # the first that is scored
-    stops: np.ndarray  # behind the last, which is scored
+    starts: np.ndarray  # the first token
+    scored: np.ndarray  # the first scored token
+    stops: np.ndarray  # one past the last token, which is scored
 
     @property
     def lengths(self) -> np.ndarray:
-        """Inputs of each: the prompt's last token, and all of its own but the last."""
+        """Inputs of each window: the prompt's last token, and all of its own except the last."""
         return self.stops - self.starts
 
 
@@ -36,7 +36,7 @@ def windows_of(step_sizes: np.ndarray, context: int) -> Windows:
     """The windows of a trajectory whose steps have so many tokens each, at least one."""
     ends = np.cumsum(step_sizes)
     begins = ends - step_sizes
-    first = min(context, len(step_sizes) - 1)  # the last step that sees everything before it
+    first = min(context, len(step_sizes) - 1)  # the last step of the first window
     later = np.arange(first + 1, len(step_sizes))
     return Windows(
         starts=np.concatenate([[0], begins[later - context]]),
@@ -49,9 +49,9 @@ def windows_of(step_sizes: np.ndarray, context: int) -> Windows:
 class WindowText:
     """A window as tokens."""
 
-    tokens: np.ndarray  # the prompt's last one, then those of the window
-    num_scored: int  # the last ones
-    step_ids: np.ndarray  # of each scored token, whatever the caller counts them by
+    tokens: np.ndarray  # the prompt's last token, then those of the window
+    num_scored: int  # the last tokens
+    step_ids: np.ndarray  # of each scored token; the caller chooses the numbers
 
     @property
     def length(self) -> int:
@@ -60,11 +60,11 @@ class WindowText:
 
 @dataclass(frozen=True)
 class WindowRow:
-    """Windows that lie behind each other in one row; all continue one prompt."""
+    """Windows one after another in one row; all continue one prompt."""
 
-    length: int  # with padding
+    length: int  # padding included
     prompt: int  # index of the prompt
-    prefix_length: int  # of its tokens, all but the last
+    prefix_length: int  # tokens of the prompt, except the last
     windows: tuple[WindowText, ...]
 
     @property
@@ -73,12 +73,12 @@ class WindowRow:
 
 
 class WindowBatch(NamedTuple):
-    """Rows as arrays. What is per token to score has the same size for each of the devices, one after the other."""
+    """Rows as arrays. Arrays [scored] hold one device's tokens after another's, as many for each."""
 
     tokens_bt: np.ndarray  # int32
     positions_bt: np.ndarray  # int32, from the start of the prompt
-    segment_ids_bt: np.ndarray  # int32: windows of a row count up from 1; 0 is padding
-    prefix_b: np.ndarray  # int32: which prompt the row continues
+    segment_ids_bt: np.ndarray  # int32: the windows of a row are numbered from 1; 0 is padding
+    prefix_b: np.ndarray  # int32: the prompt that the row continues
     prefix_lengths_b: np.ndarray  # int32
     wanted_s: np.ndarray  # int32: index into the device's rows x length of the input before each scored token
     targets_s: np.ndarray  # int32: the scored tokens
@@ -88,7 +88,7 @@ class WindowBatch(NamedTuple):
 def pack_rows(windows: Sequence[WindowText], prompt: int, prefix_length: int) -> tuple[WindowRow, ...]:
     """Packs windows of one prompt, longest first, each into the fullest row that still has room for it.
 
-    A window that does not fit `SHORTEST_ROW` opens a row as long as it needs, rounded up as in `bucket_lengths`.
+    A window longer than `SHORTEST_ROW` opens a row of the length that it needs, rounded up as in `bucket_lengths`.
     """
     rows: list[tuple[int, list[WindowText]]] = []
     by_room: list[tuple[int, int]] = []  # (room, row), ascending
@@ -107,10 +107,10 @@ def pack_rows(windows: Sequence[WindowText], prompt: int, prefix_length: int) ->
 def batch_rows(
     rows: Iterable[WindowRow], tokens_per_batch: int, data_shards: int, pad_id: int
 ) -> tuple[WindowBatch, ...]:
-    """Puts rows of one length into batches, longest first.
+    """Puts rows of the same length into batches, longest first.
 
     Args:
-      tokens_per_batch: per device, padding included; a longer row has a device to itself.
+      tokens_per_batch: per device, padding included; a longer row gets a device to itself.
       data_shards: devices along which rows are split.
     """
     by_length: dict[int, list[WindowRow]] = {}
@@ -133,7 +133,7 @@ def _rows_per_device(rows: int, most: int, data_shards: int) -> int:
 
 
 def _arrays(rows: Sequence[WindowRow], length: int, per_device: int, devices: int, pad_id: int) -> WindowBatch:
-    """Rows are dealt out to the devices in turn, so that all have about as many tokens to score."""
+    """Deals rows out to the devices in turn, so that all have about as many tokens to score."""
     shares = [rows[device::devices] for device in range(devices)]
     size = _scored_size(max(sum(row.num_scored for row in share) for share in shares), per_device * length)
     shape = (devices * per_device, length)
@@ -155,11 +155,11 @@ def _arrays(rows: Sequence[WindowRow], length: int, per_device: int, devices: in
 
 
 def _lay_out(batch: WindowBatch, row: WindowRow, index: int, offset: int, scored: int) -> int:
-    """Writes a row and its scored tokens, from index `scored` on; returns the index behind them.
+    """Writes a row, and its scored tokens from index `scored` on; returns the next free index.
 
     Args:
       index: of the row in the batch.
-      offset: of its first token among those of its device.
+      offset: of the row's first token among the tokens of its device.
     """
     batch.prefix_b[index], batch.prefix_lengths_b[index] = row.prompt, row.prefix_length
     start = 0
@@ -177,6 +177,6 @@ def _lay_out(batch: WindowBatch, row: WindowRow, index: int, offset: int, scored
 
 
 def _scored_size(most: int, tokens: int) -> int:
-    """The smallest of a few sizes that holds `most` of so many tokens."""
+    """The smallest of `SCORED_SHARES` sizes that holds `most` of so many tokens."""
     parts = -(-most * SCORED_SHARES // tokens)
     return -(-tokens * parts // SCORED_SHARES)

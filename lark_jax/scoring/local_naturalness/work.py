@@ -1,8 +1,8 @@
-"""What there is to compute: steps of every trajectory, and parts of some prompts with all that continues them.
+"""The plan of Local Naturalness: the steps of every trajectory, and parts of a few prompts with all their answers.
 
-All texts are tokenized and split once for their sizes alone. A part holds prompts of similar length and all that
-answers them, so that the keys and values of a prompt are computed once; it is what is rendered at once, what one of
-several workers takes, and one file in the end. Parts are a function of pool, tokenizer, options and devices.
+All texts are tokenized and split once just for their sizes. A part holds prompts of similar length and all their
+answers, so that the keys and values of a prompt are computed once. Parts are a function of pool, tokenizer, options and
+number of devices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from lark_jax.pool.records import Message, Pool, SkippedRecord, Trajectory
 from lark_jax.rendering.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories, target_offsets
@@ -24,11 +25,18 @@ from lark_jax.scoring.local_naturalness.windows import (
     pack_rows,
     windows_of,
 )
+from lark_jax.scoring.part_streams import PartStreams
 from lark_jax.scoring.workload import hash_of_texts
 
 BATCHES_PER_PART = 16  # about; a part's last batch of each row length is not full
 SHORTEST_PREFIX = 128  # tokens; lengths of padded prompts are powers of two
 TRAJECTORIES_AT_ONCE = 256  # tokenized together
+
+# One row per step of a part: its number, counted through the answers in the order of `Part.members`, and the sum of its
+# tokens' log-likelihoods, nats.
+SCHEMA = pa.schema(
+    [pa.field("step", pa.int64(), nullable=False), pa.field("log_likelihood", pa.float64(), nullable=False)]
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class NaturalnessOptions:
     max_length: int  # tokens of prompt and answer
     tokens_per_batch: int  # per device, padding included
     vocab_chunk: int
-    context: int = 4  # m: steps before the one that is scored
+    context: int = 4  # m: steps before the scored one
     split: str | None = None  # see `steps.compile_split`
 
 
@@ -52,7 +60,7 @@ class SplitTrajectory:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one trajectory."""
+    """The sizes of one trajectory."""
 
     prompt: int  # tokens
     steps: np.ndarray  # tokens of each step
@@ -61,8 +69,8 @@ class Sizes:
 @dataclass(frozen=True)
 class Part:
     number: int
-    prompts: tuple[tuple[int, ...], ...]  # for each prompt, the trajectories that answer it, as indices into the pool
-    prompt_size: int  # to which prompts are padded
+    prompts: tuple[tuple[int, ...], ...]  # the trajectories that answer each prompt, as indices into the pool
+    prompt_size: int  # tokens to which prompts are padded
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -71,15 +79,26 @@ class Part:
 
 @dataclass(frozen=True)
 class Work:
-    """Everything but the student and the devices."""
+    """Everything except the student and the devices."""
 
     pool: Pool
     chat: ChatFormat
     options: NaturalnessOptions
     data_shards: int
-    sizes: tuple[Sizes | str, ...]  # of each trajectory; for one that cannot be rendered, the reason
+    sizes: tuple[Sizes | str, ...]  # of each trajectory, or the reason why it cannot be rendered
     parts: tuple[Part, ...]
-    folder: Path  # of the finished parts: its name is a hash of all that decides them
+    plan: str  # hash of everything that decides the parts and their batches
+    directory: Path  # for unfinished results
+
+    @property
+    def streams(self) -> PartStreams:
+        return PartStreams.below(self.directory, "naturalness", self.plan, SCHEMA, len(self.parts))
+
+    def step_sizes(self, member: int) -> np.ndarray:
+        """Tokens of each step of a member of a part."""
+        size = self.sizes[member]
+        assert isinstance(size, Sizes)  # the members of parts can be rendered
+        return size.steps
 
     @property
     def num_steps(self) -> int:
@@ -100,44 +119,32 @@ class Work:
     def __str__(self) -> str:
         return (
             f"{len(self.sizes):,} trajectories of {self.num_steps:,} steps, {self.window_tokens:,} tokens in windows "
-            f"behind {self.num_prompts:,} prompts, {len(self.parts):,} parts"
+            f"after {self.num_prompts:,} prompts, {len(self.parts):,} parts"
         )
 
 
 @dataclass(frozen=True)
 class RenderedPart:
-    part: Part
     prompts_ns: np.ndarray  # int32, padded on the right
-    batches: tuple[WindowBatch, ...]
-    step_sizes: tuple[np.ndarray, ...]  # of each member; `WindowBatch.step_ids_s` counts them through
-
-    def scores(self, log_likelihoods: Sequence[np.ndarray]) -> np.ndarray:
-        """float64 [members]: the mean over steps of the mean over tokens, from what each batch gave."""
-        sizes = np.concatenate(self.step_sizes)
-        sums = np.zeros(len(sizes))
-        for batch, values_s in zip(self.batches, log_likelihoods, strict=True):
-            real_s = batch.step_ids_s >= 0
-            np.add.at(sums, batch.step_ids_s[real_s], np.asarray(values_s, np.float64)[real_s])
-        ends = np.cumsum([len(steps) for steps in self.step_sizes])
-        return np.asarray([means.mean() for means in np.split(sums / sizes, ends[:-1])])
+    batches: tuple[WindowBatch, ...]  # their `step_ids_s` are the steps of `SCHEMA`
 
 
 def plan_work(pool: Pool, chat: ChatFormat, options: NaturalnessOptions, *, data_shards: int, directory: Path) -> Work:
-    """Plans the scoring of `pool`; its parts will be kept below `directory`.
+    """Plans the scoring of `pool`, whose unfinished results are stored below `directory`.
 
     Args:
       data_shards: devices along which rows are split.
 
     Raises:
-      ValueError: `options.split` is not a rule.
+      ValueError: `options.split` is not a valid rule.
     """
     compile_split(options.split)
     sizes = tuple(_sizes(pool, chat, options))
     parts = tuple(_parts(pool, sizes, options, data_shards))
     settings = [options.context, [(part.prompts, part.prompt_size) for part in parts], data_shards]
     rules = [options.tokens_per_batch, options.split, hash_of_texts(pool, chat, options.max_length)]
-    name = files.sha256_of_json([settings, rules])[:16]
-    return Work(pool, chat, options, data_shards, sizes, parts, directory / f"windows-{name}")
+    plan = files.sha256_of_json([settings, rules])[:16]
+    return Work(pool, chat, options, data_shards, sizes, parts, plan, directory)
 
 
 def split_trajectories(
@@ -167,28 +174,26 @@ def render_part(work: Work, part: Part, prompts: Prompts) -> RenderedPart:
     trajectories = [work.pool.trajectories[member] for member in part.members]
     items = iter(split_trajectories(work.chat, trajectories, work.options, prompts))
     rows: list[WindowRow] = []
-    sizes: list[np.ndarray] = []
     pad_id, num_steps = work.chat.pad_id, 0
     prompts_ns = np.full((_padded_prompts(part, work.data_shards), part.prompt_size), pad_id, np.int32)
     for number, answers in enumerate(part.prompts):
         windows: list[WindowText] = []
         for _ in answers:
             item = next(items)
-            assert isinstance(item, SplitTrajectory)  # a part has what could be rendered when it was planned
+            assert isinstance(item, SplitTrajectory)  # the members of parts can be rendered
             prompt_tokens = item.rendered.prompt_tokens
             prompts_ns[number, : len(prompt_tokens) - 1] = prompt_tokens[:-1]
             windows += _window_texts(item, work.options.context, num_steps)
-            sizes.append(item.step_sizes)
             num_steps += len(item.step_sizes)
         rows += pack_rows(windows, number, len(prompt_tokens) - 1)
     batches = batch_rows(rows, work.options.tokens_per_batch, work.data_shards, pad_id)
-    return RenderedPart(part, prompts_ns, batches, tuple(sizes))
+    return RenderedPart(prompts_ns, batches)
 
 
 def _window_texts(item: SplitTrajectory, context: int, first_step: int) -> Iterator[WindowText]:
     tokens = np.concatenate([item.rendered.prompt_tokens[-1:], item.rendered.target_tokens])
     for start, scored, stop in zip(*windows_of(item.step_sizes, context), strict=True):
-        # The window's own tokens, one further on here, and the prompt's last one before them.
+        # `tokens` begins with the prompt's last token, and so does every window.
         window = np.concatenate([tokens[:1], tokens[start + 1 : stop + 1]])
         yield WindowText(window, int(stop - scored), first_step + item.steps[scored:stop].astype(np.int64))
 
@@ -205,7 +210,7 @@ def _sizes(pool: Pool, chat: ChatFormat, options: NaturalnessOptions) -> Iterato
 
 
 def _parts(pool: Pool, sizes: Sequence[Sizes | str], options: NaturalnessOptions, data_shards: int) -> Iterator[Part]:
-    """Prompts, longest first, until a part has enough windows, or the keys of its prompts take as much as a batch."""
+    """Fills parts with prompts, longest first, until they have enough windows or the keys of prompts fill a batch."""
     answers: dict[tuple[Message, ...], list[int]] = {}
     for index, (trajectory, size) in enumerate(zip(pool.trajectories, sizes, strict=True)):
         if isinstance(size, Sizes):
@@ -233,7 +238,7 @@ def _window_tokens(size: Sizes | str, context: int) -> int:
 
 
 def _prompt_size(prompt_tokens: int) -> int:
-    """A power of two that holds all tokens but the last."""
+    """A power of two that holds all tokens except the last."""
     size = SHORTEST_PREFIX
     while size < prompt_tokens - 1:
         size *= 2
@@ -241,7 +246,7 @@ def _prompt_size(prompt_tokens: int) -> int:
 
 
 def _padded_prompts(part: Part, data_shards: int) -> int:
-    """A power of two of prompts per device: few programs."""
+    """Prompts per device are a power of two, so that few programs are compiled."""
     per_device = 1
     while per_device * data_shards < len(part.prompts):
         per_device *= 2

@@ -6,10 +6,8 @@ is read ahead and what is in transfer to devices, each within a budget.
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from lark_jax.errors import CheckpointError
+from lark_jax.runtime.prefetch import prefetch
 from lark_jax.runtime.sharding import DATA, TENSOR, parameter_sharding
 from lark_jax.runtime.terminal import progress_bar
 from lark_jax.students.architecture import Architecture, read_architecture
@@ -42,9 +41,6 @@ _TRANSFER_BYTES = 128 << 20
 _NUM_READERS = 4  # enough to keep a disk or a network file system busy
 _QUIET_SECONDS = 10.0
 _ROWS_PER_COMPARISON = 1_024
-
-Item = TypeVar("Item")
-Fetched = TypeVar("Fetched")
 
 
 def load_student(
@@ -121,7 +117,7 @@ def _read_parameters(
     num_bytes = sum(piece.nbytes for piece in plan)
     bar = progress_bar(what=f"load {checkpoint.folder.name}", total=num_bytes, unit="B", delay=_QUIET_SECONDS)
     with bar, TensorReader(checkpoint.files) as reader:
-        fetched = read_ahead(
+        fetched = prefetch(
             plan,
             lambda piece: destinations[piece.target.name].fetch(piece, reader),
             size=lambda piece: piece.host_bytes,
@@ -133,37 +129,6 @@ def _read_parameters(
                 transfers.add(destinations[piece.target.name].store(piece, values), piece.host_bytes)
                 bar.update(piece.nbytes)
     return jax.block_until_ready({name: destination.finish() for name, destination in destinations.items()})
-
-
-def read_ahead(
-    items: Iterable[Item],
-    fetch: Callable[[Item], Fetched],
-    *,
-    size: Callable[[Item], int],
-    budget: int,
-    num_threads: int,
-) -> Generator[tuple[Item, Fetched], None, None]:
-    """Yields every item with the result of `fetch`, in the order of `items`; threads fetch ahead.
-
-    Items that are fetched or being fetched, but not yet yielded, have a total `size` of at most `budget`, or are a
-    single larger one. The first error of `fetch` is raised and ends the iteration.
-    """
-    waiting: deque[tuple[Item, int, Future[Fetched]]] = deque()
-    held = 0
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read_ahead")
-    try:
-        for item in items:
-            while waiting and held + size(item) > budget:
-                first, first_size, future = waiting.popleft()
-                yield first, future.result()
-                held -= first_size
-            waiting.append((item, size(item), pool.submit(fetch, item)))
-            held += size(item)
-        while waiting:
-            first, _, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class _Transfers:
