@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # for the ahead-of-time tests, JAX would otherwise look for a TPU first.)
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench config-reference clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m lark_jax.run --config=configs/tiny.py
@@ -19,6 +19,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+config-reference: $(VENV)/ready
+	$(BIN)/python -m lark_jax.config.reference >docs/config.md
 
 bench: $(VENV)/ready
 	$(BIN)/python scripts/bench_token_statistics.py --out build/bench_token_statistics.json

@@ -5,7 +5,7 @@
 
 Hardware in the paper: 8 x A100-80GB; 3 to 5 hours per fine-tuning run, 15 minutes per benchmark (C.3).
 Numbers in the paper (Table 1, LARK, average Acc@5 of four benchmarks): 58.01 ± 3.42 (B=1) and 63.74 ± 3.27 (B=3).
-We have not run this configuration: no such hardware was at hand. See README, "Limits".
+We have not run this configuration, for lack of such hardware. See docs/verification.md, "Limits".
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +16,6 @@ from lark_jax.recipe import paper_recipe
 def get_config() -> ConfigDict:
     config = paper_recipe()
     config.workdir = "runs/qwen7b"
-    config.student.path = "Qwen/Qwen2.5-7B"  # a folder, or this hub id: then it is downloaded, and said so
+    config.student.path = "Qwen/Qwen2.5-7B"  # a folder, or this hub id, which is downloaded
     config.pool.path = "data/pool.jsonl"
     return config

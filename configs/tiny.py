@@ -3,9 +3,9 @@
     make demo        # or: python -m lark_jax.run --config=configs/tiny.py
 
 Hardware: 2 CPU cores, under 10 minutes. Nothing is downloaded: the "prepare" stage writes the problems, the pool,
-the tokenizer and the student, which it pre-trains. README shows what came out.
-It runs the same code as configs/qwen7b.py, by the same recipe; what differs is below. None of it was chosen by
-looking at which selection method does better.
+the tokenizer and the student, which it pre-trains. docs/demo.md shows what came out.
+It runs the same code as configs/qwen7b.py, with the same recipe except for the settings below. None of them was chosen
+by looking at which selection method does better.
 """
 
 from ml_collections import ConfigDict
@@ -22,13 +22,13 @@ def get_config() -> ConfigDict:
     config.synthetic.num_problems = 200  # in the pool
     config.synthetic.num_test_problems = 100  # held out: the benchmark
     config.synthetic.rollouts = 3  # per teacher and problem
-    config.synthetic.num_pretrain_problems = 12_000  # seen by the base student only
+    config.synthetic.num_pretrain_problems = 12_000  # only for the base student
     config.synthetic.pretrain_epochs = 1
     config.synthetic.pretrain_batch_size = 16  # trajectories per step
     config.synthetic.pretrain_learning_rate = 6e-3
     config.synthetic.hidden_size = 64
     config.synthetic.num_layers = 2
-    config.synthetic.num_heads = 2  # head_dim 32, the least that vLLM's CPU build takes
+    config.synthetic.num_heads = 2  # head_dim 32, the minimum of vLLM's CPU build
     config.synthetic.num_kv_heads = 1
     config.synthetic.intermediate_size = 256
 

@@ -8,14 +8,12 @@ Compares every problem of the benchmarks with every problem of the pool (`evalua
     audit.json                     what was compared: counts and fingerprints
 """
 
-import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lark_jax.errors import LarkError
+from lark_jax.config import expand_home
 from lark_jax.evaluation.benchmarks import Benchmark, read_benchmark
 from lark_jax.evaluation.contamination import Audit, audit_benchmarks, pool_problems
 from lark_jax.pool import read_pool
@@ -24,25 +22,20 @@ from lark_jax.report.table import markdown_table, text_table
 from lark_jax.report.table_files import csv_table, latex_table
 from lark_jax.report.templates import render
 from lark_jax.runtime import files
+from lark_jax.runtime.command import Arguments, Command, Flag
 
-EXIT_USER_ERROR = 2
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Audits and writes; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        benchmarks = [read_benchmark(path) for path in options.benchmarks.split(",")]
-        problems = pool_problems(read_pool(options.pool, options.on_bad_record).by_problem())
-        start = time.perf_counter()
-        audit = audit_benchmarks(benchmarks, problems)
-        seconds = time.perf_counter() - start
-        page = write_audit(audit, options.pool, benchmarks, problems, Path(options.out))
-    except (LarkError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    print(text_table(contamination_table(audit)))
-    print(f"\n{len(audit.overlaps):,} x {len(problems):,} problems compared in {seconds:.1f} s. Pairs: {page}")
+def audit(arguments: Arguments) -> int:
+    """Audits, writes and prints the table."""
+    pool = arguments.flags["pool"]
+    benchmarks = [read_benchmark(expand_home(entry)) for entry in arguments.flags["benchmarks"].split(",")]
+    problems = pool_problems(read_pool(pool, arguments.flags["on_bad_record"]).by_problem())
+    start = time.perf_counter()
+    found = audit_benchmarks(benchmarks, problems)
+    seconds = time.perf_counter() - start
+    page = write_audit(found, pool, benchmarks, problems, Path(arguments.flags["out"]))
+    print(text_table(contamination_table(found)))
+    print(f"\n{len(found.overlaps):,} x {len(problems):,} problems compared in {seconds:.1f} s. Pairs: {page}")
     return 0
 
 
@@ -66,14 +59,19 @@ def write_audit(
     return page
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lark_jax.audit", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--pool", required=True, help="candidate pool, as in config.pool.path")
-    parser.add_argument("--benchmarks", required=True, help="as in config.evaluate.benchmarks, separated by commas")
-    parser.add_argument("--out", required=True, help="folder for table, page and pairs")
-    parser.add_argument("--on_bad_record", default="error", choices=("error", "skip"), help="of the pool")
-    return parser
-
+COMMAND = Command(
+    name="lark_jax.audit",
+    usage="--pool=POOL --benchmarks=FILE,FILE --out=FOLDER [--on_bad_record=skip]",
+    doc="Compares every problem of the benchmarks with every problem of the pool: the paper's Table 2.",
+    action=audit,
+    flags=(
+        Flag("pool", "Candidate pool, as in config.pool.path.", required=True, path=True),
+        Flag("benchmarks", "As in config.evaluate.benchmarks, separated by commas.", required=True),
+        Flag("out", "Folder for table, page and pairs.", required=True, path=True),
+        Flag("on_bad_record", "What to do with a bad record of the pool.", "error", choices=("error", "skip")),
+    ),
+)
+main = COMMAND.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    COMMAND.start()

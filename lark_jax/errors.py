@@ -1,19 +1,19 @@
 """Errors that a user can act on. Their message is complete: what is wrong, where, and what to do.
 
-`run.py` prints the message of a `LarkError` on one line and exits with status 2; any other exception is a
-bug in lark_jax and keeps its traceback. `StoppedBySignal` is no error: the run did what it was asked to do.
+Commands print the message of a `LarkError` on one line and exit with status 2; any other exception is a bug in
+lark_jax and keeps its traceback. `StoppedBySignal` is not an error: the run did what it was asked to do.
 """
 
 import signal
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of somebody else's says, for a message of ours."""
+    """The text of another library's error, for one of our messages."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 class LarkError(Exception):
-    """Base of every error that input, configuration or hardware can cause."""
+    """Base of all errors that input, configuration or hardware can cause."""
 
 
 class ConfigError(LarkError):
@@ -37,7 +37,7 @@ class SelectionError(LarkError):
 
 
 class TrainingError(LarkError):
-    """Fine-tuning cannot start or go on (non-finite loss or gradient, nothing to train on, changed data)."""
+    """Fine-tuning cannot start or continue (non-finite loss or gradient, nothing to train on, changed data)."""
 
 
 class EvaluationError(LarkError):
@@ -45,7 +45,7 @@ class EvaluationError(LarkError):
 
 
 class JudgeError(LarkError):
-    """A judge cannot be asked: its rubric, its engine or its file of answers cannot be used."""
+    """A judge's rubric, engine or file of answers cannot be used."""
 
 
 class PipelineError(LarkError):
@@ -57,7 +57,7 @@ class PreflightError(LarkError):
 
 
 class StoppedBySignal(Exception):
-    """A signal asked the run to end, and it did, after saving all that it had computed."""
+    """A signal asked the run to end, and it did, after saving everything that it had computed."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(f"{signal.Signals(signal_number).name}: {message}")

@@ -10,14 +10,14 @@ A model's NAME is that of its folder unless one is given. Students that were ask
 refused.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lark_jax.errors import EvaluationError, LarkError
+from lark_jax.config import expand_home
+from lark_jax.errors import ConfigError, EvaluationError
 from lark_jax.report.table import text_table
 from lark_jax.report.table_one import table_one
+from lark_jax.runtime.command import Arguments, Command, Flag
 from lark_jax.stages.tables import (
     find_evaluations,
     paired_differences,
@@ -26,22 +26,15 @@ from lark_jax.stages.tables import (
     write_tables,
 )
 
-EXIT_USER_ERROR = 2
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Joins and writes; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        found = {model: find_evaluations(workdir) for model, workdir in _models(options.workdirs).items()}
-        require_asked_alike([evaluation for evaluations in found.values() for evaluation in evaluations])
-        students = [student for model, evaluations in found.items() for student in read_students(model, evaluations)]
-        table = table_one(students)
-        differences = [row for model, evaluations in found.items() for row in paired_differences(model, evaluations)]
-        write_tables(students, differences, Path(options.out))
-    except (LarkError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+def join(arguments: Arguments) -> int:
+    """Joins, writes and prints the table."""
+    found = {model: find_evaluations(workdir) for model, workdir in _models(arguments.positional).items()}
+    require_asked_alike([evaluation for evaluations in found.values() for evaluation in evaluations])
+    students = [student for model, evaluations in found.items() for student in read_students(model, evaluations)]
+    differences = [row for model, evaluations in found.items() for row in paired_differences(model, evaluations)]
+    table = table_one(students)
+    write_tables(students, differences, Path(arguments.flags["out"]))
     print(text_table(table))
     return 0
 
@@ -50,25 +43,33 @@ def _models(arguments: Sequence[str]) -> dict[str, Path]:
     """Name -> working directory.
 
     Raises:
-      EvaluationError: two have one name.
+      ConfigError: there is none.
+      EvaluationError: two have the same name.
     """
+    if not arguments:
+        raise ConfigError(f"which runs? usage: python -m {COMMAND.name} {COMMAND.usage}")
     models: dict[str, Path] = {}
-    for argument in arguments:
+    for argument in map(expand_home, arguments):
         name, equals, path = argument.partition("=")
         workdir = Path(path if equals else argument)
         model = name if equals else workdir.resolve().name
         if model in models:
-            raise EvaluationError(f"{workdir}: the name {model!r} is that of {models[model]} too; write NAME={workdir}")
+            raise EvaluationError(
+                f"{workdir}: {models[model]} is already called {model!r}; write NAME={workdir} to give it another name"
+            )
         models[model] = workdir
     return models
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lark_jax.table_one", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("workdirs", nargs="+", metavar="[NAME=]WORKDIR", help="as config.workdir of a finished run")
-    parser.add_argument("--out", required=True, help="folder for the tables")
-    return parser
-
+COMMAND = Command(
+    name="lark_jax.table_one",
+    usage="[NAME=]WORKDIR ... --out=FOLDER",
+    doc="Joins the evaluated students of several runs, one WORKDIR per model, into the paper's Table 1.",
+    action=join,
+    flags=(Flag("out", "Folder for the tables.", required=True, path=True),),
+    positional=True,
+)
+main = COMMAND.main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    COMMAND.start()

@@ -1,20 +1,20 @@
-"""Fine-tuning speed and memory: ours against the Hugging Face Trainer, the same weighted loss and rows, one device.
+"""Fine-tuning speed and memory on one device: ours and the Hugging Face Trainer with the same weighted loss and rows.
 
     python scripts/bench_finetuning.py --shape=qwen2.5-0.5b --longest=2048 --shortest=256 --out=F.json
     python scripts/bench_finetuning.py --student=FOLDER --trajectories=16 --longest=512 --shortest=512 --out=F.json
 
-With --shape, a student of that size gets random weights. Trajectories are random tokens, their lengths spread evenly
-on a logarithmic scale from --shortest to --longest, their weights random. A step sees all of them. The contestants
-(`finetuning_contestants.py`):
+With --shape, a student of that size gets random weights. Trajectories consist of random tokens and have random weights;
+their lengths are spread evenly on a logarithmic scale from --shortest to --longest. Every step uses all of them. The
+contestants (`finetuning_contestants.py`):
 
-  ours                one trajectory a row, micro-batches of up to --tokens_per_batch
-  ours packed         several trajectories in a row
+  ours                one trajectory per row, micro-batches of up to --tokens_per_batch
+  ours packed         several trajectories per row
   HF Trainer          torch, sdpa, autocast, --rows_per_batch rows at a time (the paper: 1), full logits in float32
   HF Trainer + Liger  the same with Liger's kernels, on a GPU where liger_kernel is installed
 
-Each runs in a process of its own, one after the other. Tokens are real tokens, without padding. MFU counts three
-forward passes (one, and twice that backward; recomputation is not counted) over the device's own matmul rate in the
-same dtype, measured in the same run. Losses and gradient norms of every step are compared with ours: they must agree.
+Each runs in its own process, one after the other. Tokens are counted without padding. MFU is the FLOPs of three forward
+passes (one forward, two for the backward pass; no recomputation) over the device's matmul rate in the same dtype,
+measured in the same run. Losses and gradient norms of every step must agree with ours.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from lark_jax.students import read_architecture
 from lark_jax.students.flops import forward_flops
 
 PROMPT_SHARE = 8  # one token in eight is prompt
-# Of losses and gradient norms, relative to the first contestant. In bfloat16 the two round differently in every layer.
+# For losses and gradient norms, relative to the first contestant. In bfloat16 every layer rounds differently.
 AGREEMENT = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
@@ -90,26 +90,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="JSON file for the figures")
     options = parser.parse_args()
     if not 2 <= options.shortest <= options.longest:
-        parser.error("--shortest has to lie between 2 and --longest")
+        parser.error("--shortest must be between 2 and --longest")
     if options.trajectories % options.rows_per_batch:
-        parser.error("--trajectories has to be a multiple of --rows_per_batch, else the Trainer's last one is short")
+        parser.error("--trajectories must be a multiple of --rows_per_batch, so that all micro-batches are full")
     return options
 
 
 def available_contestants() -> list[str]:
-    """Contestants whose packages are here; says on the error stream which are left out."""
+    """Contestants whose packages are installed; prints to stderr which are skipped."""
     missing = {}
     if importlib.util.find_spec("accelerate") is None:
         missing |= dict.fromkeys(("HF Trainer", "HF Trainer + Liger"), "pip install accelerate")
     elif importlib.util.find_spec("liger_kernel") is None or shutil.which("nvidia-smi") is None:
         missing["HF Trainer + Liger"] = "a GPU and pip install liger-kernel"
     for name, needed in missing.items():
-        print(f"left out: {name} needs {needed}", file=sys.stderr)
+        print(f"skipped: {name} needs {needed}", file=sys.stderr)
     return [name for name in CONTESTANTS if name not in missing]
 
 
 def write_trajectories(student: Path, path: Path, options: argparse.Namespace) -> list[int]:
-    """Returns the inputs of each trajectory: its tokens but the last, which is only ever predicted."""
+    """Returns the inputs of each trajectory: all tokens except the last, which is only predicted."""
     generator = np.random.default_rng(0)
     inputs = np.geomspace(options.shortest, options.longest, options.trajectories).round().astype(int)
     weights = generator.exponential(size=len(inputs))
@@ -164,7 +164,7 @@ def largest_difference(values: Sequence[float], others: Sequence[float]) -> floa
 
 
 def check_agreement(results: Sequence[Result], tolerance: float) -> None:
-    """Ends with an error where a contestant does not compute what the first one computes."""
+    """Exits with an error if a contestant computes something other than the first one."""
     for result in results[1:]:
         for what in ("losses", "grad_norms"):
             difference = largest_difference(getattr(result, what), getattr(results[0], what))

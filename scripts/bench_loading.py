@@ -1,22 +1,22 @@
-"""Loading speed and host memory: ours against merely reading the same files, and against transformers on torch.
+"""Loading speed and host memory: ours against reading the same files, and against transformers on torch.
 
     python scripts/bench_loading.py --shape=qwen2.5-7b [--layers=4] [--cache=cold] --out=F.json
     python scripts/bench_loading.py --student=FOLDER --out=F.json
 
 With --shape, random weights are written first, in files of --shard_gib, and deleted afterwards. The contestants:
 
-  read, 1 thread         all files into one small buffer, again and again: the least that any loader does
-  read, 4 threads        the same, each thread its own buffer
-  read, kept             the files into memory of their own: the least where parameters are host memory
-  ours, read alone       `load_student` as for an accelerator, every piece dropped where it would go to the device
+  read, 1 thread         all files into one small, reused buffer: the minimum for any loader
+  read, 4 threads        the same, with one buffer per thread
+  read, kept             the files into their own memory: the minimum where parameters are host memory
+  ours, read only        `load_student` as for an accelerator, but every piece is dropped before its transfer
   ours                   `load_student` on all local devices, sharded over them
-  transformers           `from_pretrained` on torch, CPU, and one sum over each parameter, because it may map files only
+  transformers           `from_pretrained` on torch, CPU, and a sum over each parameter, because it may only map files
 
-Each runs in a process of its own, in turn, --rounds times. Before each the files leave the operating system's cache
-(--cache=cold) or are read once (warm). Time starts after imports. CPU seconds are those of all threads: on a busy
-machine they say more than the clock. Memory is the peak of anonymous memory
-(RssAnon: neither mapped files nor the file cache) above its value before loading; `above parameters` takes off what
-parameters occupy in host memory, which on the CPU are the destination itself.
+Each runs in its own process, in turn, --rounds times. Before each run the files are dropped from the operating system's
+cache (--cache=cold) or read once (warm). Time starts after imports. CPU seconds are those of all threads; on a busy
+machine they are more reliable than the clock. Memory is the peak of anonymous memory (RssAnon: without mapped files and
+the file cache) above its value before loading; `above parameters` subtracts the parameters in host memory, which on the
+CPU are the destination itself.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--param_dtype", choices=("bfloat16", "float32"), help="of our parameters; default: --dtype")
     parser.add_argument("--shard_gib", type=float, default=4.0, help="size of a file")
     parser.add_argument("--cache", choices=("cold", "warm"), default="cold")
-    parser.add_argument("--rounds", type=int, default=3, help="the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="the report gives the median")
     parser.add_argument("--without", default="", help="contestants to leave out, comma-separated")
     parser.add_argument("--scratch", help="folder for the random weights; default: the system's")
     parser.add_argument("--out", help="JSON file for the figures")
@@ -137,7 +137,7 @@ def run_contestant(name: str, student: Path, options: argparse.Namespace) -> Res
 
 def prepare_cache(paths: list[Path], state: str) -> None:
     if state == "warm":
-        read_again_and_again(paths, SMALL_BUFFER, 1)
+        read_into_one_buffer(paths, SMALL_BUFFER, 1)
         return
     for path in paths:
         with path.open("rb") as stream:
@@ -157,7 +157,7 @@ def measure(name: str, student: Path, options: argparse.Namespace) -> Result:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """A list that holds the peak of anonymous memory once the block has ended."""
+    """A list that holds the peak of anonymous memory after the block."""
     peak, ended = [anonymous_bytes()], threading.Event()
 
     def sample() -> None:
@@ -180,11 +180,11 @@ def anonymous_bytes() -> int:
 
 
 def reading(buffer_bytes: int, num_threads: int, student: Path, _: argparse.Namespace) -> Callable[[], int]:
-    return partial(read_again_and_again, weight_files(student), buffer_bytes, num_threads)
+    return partial(read_into_one_buffer, weight_files(student), buffer_bytes, num_threads)
 
 
-def read_again_and_again(paths: list[Path], buffer_bytes: int, num_threads: int) -> int:
-    """Reads all files in order, each thread into one buffer."""
+def read_into_one_buffer(paths: list[Path], buffer_bytes: int, num_threads: int) -> int:
+    """Reads all files in order; each thread reuses one buffer."""
     own = threading.local()
 
     def read(stream_and_offset: tuple) -> None:
@@ -237,7 +237,7 @@ def ours(student: Path, options: argparse.Namespace) -> Callable[[], int]:
     return load
 
 
-def ours_read_alone(student: Path, options: argparse.Namespace) -> Callable[[], int]:
+def ours_read_only(student: Path, options: argparse.Namespace) -> Callable[[], int]:
     import jax
 
     from lark_jax.students.checkpoint import loading
@@ -281,16 +281,16 @@ CONTESTANTS: dict[str, Callable[[Path, argparse.Namespace], Callable[[], int]]] 
     "read, 1 thread": partial(reading, SMALL_BUFFER, 1),
     "read, 4 threads": partial(reading, LARGE_BUFFER, 4),
     "read, kept": reading_kept,
-    "ours, read alone": ours_read_alone,
+    "ours, read only": ours_read_only,
     "ours": ours,
     "transformers": transformers,
 }
 
-OURS = ("ours, read alone", "ours")
+OURS = ("ours, read only", "ours")
 
 
 def summarize(rounds: list[list[Result]], num_bytes: int) -> list[dict]:
-    """One row for each contestant: its times, medians of our rates over its in the same round, its largest memory."""
+    """One row per contestant: its times, the medians of our rate over its rate per round, and its peak memory."""
     rows = []
     for results in zip(*rounds, strict=True):
         name = results[0].contestant

@@ -2,9 +2,9 @@
 
     python scripts/bench_pool.py --folder=/scratch/pool --out=build/bench_pool.json
 
-The pool is written into the folder in the layout of the RSR paper's data, a folder per teacher and a JSON list per
-rollout, where it is not there yet, and stays. Reading happens in a process of its own, whose peak is the operating
-system's figure; then every text is read once more in the order of its length, as scoring does.
+The pool is written into the folder, unless it exists, in the layout of the RSR paper's data: a folder per teacher and a
+JSON list per rollout. It is read in a separate process, whose peak memory the operating system reports; then every text
+is read again in the order of its length, as in scoring.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def write_pool(folder: Path, problems: int, characters: int) -> None:
-    """`TEACHERS` x `ROLLOUTS` lists; those that exist stay as they are."""
+    """`TEACHERS` x `ROLLOUTS` lists; existing ones are kept."""
     rng = random.Random(0)
     words = " ".join(rng.choice(WORDS) for _ in range(400_000))
     for teacher in range(TEACHERS):
@@ -101,7 +101,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def peak() -> float:
-    """GiB that this process has held at most."""
+    """Peak memory of this process, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

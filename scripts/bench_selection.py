@@ -18,7 +18,8 @@ from measuring import versions
 
 from lark_jax.config import SelectConfig
 from lark_jax.runtime import environment, files
-from lark_jax.scoring.table import SCHEMA, STATISTICS, ScoreTable
+from lark_jax.scoring.statistics import STATISTICS
+from lark_jax.scoring.table import SCHEMA, ScoreTable
 from lark_jax.scoring.text_rules import COLUMNS
 from lark_jax.selection import METHODS, WEIGHTINGS, Method, resolve_methods, select_trajectories
 from lark_jax.selection.candidates import group_by_problem
@@ -42,7 +43,7 @@ def synthetic_table(problems: int, metrics: Sequence[str], seed: int) -> ScoreTa
         "num_prompt_tokens": tokens,
         "num_target_tokens": tokens,
         "truncated": pa.repeat(False, rows),
-        **{name: pa.array(rng.uniform(0.1, 1, rows)) for name in STATISTICS},
+        **{statistic.name: pa.array(rng.uniform(0.1, 1, rows)) for statistic in STATISTICS},
         "status": pa.repeat("ok", rows),
         "reason": pa.repeat("", rows),
     }

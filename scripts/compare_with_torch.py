@@ -1,11 +1,11 @@
-"""Our scores beside those of transformers on torch with the full softmax in float64.
+"""Compares our scores with those of transformers on torch, softmax in float64.
 
     python scripts/compare_with_torch.py --student=FOLDER --pool=POOL.jsonl [--problems=20] [--against=published]
 
-For each trajectory of the first problems: per-token cross-entropy, Brier score and rank by both sides, ours once in
-float32 and once in bfloat16; prints the largest differences and how far the selected sets agree, and writes JSON
-with --out. With --against=published, the published scorer's Brier score (softmax renormalised over the 50 largest
-logits) is evaluated too, from the same float64 logits, so that the cost of the approximation can be seen.
+For each trajectory of the first problems, both sides compute every per-token statistic, ours once in float32 and once
+in bfloat16. Prints the largest differences per token, how far each trajectory's statistics are off, and how well the
+selected sets agree; writes JSON with --out. With --against=published, the Brier score of the published scorer (softmax
+renormalised over the 50 largest logits) is computed from the same float64 logits, to show what the approximation costs.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,14 @@ from flax import nnx
 from transformers import AutoModelForCausalLM
 
 from lark_jax.errors import LarkError, PoolError
+from lark_jax.ops.token_statistics import reference_statistics
 from lark_jax.pool import read_pool
 from lark_jax.pool.records import Pool, SkippedRecord
 from lark_jax.rendering.chat import RenderedTrajectory, load_chat_format, render_trajectories
 from lark_jax.runtime import environment, files, terminal
-from lark_jax.scoring import CandidateScore, token_statistics
-from lark_jax.scoring.reductions import MAX_RANK
-from lark_jax.scoring.table import skipped_score
+from lark_jax.scoring import TokenStatistics, token_statistics
+from lark_jax.scoring.statistics import STATISTICS, trajectory_means
+from lark_jax.scoring.table import candidate_score, skipped_score
 from lark_jax.selection import METHODS, select_trajectories
 from lark_jax.students import load_student
 
@@ -40,28 +42,26 @@ EXIT_USER_ERROR = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenScores:
-    """Per target token of one trajectory, float64 [A]."""
-
-    cross_entropy: np.ndarray
-    brier: np.ndarray
-    rank: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
 class Scored:
-    """One trajectory by every scorer that compares; the tokens are the same for all."""
+    """One trajectory under every scorer; the tokens are the same for all."""
 
     rendered: RenderedTrajectory
-    by_scorer: dict[str, TokenScores]
+    by_scorer: dict[str, TokenStatistics]  # float64 [A]
+
+    def means(self, scorer: str) -> dict[str, float]:
+        """The trajectory's statistics, computed in float64."""
+        statistics = self.by_scorer[scorer]
+        with jax.enable_x64(True):
+            means = trajectory_means(statistics, jnp.ones(len(self.rendered.target_tokens)))
+        return {name: float(mean) for name, mean in means.items()}
 
 
-TokenScorer = Callable[[RenderedTrajectory], TokenScores]
+TokenScorer = Callable[[RenderedTrajectory], TokenStatistics]
 Compared = Sequence[Scored | SkippedRecord]  # one entry per trajectory of the pool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the comparison; returns the exit status, 2 with one line on stderr for what the user can mend."""
+    """Prints the comparison and returns the exit status: 2, with one line on stderr, for an error of the user."""
     options = parse_arguments(arguments)
     try:
         run(options)
@@ -92,9 +92,9 @@ def run(options: argparse.Namespace) -> None:
 
 def score_all(rendered: Sequence[RenderedTrajectory | SkippedRecord], options: argparse.Namespace) -> Compared:
     reference_logits = torch_logits(options.student)
-    from_logits = {REFERENCE: float64_scores}
+    from_logits = {REFERENCE: reference_statistics}
     if options.against == "published":
-        from_logits[PUBLISHED] = published_scores
+        from_logits[PUBLISHED] = published_statistics
     ours = {dtype: our_scorer(options.student, dtype) for dtype in ("float32", "bfloat16")}
     compared: list[Scored | SkippedRecord] = []
     for item in terminal.progress(rendered, what="compare", total=len(rendered), unit="trajectory"):
@@ -138,26 +138,15 @@ def torch_logits(student: str) -> Callable[[RenderedTrajectory], np.ndarray]:
     return logits
 
 
-def float64_scores(logits_av: np.ndarray, targets_a: np.ndarray) -> TokenScores:
-    """The definitions, with the full softmax."""
-    shifted = logits_av - logits_av.max(-1, keepdims=True)
-    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    gold = np.take_along_axis(log_probs, targets_a[:, None], axis=-1)[:, 0]
-    residual = np.exp(log_probs)
-    np.put_along_axis(residual, targets_a[:, None], np.expm1(gold)[:, None], axis=-1)
-    rank = 1 + (log_probs > gold[:, None]).sum(-1)
-    return TokenScores(-gold, np.square(residual).sum(-1), rank.astype(np.float64))
-
-
-def published_scores(logits_av: np.ndarray, targets_a: np.ndarray) -> TokenScores:
-    """The published scorer's Brier score: softmax over the 50 largest logits only, renormalised."""
-    exact = float64_scores(logits_av, targets_a)
+def published_statistics(logits_av: np.ndarray, targets_a: np.ndarray) -> TokenStatistics:
+    """The exact statistics, but the published scorer's Brier score: softmax over the 50 largest logits only."""
     top = np.argsort(-logits_av, axis=-1)[:, :PUBLISHED_TOP]
     top_logits = np.take_along_axis(logits_av, top, axis=-1)
     probs = np.exp(top_logits - top_logits.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
     gold = np.where(top == targets_a[:, None], probs, 0.0).sum(-1)
-    return TokenScores(exact.cross_entropy, 1 - 2 * gold + np.square(probs).sum(-1), exact.rank)
+    brier = 1 - 2 * gold + np.square(probs).sum(-1)
+    return reference_statistics(logits_av, targets_a)._replace(brier=brier)
 
 
 def our_scorer(student: str, dtype: str) -> TokenScorer:
@@ -165,50 +154,54 @@ def our_scorer(student: str, dtype: str) -> TokenScorer:
     graph, state = nnx.split(model)
 
     @jax.jit
-    def score(state: nnx.State, tokens_t: jax.Array, targets_t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def score(state: nnx.State, tokens_t: jax.Array, targets_t: jax.Array) -> TokenStatistics:
         model = nnx.merge(graph, state)
-        statistics = token_statistics(model(tokens_t[None]), model.head_weight(), targets_t[None])
-        return statistics.cross_entropy[0], statistics.brier[0], statistics.rank[0]
+        return token_statistics(model(tokens_t[None]), model.head_weight(), targets_t[None])
 
-    def scorer(item: RenderedTrajectory) -> TokenScores:
+    def scorer(item: RenderedTrajectory) -> TokenStatistics:
         tokens = np.concatenate([item.prompt_tokens, item.target_tokens])
         padded = -(-len(tokens) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         inputs, targets = (np.pad(side, (0, padded - len(side))) for side in (tokens[:-1], tokens[1:]))
         answer = slice(len(item.prompt_tokens) - 1, len(tokens) - 1)
-        columns = score(state, inputs, targets)
-        return TokenScores(*(np.asarray(column, np.float64)[answer] for column in columns))
+        return jax.tree.map(lambda field: np.asarray(field, np.float64)[0, answer], score(state, inputs, targets))
 
     return scorer
 
 
-def compare(name: str, compared: Compared, pool: Pool, budget: int) -> dict[str, float | str]:
-    """Largest and mean differences from the reference per token, and agreement of the top-B sets."""
+def compare(name: str, compared: Compared, pool: Pool, budget: int) -> dict[str, Any]:
+    """Differences from the reference: per token by field, per trajectory by statistic, and of the top-B sets.
+
+    "shift" is |value / exact - 1|; "selected_jaccard" is the mean Jaccard index of LARK's sets.
+    """
     scored = [item for item in compared if isinstance(item, Scored)]
-    pairs = [(item.by_scorer[name], item.by_scorer[REFERENCE]) for item in scored]
-    cross_entropy = np.concatenate([np.abs(ours.cross_entropy - exact.cross_entropy) for ours, exact in pairs])
-    brier = np.concatenate([np.abs(ours.brier - exact.brier) for ours, exact in pairs])
-    ranks = np.concatenate([ours.rank == exact.rank for ours, exact in pairs])
-    brier_shift = np.array([ours.brier.mean() / exact.brier.mean() - 1 for ours, exact in pairs])
+    tokens: dict[str, Any] = {}
+    for field in TokenStatistics._fields:
+        ours, exact = (
+            np.concatenate([getattr(item.by_scorer[side], field) for item in scored]) for side in (name, REFERENCE)
+        )
+        tokens[field] = {"max_abs": float(np.abs(ours - exact).max()), "equal": float(np.mean(ours == exact))}
+    means = [(item.means(name), item.means(REFERENCE)) for item in scored]
+    trajectories: dict[str, Any] = {}
+    for statistic in STATISTICS:
+        shift = np.abs([ours[statistic.name] / exact[statistic.name] - 1 for ours, exact in means])
+        trajectories[statistic.name] = {"shift_mean": float(shift.mean()), "shift_max": float(shift.max())}
     chosen, expected = (selected_sets(side, compared, pool, budget) for side in (name, REFERENCE))
     overlap = [len(chosen.get(p, set()) & expected[p]) / len(chosen.get(p, set()) | expected[p]) for p in expected]
     return {
         "scorer": name,
-        "tokens": int(cross_entropy.size),
-        "cross_entropy_max_abs": float(cross_entropy.max()),
-        "brier_max_abs": float(brier.max()),
-        "brier_shift_mean": float(np.abs(brier_shift).mean()),
-        "brier_shift_max": float(np.abs(brier_shift).max()),
-        "ranks_equal": float(ranks.mean()),
+        "num_tokens": sum(len(item.rendered.target_tokens) for item in scored),
+        "tokens": tokens,
+        "trajectories": trajectories,
         "selected_jaccard": float(np.mean(overlap)),
     }
 
 
 def selected_sets(name: str, compared: Compared, pool: Pool, budget: int) -> dict[str, set[str]]:
-    """LARK's choice per problem that has one, made by the product from the scores of scorer `name`."""
+    """The candidates that LARK selects of each problem, by its own code, from the scores of scorer `name`."""
     table = [
         skipped_score(t.problem_id, t.candidate_id, t.teacher, item.reason)
         if isinstance(item, SkippedRecord)
-        else candidate_score(t.teacher, item.rendered, item.by_scorer[name])
+        else candidate_score(t.teacher, item.rendered, item.means(name))
         for t, item in zip(pool.trajectories, compared, strict=True)
     ]
     sets: dict[str, set[str]] = {}
@@ -217,36 +210,17 @@ def selected_sets(name: str, compared: Compared, pool: Pool, budget: int) -> dic
     return sets
 
 
-def candidate_score(teacher: str, rendered: RenderedTrajectory, scores: TokenScores) -> CandidateScore:
-    """The row of the score table: means over the target tokens."""
-    target_prob = np.exp(-scores.cross_entropy)
-    return CandidateScore(
-        problem_id=rendered.problem_id,
-        candidate_id=rendered.candidate_id,
-        teacher=teacher,
-        num_prompt_tokens=len(rendered.prompt_tokens),
-        num_target_tokens=len(rendered.target_tokens),
-        truncated=rendered.truncated,
-        loss=float(scores.cross_entropy.mean()),
-        brier=float(scores.brier.mean()),
-        mean_clipped_rank=float(np.minimum(scores.rank, MAX_RANK).mean()),
-        mean_rank=float(scores.rank.mean()),
-        target_prob=float(target_prob.mean()),
-        wrong_concentration=float((scores.brier - (1 - target_prob) ** 2).mean()),
-    )
-
-
-def print_report(rows: Sequence[dict[str, float | str]], budget: int) -> None:
-    print(f"\nAgainst transformers on torch, softmax in float64 ({rows[0]['tokens']} target tokens):")
-    header = ("scorer", "max |dCE|", "max |dBrier|", "mean shift", "max shift", "ranks equal", f"same top {budget}")
-    print("{:<18}{:>12}{:>14}{:>12}{:>12}{:>13}{:>12}".format(*header))
+def print_report(rows: Sequence[dict[str, Any]], budget: int) -> None:
+    print(f"\nAgainst transformers on torch, softmax in float64 ({rows[0]['num_tokens']} target tokens):")
     for row in rows:
-        print(
-            f"{row['scorer']:<18}{row['cross_entropy_max_abs']:>12.2e}{row['brier_max_abs']:>14.2e}"
-            f"{row['brier_shift_mean']:>12.2%}{row['brier_shift_max']:>12.2%}{row['ranks_equal']:>13.2%}"
-            f"{row['selected_jaccard']:>12.2%}"
-        )
-    print("shift: |trajectory's mean Brier / exact - 1|; same top B: mean Jaccard index of LARK's sets")
+        print(f"\n{row['scorer']}: {row['selected_jaccard']:.2%} of the same top {budget} (mean Jaccard index)")
+        print("  {:<22}{:>14}{:>14}".format("per token", "max |diff|", "equal"))
+        for field, found in row["tokens"].items():
+            print(f"  {field:<22}{found['max_abs']:>14.2e}{found['equal']:>14.2%}")
+        print("  {:<22}{:>14}{:>14}".format("per trajectory", "mean shift", "max shift"))
+        for name, found in row["trajectories"].items():
+            print(f"  {name:<22}{found['shift_mean']:>14.4%}{found['shift_max']:>14.4%}")
+    print("\nshift: |value / exact - 1|")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One contestant of `bench_finetuning.py`, alone in its process so that its peak memory is its own.
+"""One contestant of `bench_finetuning.py`, in its own process so that its peak memory can be measured.
 
     python scripts/finetuning_contestants.py --request=REQUEST.json      # written and started by bench_finetuning.py
 
-A contestant trains on the same trajectories over and over, all of them in every optimizer step, by the paper's recipe:
-AdamW, cosine, clipping, float32 masters. The loss of a step is Eq. 1: sum of w_i x (mean cross-entropy of i) / n.
+Every optimizer step of a contestant uses all trajectories, with the paper's recipe: AdamW, cosine, clipping, float32
+parameters. The loss of a step is Eq. 1: sum of w_i x (mean cross-entropy of i) / n.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from measuring import forget_peak, jax_peak_bytes, torch_peak_bytes
 
 
 def ours(request: Request, trajectories: Trajectories) -> Result:
-    """The step of the finetune stage, one trajectory a row."""
+    """The step of the finetune stage, one trajectory per row."""
     return our_contestant(request, trajectories, packing=False)
 
 
 def ours_packed(request: Request, trajectories: Trajectories) -> Result:
-    """The same step, several trajectories in a row."""
+    """The same step, several trajectories per row."""
     return our_contestant(request, trajectories, packing=True)
 
 
@@ -91,7 +91,7 @@ def our_contestant(request: Request, trajectories: Trajectories, packing: bool) 
 
 
 def trainer(request: Request, trajectories: Trajectories) -> Result:
-    """transformers.Trainer on torch, sdpa, with a loss that is Eq. 1 exactly, summed over micro-batches."""
+    """transformers.Trainer with torch, sdpa and exactly the loss of Eq. 1, summed over micro-batches."""
     return trainer_contestant(request, trajectories, liger=False)
 
 
@@ -105,7 +105,7 @@ def trainer_contestant(request: Request, trajectories: Trajectories, liger: bool
     from hf_trainer import Clock, WeightedTrainer, arguments, collate, weighted_items
     from transformers import AutoModelForCausalLM, PrinterCallback
 
-    # Neighbours share a micro-batch: of about one length, so that little is padded.
+    # Trajectories of similar length share a micro-batch, so that there is little padding.
     items = sorted(weighted_items(trajectories), key=lambda item: -item.inputs)
     groups = [items[start : start + request.rows_per_batch] for start in range(0, len(items), request.rows_per_batch)]
     slots = sum(len(group) * group[0].inputs for group in groups)

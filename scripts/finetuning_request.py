@@ -1,4 +1,4 @@
-"""What `bench_finetuning.py` asks of a contestant, and what it hears."""
+"""What `bench_finetuning.py` sends to a contestant and gets back."""
 
 from dataclasses import dataclass
 
@@ -15,19 +15,19 @@ class Request:
     trajectories: str  # .npz, see `Trajectories`
     dtype: str  # of the computation
     remat: bool  # recompute layers in the backward pass
-    tokens_per_batch: int  # of ours, padding included
-    vocab_chunk: int  # of ours
-    rows_per_batch: int  # of the Trainer
-    steps: int  # one more is made first, which is not timed
+    tokens_per_batch: int  # for ours, padding included
+    vocab_chunk: int  # for ours
+    rows_per_batch: int  # for the Trainer
+    steps: int  # timed steps, after one that is not timed
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """One optimizer step: trajectories end to end."""
+    """The trajectories of one optimizer step, concatenated."""
 
     tokens: np.ndarray  # int32
     lengths: np.ndarray  # tokens of prompt and answer
-    prompts: np.ndarray  # tokens of the prompt alone
+    prompts: np.ndarray  # tokens of the prompt
     weights: np.ndarray  # w_i of Eq. 1
 
     @classmethod
@@ -44,7 +44,7 @@ class Result:
     contestant: str
     seconds: float  # median step
     all_seconds: tuple[float, ...]
-    losses: tuple[float, ...]  # of every step, the first, untimed one included
+    losses: tuple[float, ...]  # of every step, including the first, untimed one
     grad_norms: tuple[float, ...]  # likewise, before clipping
     micro_batches: int  # of a step
     padding: float  # share of the tokens that went through the student

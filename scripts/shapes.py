@@ -1,4 +1,4 @@
-"""`config.json` of published students, by name: their shapes, to try a size before its weights are there."""
+"""`config.json` of published students, by name: benchmarks and tests use their shapes without their weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -73,6 +73,23 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": 8_192,
         "num_hidden_layers": 28,
         "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-4b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "use_sliding_window": False,
+        "max_position_embeddings": 40_960,
+        "vocab_size": 151_936,
+        "hidden_size": 2_560,
+        "intermediate_size": 9_728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 128,
         "tie_word_embeddings": True,

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
 # Scores, selects and fine-tunes on one or more nodes of 8 A100s under SLURM, all of them together; then exports (and,
-# where asked, evaluates and reports) on the first of them. Submit it from the repository's root:
+# if asked, evaluates and reports) on the first of them. Submit it from the repository's root:
 #
 #     sbatch scripts/slurm_8xa100.sh --config=configs/qwen7b.py --config.workdir=/shared/runs/qwen7b
 #     sbatch --nodes=4 scripts/slurm_8xa100.sh --config=...      # four nodes, 32 GPUs: nothing else changes
 #
-# Everything after the script's name goes to lark_jax as it is; the stages are the script's own business. Submitted
-# again, also after a failure or at another number of nodes, it continues: finished tasks are skipped, and on the same
-# number of GPUs per process no trajectory is scored twice; training goes on from its last checkpoint. The student, the
-# pool and the working directory have to lie on a file system that all nodes share.
+# Everything after the script's name is passed to lark_jax unchanged, except for the stages. Submitted again, also after
+# a failure or with another number of nodes, it continues: finished tasks are skipped, and with the same number of GPUs
+# per process no trajectory is scored twice; training continues from its last checkpoint. The student, the pool and the
+# working directory must be on a file system that all nodes share.
 #
 # Settings, from the environment (sbatch passes it on):
 #   LARK_VENV     virtual environment with `pip install -e '.[gpu]'`, visible from all nodes (default: .venv)
 #   LARK_MODULES  environment modules to load first, e.g. "cuda/12.4" (default: none; jax[cuda12] brings its own CUDA)
-#   LARK_STAGES   stages of the job (default: score,select,finetune,export). Evaluation wants benchmarks in the config
-#                 and an engine, see config.evaluate.
+#   LARK_STAGES   stages of the job (default: score,select,finetune,export). Evaluation needs benchmarks and an engine,
+#                 see config.evaluate.
 #
-# Site settings (account, partition, QOS) are best given to sbatch; the following are the job's own.
+# Pass site settings (account, partition, QOS) to sbatch; the following belong to the job.
 #SBATCH --job-name=lark_jax
 #SBATCH --nodes=1
 # One process per node drives its 8 GPUs: they share one copy of the pool in host memory, and the student is loaded
-# once per node. One process per GPU works too (--ntasks-per-node=8 --cpus-per-task=8): each then scores alone, with
-# eight times the host memory. While they score, the processes talk to each other only where the student needs the GPUs
-# of several nodes (config.mesh); they always do while they train, since parameters and rows are split over all GPUs.
+# once per node. One process per GPU works too (--ntasks-per-node=8 --cpus-per-task=8): each then scores by itself, with
+# eight times the host memory. Scoring processes communicate only if the student needs the GPUs of several nodes
+# (config.mesh); training processes always do, since parameters and rows are split over all GPUs.
 #SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:a100:8
 #SBATCH --cpus-per-task=64
@@ -50,19 +50,19 @@ if [ -n "${LARK_MODULES:-}" ]; then
 fi
 python="${LARK_VENV:-.venv}/bin/python"
 if [ ! -x "$python" ]; then
-  echo "error: $python: not there; create the environment (pip install -e '.[gpu]') and set LARK_VENV" >&2
+  echo "error: $python does not exist; create the environment (pip install -e '.[gpu]') and set LARK_VENV" >&2
   exit 2
 fi
 split_stages "${LARK_STAGES:-score,select,finetune,export}"
 # jax.distributed speaks gRPC, which would otherwise send the nodes' own traffic through a proxy.
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
-# Nothing is downloaded on a compute node: download the student before, on a node with access.
+# Compute nodes download nothing: download the student first, on a node with network access.
 export HF_HUB_OFFLINE=1
 
-# SIGTERM makes the processes save the training step that they are at; scoring needs no farewell. The steps of the job
-# get it from scancel (srun itself would pass on SIGKILL), and have all but the last minute for it.
+# SIGTERM makes the processes save the current training step; scoring needs no warning. The job's steps get it from
+# scancel (srun itself would pass on SIGKILL), and have all but the last minute to react.
 requeue() {
-  echo "time is nearly over: back into the queue, where the job continues" >&2
+  echo "the time limit is near: requeueing the job, which then continues" >&2
   scancel --signal=TERM "$SLURM_JOB_ID"
   for ((second = 0; second < 240; second++)); do
     kill -0 "${srun:-none}" 2>/dev/null || break
@@ -73,7 +73,7 @@ requeue() {
 }
 trap requeue USR1
 
-# Runs `srun` so that the trap above is served at once, and returns srun's status.
+# Runs `srun` so that the trap above runs immediately; returns srun's status.
 step() {
   srun --kill-on-bad-exit=1 --wait=0 --label --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" &
   srun=$!
@@ -82,13 +82,13 @@ step() {
 
 echo "job ${SLURM_JOB_ID:-?} on ${SLURM_JOB_NODELIST:-?}, attempt $((${SLURM_RESTART_COUNT:-0} + 1))" >&2
 
-# Every process learns from SLURM who it is and where the first one listens. The processes end together: when one
-# fails, the others follow within seconds; when one dies without a word, within config.distributed.lost_timeout.
+# Every process gets its index and the first one's address from SLURM. The processes end together: if one fails, the
+# others end within seconds; if one dies silently, within config.distributed.lost_timeout.
 if [ -n "$together" ]; then
   step "$python" -m lark_jax.run "$@" --config.stages="$together" --config.distributed.connect_timeout=600
 fi
 
-# One process, on the first node; a mesh that was given for all GPUs of the job is cut to the GPUs of that node.
-if [ -n "$alone" ]; then
-  step --nodes=1 --ntasks=1 "$python" -m lark_jax.run "$@" --config.stages="$alone" --config.mesh.data=-1
+# One process, on the first node; a mesh given for all GPUs of the job is reduced to the GPUs of that node.
+if [ -n "$single" ]; then
+  step --nodes=1 --ntasks=1 "$python" -m lark_jax.run "$@" --config.stages="$single" --config.mesh.data=-1
 fi

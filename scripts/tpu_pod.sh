@@ -15,18 +15,18 @@
 #         --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite
 #
 # After a preemption: delete the slice (`gcloud alpha compute tpus tpu-vm delete`), create it again, `setup`, and `run`
-# with the same arguments. Everything that counts is in the shared folder, so the run continues: what is finished is
-# not computed again, and training goes on from its last checkpoint. The same after a failure of one host: the others end
-# by themselves, `run` starts all again. `stop` lets a training step end and saves it.
+# with the same arguments. All results are in the shared folder, so the run continues: finished tasks are not computed
+# again, and training continues from its last checkpoint. The same applies if one host fails: the others end by
+# themselves, and `run` starts all of them again. `stop` lets a training step end and saves it.
 #
 # Settings, from the environment:
 #   LARK_TPU, LARK_ZONE  name and zone of the slice (the project is gcloud's own)
 #   LARK_SHARED          what all hosts mount at /mnt/lark: an NFS export HOST:/PATH, such as a Filestore instance, or a
 #                        bucket gs://NAME. Student, pool and working directory belong there. An NFS export is the safer
 #                        choice: a bucket has no atomic renames of folders.
-#   LARK_STAGES          stages of the run (default: score,select,finetune,export). Evaluation wants an engine that works
-#                        on the first host alone, see config.evaluate; on a slice of several hosts that is not a matter
-#                        of course, and the exported student can be evaluated anywhere.
+#   LARK_STAGES          stages of the run (default: score,select,finetune,export). Evaluation needs an engine that works
+#                        on the first host only, see config.evaluate; on a slice of several hosts few engines do, but the
+#                        exported student can be evaluated anywhere.
 #   LARK_PYTHON          version of Python to install (default: 3.12)
 set -euo pipefail
 source scripts/job_stages.sh
@@ -46,20 +46,20 @@ setup() {
   : "${LARK_SHARED:?set it to HOST:/PATH of an NFS export, or gs://BUCKET}"
   local archive
   archive=$(mktemp --suffix=.tar.gz)
-  # The working tree as it is, with what is not committed.
+  # The working tree as it is, including uncommitted files.
   git ls-files --cached --others --exclude-standard -z | while IFS= read -r -d '' file; do
     if [ -e "$file" ]; then printf '%s\0' "$file"; fi
   done | tar --null --files-from=- -czf "$archive"
   gcloud alpha compute tpus tpu-vm scp "$archive" "$LARK_TPU":lark_jax.tar.gz --zone="$LARK_ZONE" --worker=all \
     --batch-size=all
   rm -f "$archive"
-  # The images' own Python may be older than 3.11, so uv brings one.
+  # The image's Python may be older than 3.11, so uv installs one.
   on_hosts all "set -e
     rm -rf ~/lark_jax && mkdir ~/lark_jax && tar -xzf ~/lark_jax.tar.gz -C ~/lark_jax
     python3 -m pip install --quiet --user uv
     ~/.local/bin/uv venv --quiet --clear --python $python_version ~/lark_venv
     cd ~/lark_jax && ~/.local/bin/uv pip install --quiet --python ~/lark_venv/bin/python -e '.[tpu]'"
-  # Other hosts' files have to be seen soon after they were written, so names and sizes are not kept for long.
+  # Hosts must see each other's files soon after they are written, so metadata is cached only briefly.
   case "$LARK_SHARED" in
     gs://*)
       on_hosts all "set -e
@@ -79,8 +79,8 @@ setup() {
   esac
 }
 
-# What a host does, as a script; $1 is its number in the slice. One process per host drives the host's chips. JAX learns
-# from the slice's metadata who it is and where the first one listens; a slice of one host has one process.
+# The script that a host runs; $1 is its number in the slice. One process per host drives the host's chips. JAX gets its
+# index and the coordinator's address from the slice's metadata; a slice of one host has one process.
 job() {
   local lark arguments stage
   lark="~/lark_venv/bin/python -m lark_jax.run"
@@ -90,9 +90,9 @@ job() {
     echo "$lark$arguments --config.stages=$together --config.distributed.connect_timeout=600"
   fi
   echo '[ "$1" = 0 ] || exit 0'
-  # The chips of one host of a slice do not start without the others, and export computes nothing: it takes the host's
-  # processor. The other stages leave the chips to the evaluation engine.
-  for stage in ${alone//,/ }; do
+  # The chips of one host of a slice do not start without the others, and export computes nothing: it uses the host's
+  # CPU. The other stages leave the chips to the evaluation engine.
+  for stage in ${single//,/ }; do
     case "$stage" in
       export)
         echo "JAX_PLATFORMS=cpu $lark$arguments --config.stages=export --config.distributed.start=never" \
@@ -103,7 +103,7 @@ job() {
   done
 }
 
-# The job outlives the ssh connection, as the leader of a process group of its own.
+# The job leads its own process group, so that it outlives the ssh connection.
 run() {
   split_stages "${LARK_STAGES:-score,select,finetune,export}"
   local job

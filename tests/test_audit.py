@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from lark_jax.audit import EXIT_USER_ERROR, main
+from lark_jax.audit import main
+from lark_jax.runtime.command import EXIT_USER_ERROR
 
 
 def write_pool(path, problems):

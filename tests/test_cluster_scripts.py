@@ -1,4 +1,4 @@
-"""The launch scripts: what they would start on a cluster, seen by stand-ins for srun, scontrol and gcloud."""
+"""The launch scripts: what they would start on a cluster, recorded by stand-ins for srun, scontrol and gcloud."""
 
 import os
 import re
@@ -7,13 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
-from lark_jax.config import STAGES, Experiment, MeshConfig, experiment_from_mapping
+from lark_jax.config import STAGES, Experiment, MeshConfig, experiment_from_mapping, require_known_field
+from lark_jax.run import COMMAND
 from lark_jax.stages import check_stages
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -38,20 +36,14 @@ def arguments_of(calls: Path) -> list[list[str]]:
     return [call.split("\0")[:-1] for call in calls.read_text().split(f"{END_OF_CALL}\0")[:-1]]
 
 
-def experiment_of(arguments: list[str]) -> Experiment:
-    """What run.py makes of its flags."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    with mock.patch.object(sys, "argv", ["run", *arguments]):  # where ml_collections looks for overrides
-        values(sys.argv)
-    return experiment_from_mapping(values["config"].value.to_dict())
-
-
-def run_arguments(command: list[str]) -> list[str]:
-    """The flags of `... python -m lark_jax.run FLAGS`."""
-    start = command.index("lark_jax.run")
-    assert command[start - 1] == "-m"
-    return command[start + 1 :]
+def experiments(calls: Path) -> list[Experiment]:
+    """What each recorded `... python -m lark_jax.run FLAGS` would run."""
+    found = []
+    for call in arguments_of(calls):
+        module = call.index(COMMAND.name)
+        assert call[module - 1] == "-m"
+        found.append(experiment_from_mapping(COMMAND.parse(call[module + 1 :]).config))
+    return found
 
 
 @pytest.fixture
@@ -83,14 +75,10 @@ def test_scripts_are_bash_and_may_be_executed(script: Path) -> None:
 
 @pytest.mark.parametrize("script", [SLURM, TPU], ids=lambda path: path.name)
 def test_every_field_that_a_script_mentions_exists(script: Path) -> None:
-    experiment = experiment_of([CONFIG])
     mentioned = set(re.findall(r"config\.([a-z_]+(?:\.[a-z_]+)?)\b", script.read_text()))
-    for field in mentioned:
-        value: object = experiment
-        for name in field.split("."):
-            assert hasattr(value, name), f"{script.name}: config.{field}"
-            value = getattr(value, name)
     assert {"stages", "distributed.connect_timeout"} <= mentioned
+    for field in mentioned:
+        require_known_field(field)
 
 
 def test_batch_options_come_before_the_first_command() -> None:
@@ -104,49 +92,37 @@ def test_batch_options_come_before_the_first_command() -> None:
 def test_slurm_trains_in_all_processes_and_exports_in_one(slurm: dict[str, str], tmp_path: Path) -> None:
     finished = submit(slurm, CONFIG, f"--config.workdir={tmp_path}/a b", "--config.mesh.data=32")
     assert finished.returncode == 0, finished.stderr
-    everywhere, alone = arguments_of(tmp_path / "bin" / "srun.calls")
-    together = experiment_of(run_arguments(everywhere))
-    assert together.stages == ("score", "select", "finetune")
-    assert together.workdir == f"{tmp_path}/a b"
-    assert together.mesh.data == 32
-    check_stages(together, 2)
+    everywhere, on_first = arguments_of(tmp_path / "bin" / "srun.calls")
     assert not [argument for argument in everywhere if argument.startswith(("--nodes", "--ntasks"))]
-    on_first = experiment_of(run_arguments(alone))
-    assert on_first.stages == ("export",)
-    assert on_first.workdir == together.workdir
-    assert on_first.mesh.data == -1
-    assert {"--nodes=1", "--ntasks=1"} <= set(alone)
+    assert {"--nodes=1", "--ntasks=1"} <= set(on_first)
+    training, export = experiments(tmp_path / "bin" / "srun.calls")
+    assert (training.stages, export.stages) == (("score", "select", "finetune"), ("export",))
+    assert training.workdir == export.workdir == f"{tmp_path}/a b"
+    assert (training.mesh.data, export.mesh.data) == (32, -1)
+    check_stages(training, 2)
 
 
 @pytest.mark.parametrize(
     ("stages", "steps"),
     [
         ("score,select", [("score", "select")]),
-        ("finetune,export,evaluate,report", [("finetune",), ("export", "evaluate", "report")]),
         ("export", [("export",)]),
+        (",".join(MAIN_STAGES), [("score", "select", "finetune"), ("export", "evaluate", "report")]),
     ],
 )
 def test_slurm_runs_the_stages_asked_for_and_no_others(
     slurm: dict[str, str], tmp_path: Path, stages: str, steps: list[tuple[str, ...]]
 ) -> None:
-    benchmark = "--config.evaluate.benchmarks=benchmark.json"
-    assert submit({**slurm, "LARK_STAGES": stages}, CONFIG, benchmark).returncode == 0
-    calls = arguments_of(tmp_path / "bin" / "srun.calls")
-    assert [experiment_of(run_arguments(call)).stages for call in calls] == steps
+    assert submit({**slurm, "LARK_STAGES": stages}, CONFIG).returncode == 0
+    assert [experiment.stages for experiment in experiments(tmp_path / "bin" / "srun.calls")] == steps
 
 
-def test_every_stage_of_a_job_has_its_place_and_others_are_refused(slurm: dict[str, str], tmp_path: Path) -> None:
-    """The script's two lists against the code's own: what is planned for one process runs in one."""
-    assert submit({**slurm, "LARK_STAGES": ",".join(MAIN_STAGES)}, CONFIG).returncode == 0
-    everywhere, alone = arguments_of(tmp_path / "bin" / "srun.calls")
-    together = experiment_of(run_arguments(everywhere))
-    check_stages(together, 2)
-    assert (*together.stages, *experiment_of(run_arguments(alone)).stages) == MAIN_STAGES
-    for wrong in ("prepare", "finetunes", "score select"):
-        finished = submit({**slurm, "LARK_STAGES": wrong}, CONFIG)
-        assert finished.returncode == 2
-        assert f"LARK_STAGES: '{wrong}'" in finished.stderr
-    assert len(arguments_of(tmp_path / "bin" / "srun.calls")) == 2
+@pytest.mark.parametrize("wrong", ["prepare", "finetunes", "score select"])
+def test_slurm_refuses_other_stages(slurm: dict[str, str], tmp_path: Path, wrong: str) -> None:
+    finished = submit({**slurm, "LARK_STAGES": wrong}, CONFIG)
+    assert finished.returncode == 2
+    assert f"LARK_STAGES: '{wrong}'" in finished.stderr
+    assert not (tmp_path / "bin" / "srun.calls").exists()
 
 
 def test_slurm_stops_with_the_status_of_the_first_failure(slurm: dict[str, str], tmp_path: Path) -> None:
@@ -156,7 +132,7 @@ def test_slurm_stops_with_the_status_of_the_first_failure(slurm: dict[str, str],
 
 
 def test_slurm_puts_the_job_back_into_the_queue_before_its_time_is_over(slurm: dict[str, str], tmp_path: Path) -> None:
-    """After its processes had time to save what they were at: one that takes a second to end after SIGTERM."""
+    """After its processes had time to save their step: here one that takes a second to end after SIGTERM."""
     saved = tmp_path / "saved"
     install(tmp_path / "bin", "scontrol", then=f"test -f {saved} || exit 1")
     install(tmp_path / "bin", "scancel", then=f"kill -TERM $(cat {tmp_path}/pid)")
@@ -217,29 +193,27 @@ def test_a_slice_trains_on_all_hosts_and_exports_on_the_processor_of_the_first(
     host: dict[str, str], tmp_path: Path
 ) -> None:
     asked = (CONFIG, "--config.workdir=/mnt/lark/a b", "--config.mesh.tensor=4", "--config.finetune.remat=offload")
-    together, exported = stages_of_host(host, *asked)
+    training, export = stages_of_host(host, *asked)
     (call,) = arguments_of(tmp_path / "bin" / "gcloud.calls")
     assert {"slice", "--zone=zone-1", "--worker=all", "--batch-size=all"} <= set(call)
-    assert together.stages == ("score", "select", "finetune")
-    assert together.workdir.endswith("/a b")
-    assert together.mesh.tensor == 4
-    check_stages(together, 2)
-    assert exported.stages == ("export",)
-    assert exported.workdir == together.workdir
-    assert exported.distributed.start == "never"
-    assert exported.mesh == MeshConfig()  # one processor
-    assert exported.finetune.remat == "block"  # a processor has no host to move anything to
+    assert (training.stages, export.stages) == (("score", "select", "finetune"), ("export",))
+    assert training.workdir.endswith("/a b")
+    assert export.workdir == training.workdir
+    assert training.mesh.tensor == 4
+    check_stages(training, 2)
+    assert export.distributed.start == "never"
+    assert export.mesh == MeshConfig()  # one processor
+    assert export.finetune.remat == "block"  # a processor has no host to offload to
 
 
 def test_the_other_hosts_of_a_slice_are_done_after_training(host: dict[str, str]) -> None:
-    (together,) = stages_of_host({**host, "HOST_NUMBER": "3"}, CONFIG)
-    assert together.stages == ("score", "select", "finetune")
+    (training,) = stages_of_host({**host, "HOST_NUMBER": "3"}, CONFIG)
+    assert training.stages == ("score", "select", "finetune")
 
 
 def test_a_slice_evaluates_after_export_in_a_process_that_may_see_the_chips(host: dict[str, str]) -> None:
-    benchmark = "--config.evaluate.benchmarks=benchmark.json"
-    experiments = stages_of_host({**host, "LARK_STAGES": "export,evaluate,report"}, CONFIG, benchmark)
-    assert [experiment.stages for experiment in experiments] == [("export",), ("evaluate",), ("report",)]
+    ran = stages_of_host({**host, "LARK_STAGES": "export,evaluate,report"}, CONFIG)
+    assert [experiment.stages for experiment in ran] == [("export",), ("evaluate",), ("report",)]
     assert (Path(host["HOME"]) / "platforms").read_text().split() == ["cpu", "any", "any"]
 
 
@@ -253,8 +227,7 @@ def stages_of_host(environment: dict[str, str], *arguments: str) -> list[Experim
     assert started.returncode == 0, started.stderr
     home = Path(environment["HOME"])
     wait_for_the_end_of(int((home / "lark_jax.pid").read_text()))
-    calls = arguments_of(home / "lark_venv" / "bin" / "python.calls")
-    return [experiment_of(run_arguments(call)) for call in calls]
+    return experiments(home / "lark_venv" / "bin" / "python.calls")
 
 
 def test_a_slice_runs_one_job_at_a_time_and_stop_ends_it(host: dict[str, str], tmp_path: Path) -> None:
@@ -289,7 +262,7 @@ def members_of(group: int) -> list[int]:
 
 
 def is_running(process: int) -> bool:
-    """A process that has ended but that nobody waited for counts as ended."""
+    """A zombie counts as ended."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except OSError:

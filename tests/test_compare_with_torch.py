@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from lark_jax.runtime import files
 torch = pytest.importorskip("torch")
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+Rows = dict[str, dict[str, Any]]
 SMALL = SyntheticConfig(num_problems=2, num_test_problems=2, num_pretrain_problems=60, hidden_size=64, num_layers=2)
 
 
@@ -37,7 +39,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(material: Path) -> dict[str, dict[str, float]]:
+def rows(material: Path) -> Rows:
     """The report's rows by scorer, with --against=published."""
     torch.set_num_threads(1)
     out = material / "report.json"
@@ -47,27 +49,26 @@ def rows(material: Path) -> dict[str, dict[str, float]]:
     return {row["scorer"]: row for row in files.read_json(out)["rows"]}
 
 
-def test_float32_agrees_with_torch_to_rounding_and_selects_the_same_sets(rows: dict[str, dict[str, float]]) -> None:
+def test_float32_agrees_with_torch_to_rounding_and_selects_the_same_sets(rows: Rows) -> None:
     ours = rows["float32"]
-    assert ours["tokens"] > 1_000
-    assert 0 < ours["cross_entropy_max_abs"] < 1e-4
-    assert ours["brier_max_abs"] < 1e-5
-    assert ours["ranks_equal"] > 0.999
+    assert ours["num_tokens"] > 1_000
+    assert 0 < ours["tokens"]["cross_entropy"]["max_abs"] < 1e-4
+    assert all(ours["tokens"][field]["max_abs"] < 1e-5 for field in ("brier", "target_prob", "wrong_concentration"))
+    assert ours["tokens"]["rank"]["equal"] > 0.999
+    assert all(found["shift_max"] < 1e-3 for found in ours["trajectories"].values())
     assert ours["selected_jaccard"] == 1.0
 
 
-def test_bfloat16_is_further_away_but_not_far(rows: dict[str, dict[str, float]]) -> None:
-    for difference in ("cross_entropy_max_abs", "brier_max_abs"):
-        assert 2 * rows["float32"][difference] < rows["bfloat16"][difference] < 0.2
+def test_bfloat16_is_further_away_but_not_far(rows: Rows) -> None:
+    for field in ("cross_entropy", "brier"):
+        differences = [rows[name]["tokens"][field]["max_abs"] for name in ("float32", "bfloat16")]
+        assert 2 * differences[0] < differences[1] < 0.2
 
 
-def test_the_published_top_50_softmax_shifts_the_brier_score_and_nothing_else(
-    rows: dict[str, dict[str, float]],
-) -> None:
-    published, ours = rows["published top-50"], rows["float32"]
-    assert published["brier_shift_mean"] > 1e-3 > 10 * ours["brier_shift_max"]
-    assert published["cross_entropy_max_abs"] == 0
-    assert published["ranks_equal"] == 1
+def test_the_published_top_50_softmax_shifts_the_brier_score_and_nothing_else(rows: Rows) -> None:
+    published, ours = (rows[name]["trajectories"] for name in ("published top-50", "float32"))
+    assert published.pop("brier")["shift_mean"] > 1e-3 > 10 * ours["brier"]["shift_max"]
+    assert all(found["shift_max"] == 0 for found in published.values())
 
 
 def test_a_pool_of_which_nothing_can_be_rendered_ends_in_one_line_and_status_2(

@@ -1,4 +1,4 @@
-"""The whole main job on a miniature experiment, undisturbed and killed at random moments."""
+"""The main job on a miniature experiment, undisturbed and killed at random moments."""
 
 import json
 import os
@@ -18,6 +18,7 @@ import pytest
 from html_pages import faults_of_pages
 from safetensors.numpy import load_file
 
+from lark_jax.rendering import RENDERING_VERSION
 from lark_jax.rendering.chat import load_chat_format
 from lark_jax.runtime.files import read_json, sha256_of_path
 
@@ -33,7 +34,7 @@ MINIATURE = {
     "synthetic.num_heads": 2,
     "synthetic.num_kv_heads": 1,
     "select.methods": "lark,random",
-    "select.budgets": "1,3",
+    "select.budgets": 3,
     "finetune.epochs": 2,
     "finetune.batch_size": 4,
     "finetune.checkpoint_every": 1,
@@ -51,7 +52,7 @@ def _command(workdir: Path, changes: Mapping[str, object] = MappingProxyType({})
 
 
 def _environment() -> dict[str, str]:
-    """One CPU device, unlike the tests' own process."""
+    """One CPU device, unlike in the tests' own process."""
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return {**kept, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
 
@@ -81,7 +82,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    # The same folder name as in the other runs: it is part of the report's title.
+    # All runs have the same folder name, which is part of the report's title.
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     start = time.monotonic()
     finished = _run(workdir)
@@ -89,7 +90,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 
 @pytest.mark.slow
-def test_every_stage_runs_and_the_table_and_the_report_come_out(undisturbed: Undisturbed) -> None:
+def test_every_stage_runs_and_writes_the_table_and_the_report(undisturbed: Undisturbed) -> None:
     workdir, finished = undisturbed.workdir, undisturbed.finished
     assert finished.returncode == 0, finished.stderr
     for label in ("base", "lark", "random", "Acc@2", str(workdir / "report" / "index.html")):
@@ -97,11 +98,11 @@ def test_every_stage_runs_and_the_table_and_the_report_come_out(undisturbed: Und
     page = (workdir / "report" / "index.html").read_text()
     assert page.count("<svg") == 4
     assert faults_of_pages(workdir / "report") == []
-    assert len(undisturbed.results) > 25
+    assert len(undisturbed.results) > 20
 
 
 @pytest.mark.slow
-def test_a_selection_says_which_student_and_tokens_it_was_made_for(undisturbed: Undisturbed) -> None:
+def test_a_selection_records_the_student_and_tokens_behind_its_scores(undisturbed: Undisturbed) -> None:
     workdir = undisturbed.workdir
     chat = load_chat_format(workdir / "prepare/pretrain/student")
     scored = read_json(workdir / "selection/lark_B3/manifest.json")["outcome"]["notes"]["scored"]
@@ -113,16 +114,17 @@ def test_a_selection_says_which_student_and_tokens_it_was_made_for(undisturbed: 
         "frozen_date": None,
         "max_length": 512,
         "dtype": "float32",
+        "rendering_version": RENDERING_VERSION,
     }
 
 
 @pytest.mark.slow
-def test_run_again_it_does_nothing_and_says_so(undisturbed: Undisturbed) -> None:
+def test_a_second_run_does_nothing_and_reports_it(undisturbed: Undisturbed) -> None:
     workdir = undisturbed.workdir
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     again = _run(workdir)
     assert again.returncode == 0
-    assert again.stderr.count("nothing to do") == 2  # once before and once after the accelerator is given back
+    assert again.stderr.count("nothing to do") == 2  # before and after the accelerator is released
     assert "running" not in again.stderr
     assert again.stdout == undisturbed.finished.stdout
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
@@ -147,13 +149,13 @@ def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(
     undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     workdir = tmp_path / "run"
-    for kill in range(5):
+    for kill in range(3):
         process = subprocess.Popen(
             _command(workdir), cwd=REPOSITORY, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            # Later than the imports, so that something is under way; each life reaches further than the last.
-            process.wait(timeout=random.uniform(0.1, 0.3) * undisturbed.seconds)
+            # After the imports, so that there is something to interrupt; each attempt gets further than the last.
+            process.wait(timeout=random.uniform(0.15, 0.4) * undisturbed.seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -167,10 +169,10 @@ def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(
 
 @pytest.mark.slow
 def test_with_lora_the_export_has_a_merged_student_and_the_adapter(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """On a copy of the finished run: only fine-tuning and export run again."""
+    """On a copy of the finished run, where only fine-tuning and export run again."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed.workdir, workdir)
-    fields = {"stages": "finetune,export", "select.methods": "lark", "select.budgets": 1, "finetune.lora_rank": 2}
+    fields = {"stages": "finetune,export", "select.methods": "lark", "finetune.lora_rank": 2}
     finished = subprocess.run(
         _command(workdir, fields),
         cwd=REPOSITORY,
@@ -181,7 +183,7 @@ def test_with_lora_the_export_has_a_merged_student_and_the_adapter(undisturbed: 
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    export = workdir / "export" / "lark_B1"
+    export = workdir / "export" / "lark_B3"
     config = json.loads((export / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["peft_type"]) == (2, "LORA")
     adapter = load_file(export / "adapter" / "adapter_model.safetensors")

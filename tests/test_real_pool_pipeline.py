@@ -122,7 +122,11 @@ def test_scored_truncated_and_skipped_counts_are_those_of_an_independent_tokeniz
 
 @pytest.mark.slow
 def test_a_random_student_is_surprised_by_about_the_logarithm_of_the_vocabulary(finished: Finished) -> None:
-    losses = [score.loss for score in read_scores(finished.workdir / "score/scores.parquet") if score.status == "ok"]
+    losses = [
+        score.statistics["loss"]
+        for score in read_scores(finished.workdir / "score/scores.parquet")
+        if score.status == "ok"
+    ]
     assert np.abs(np.asarray(losses) - np.log(6_400)).max() < 1
 
 

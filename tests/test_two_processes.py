@@ -191,7 +191,7 @@ def assert_close(actual: tuple[CandidateScore, ...], expected: tuple[CandidateSc
     ]
     assert names[0] == names[1]
     for field in ("loss", "brier", "target_prob", "wrong_concentration"):
-        pairs = [[getattr(score, field) for score in scores] for scores in (actual, expected)]
+        pairs = [[score.statistics[field] for score in scores] for scores in (actual, expected)]
         np.testing.assert_allclose(pairs[0], pairs[1], rtol=1e-5, err_msg=field)
 
 
@@ -320,7 +320,7 @@ def test_a_second_run_in_the_same_folder_is_kept_out(material: Material, tmp_pat
     ):
         printed = "".join(outputs(processes, timeout=60))
     assert [process.returncode for process in processes] == [2, 2], printed
-    assert printed.count("another run is working there") == 1
+    assert printed.count("another run is using it") == 1
 
 
 def test_without_the_other_process_the_first_says_what_to_check(material: Material, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weighted SFT of a selection with TRL: the loss, the tokens and the recipe of `lark_jax`'s own fine-tuning.
+"""Weighted SFT of a selection with TRL, with the loss, tokens and recipe of `lark_jax`'s own fine-tuning.
 
     accelerate launch docs/recipes/trl_weighted_sft.py --selection=runs/my_experiment/selection/lark_B3 \
         --student=/checkpoints/Qwen2.5-1.5B --out=trl/lark_B3
@@ -7,11 +7,11 @@ The loss of an optimizer step is Eq. 1 of the LARK paper over its trajectories:
 
     sum_i w_i l_i / n
 
-l_i is the mean cross-entropy over the target tokens of trajectory i, and n the number of trajectories of the whole
-step, over all devices and accumulated micro-batches. Nothing is divided by weights or by token counts of a
+l_i is the mean cross-entropy over the target tokens of trajectory i, and n is the number of trajectories of the whole
+step, over all devices and accumulated micro-batches. Nothing is divided by the weights or token counts of a
 micro-batch. w_i is the selection's weight times (trajectories / problems), so that uniform weights 1/B give w_i = 1.
 
-Needs trl, and of lark_jax the tokenization alone, which works without JAX. docs/trainers.md says more.
+Needs trl and only the tokenization of lark_jax, which works without JAX. See docs/trainers.md.
 """
 
 import argparse
@@ -40,10 +40,10 @@ REQUIRED = {
 
 
 def tokenize(selection: Path, chat: ChatFormat, max_length: int) -> Dataset:
-    """`input_ids`, `labels` and `weight` of each selected trajectory, as the stage `finetune` would make them.
+    """`input_ids`, `labels` and `weight` of each selected trajectory, as in the stage `finetune`.
 
     Raises:
-      SystemExit: a trajectory cannot be rendered by the chat template; names the row.
+      SystemExit: the chat template cannot render a trajectory; names the row.
     """
     rows = pq.read_table(selection / "train.parquet").to_pylist()
     rendered = list(render_trajectories(chat, list(_trajectories(rows, selection)), max_length))
@@ -71,7 +71,7 @@ def _trajectories(rows: list[dict[str, Any]], selection: Path) -> Iterator[Traje
 
 
 class WeightedCollator(DataCollatorForLanguageModeling):
-    """TRL's padding of tokens and labels, and the rows' `weight`, float32 [rows]."""
+    """TRL's padding of tokens and labels, plus `weight`, float32 [rows]."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         weights = torch.tensor([example["weight"] for example in examples], dtype=torch.float32)
@@ -79,7 +79,7 @@ class WeightedCollator(DataCollatorForLanguageModeling):
 
 
 class WeightedSFTTrainer(SFTTrainer):
-    """SFTTrainer with the loss above: data parallel, any accumulation, with or without LoRA."""
+    """SFTTrainer with the loss above: data parallel, any gradient accumulation, with or without LoRA."""
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the trajectories of the whole step
 
@@ -90,13 +90,13 @@ class WeightedSFTTrainer(SFTTrainer):
         super().__init__(model, args, data_collator, **others)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError(
-                "weighted SFT splits rows over devices, never layers or rows themselves: data parallel only"
+                "weighted SFT supports only data parallelism: set tensor, context and sequence parallel sizes to 1"
             )
         if self.aux_loss_enabled:
             raise ValueError("weighted SFT has no auxiliary loss for mixtures of experts; set router_aux_loss_coef=0")
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of an optimizer step, and n, its trajectories on all devices, in place of its tokens."""
+        """The micro-batches of an optimizer step, and n (its trajectories on all devices) instead of its tokens."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         own = torch.tensor(sum(len(batch["weight"]) for batch in batches), device=device)
         return batches, self.accelerator.gather(own).sum()
@@ -104,16 +104,16 @@ class WeightedSFTTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """This micro-batch's part of the loss; without `num_items_in_batch`, in evaluation, the mean over its rows."""
+        """This micro-batch's part of the loss; in evaluation (no `num_items_in_batch`), the mean over its rows."""
         if return_outputs:
-            raise NotImplementedError("no logits are formed; evaluate without compute_metrics")
+            raise NotImplementedError("no logits are computed; evaluate without compute_metrics")
         weights = inputs["weight"]
         tokens = {name: value for name, value in inputs.items() if name != "weight"}
-        outputs = model(**tokens, use_cache=False, fused_lm_head=True)  # TRL's: log-probabilities without logits
+        outputs = model(**tokens, use_cache=False, fused_lm_head=True)  # TRL's log-probabilities without logits
         losses = -outputs.log_probs.sum(dim=-1) / outputs.label_mask.sum(dim=-1)
         if num_items_in_batch is None:
             return (weights * losses).mean()
-        # Gradients are averaged over processes, and n counts the rows of all of them.
+        # Gradients are averaged over processes, while n counts the rows of all of them.
         return (weights * losses).sum() / num_items_in_batch * self.accelerator.num_processes
 
 
@@ -121,8 +121,8 @@ def weighted_trainer(options: argparse.Namespace, **others: Any) -> WeightedSFTT
     """The trainer with the paper's recipe (Appendix C.3).
 
     Args:
-      options: those of `parse`.
-      others: further arguments of SFTTrainer, as `peft_config` for LoRA.
+      options: from `parse`.
+      others: more arguments of SFTTrainer, such as `peft_config` for LoRA.
     """
     chat = load_chat_format(options.student, options.chat_template)
     tokenizer = AutoTokenizer.from_pretrained(options.student)
@@ -139,9 +139,9 @@ def weighted_trainer(options: argparse.Namespace, **others: Any) -> WeightedSFTT
         weight_decay=0.0,
         bf16=not options.float32,  # parameters and moments stay float32
         gradient_checkpointing=True,
-        eos_token=chat.end_of_turn,  # where the student is to stop, for the engine that will run it
+        eos_token=chat.end_of_turn,  # where an engine stops generating
         logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is not finite shall be seen
+        logging_nan_inf_filter=False,  # show losses that are not finite
         save_strategy="epoch",
         report_to="none",
         seed=options.seed,
@@ -160,10 +160,12 @@ def weighted_trainer(options: argparse.Namespace, **others: Any) -> WeightedSFTT
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--selection", type=Path, required=True, help="folder with train.parquet")
-    parser.add_argument("--student", type=Path, required=True, help="local checkpoint, the one that was scored")
-    parser.add_argument("--out", type=Path, required=True, help="where checkpoints and the trained student go")
-    parser.add_argument("--chat_template", type=Path, help="Jinja file; as config.student.chat_template")
-    parser.add_argument("--max_length", type=int, default=32_768, help="tokens; as config.student.max_length")
+    parser.add_argument(
+        "--student", type=Path, required=True, help="local checkpoint: the student that scored the pool"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the trained student")
+    parser.add_argument("--chat_template", type=Path, help="Jinja file; like config.student.chat_template")
+    parser.add_argument("--max_length", type=int, default=32_768, help="tokens; like config.student.max_length")
     parser.add_argument("--rows", type=int, default=1, help="trajectories per device and micro-batch")
     parser.add_argument("--accumulate", type=int, default=8, help="micro-batches; rows x accumulate x devices = 64")
     parser.add_argument("--epochs", type=int, default=5)

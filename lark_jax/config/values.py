@@ -1,4 +1,4 @@
-"""Nested mappings, as an ml_collections file or the command line gives them, become frozen dataclasses."""
+"""Between nested mappings, as config files and the command line give them, and frozen dataclasses."""
 
 import dataclasses
 import difflib
@@ -7,15 +7,47 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ml_collections import FieldReference
+from ml_collections import ConfigDict, FieldReference
 
+from lark_jax.config.fields import Section, refuse_missing
 from lark_jax.errors import ConfigError
 
-Section = TypeVar("Section")
+AnySection = TypeVar("AnySection", bound=Section)
 
 
-def section_from_mapping(section: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
-    """An instance of the dataclass `section`; sections inside it are built in the same way.
+def without_none(hint: Any) -> tuple[Any, bool]:
+    """The type `hint` without its None, and whether it had one."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint, False
+    (only,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+    return only, True
+
+
+def is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def as_config_dict(section: type[Section]) -> ConfigDict:
+    """The defaults of `section` and of the sections in it, as a config file states them.
+
+    A required field is empty, an optional one None with its type, an optional section absent.
+    """
+    config = ConfigDict()
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        hint, optional = without_none(hints[field.name])
+        if is_section(hint):
+            if not optional:
+                config[field.name] = as_config_dict(hint)
+        elif optional:
+            config[field.name] = FieldReference(field.default, field_type=hint)
+        else:
+            config[field.name] = hint() if field.default is dataclasses.MISSING else field.default
+    return config
+
+
+def section_from_mapping(section: type[AnySection], values: Mapping[str, Any], prefix: str) -> AnySection:
+    """An instance of `section`; sections inside it are built in the same way.
 
     Args:
       prefix: of field names in messages, as "finetune.".
@@ -23,34 +55,47 @@ def section_from_mapping(section: type[Section], values: Mapping[str, Any], pref
     Raises:
       ConfigError: a field is unknown (with the nearest known name), missing, of the wrong type, or out of range.
     """
+    fields = {field.name: field for field in dataclasses.fields(section)}
     hints = typing.get_type_hints(section)
-    _refuse_unknown_fields(values, list(hints), prefix)
+    for name in values:
+        _require_known(name, list(fields), prefix)
     arguments = {name: converted(hints[name], values[name], f"{prefix}{name}") for name in values}
-    for field in dataclasses.fields(section):  # type: ignore[arg-type]
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in arguments:
-            raise ConfigError(f"config.{prefix}{field.name}: missing; set it in the config file")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in arguments:
+            refuse_missing(prefix + name)
     return section(**arguments)
 
 
-def _refuse_unknown_fields(values: Mapping[str, Any], known: list[str], prefix: str) -> None:
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else "known fields: " + ", ".join(known)
-            raise ConfigError(f"config.{prefix}{name}: unknown field; {hint}")
+def require_field_of(section: type[Section], name: str) -> None:
+    """Raises ConfigError, with the nearest known name, unless `section` has the field `name` ("columns.prompt")."""
+    first, _, rest = name.partition(".")
+    hints = typing.get_type_hints(section)
+    _require_known(first, [field.name for field in dataclasses.fields(section)], section.prefix)
+    hint, _ = without_none(hints[first])
+    if rest and not is_section(hint):
+        raise ConfigError(
+            f"config.{section.prefix}{first}: not a section, so there is no config.{section.prefix}{name}"
+        )
+    if rest:
+        require_field_of(hint, rest)
+
+
+def _require_known(name: str, known: list[str], prefix: str) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {prefix}{close[0]}?" if close else "known fields: " + ", ".join(known)
+        raise ConfigError(f"config.{prefix}{name}: unknown field; {hint}")
 
 
 def converted(hint: Any, value: Any, field: str) -> Any:
-    """`value` as the type `hint`; lossless conversions only (int to float, list to tuple)."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (hint,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
-    if dataclasses.is_dataclass(hint):
+    """`value` as the type `hint`; only lossless conversions (int to float, list to tuple)."""
+    hint, optional = without_none(hint)
+    if optional and value is None:
+        return None
+    if is_section(hint):
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
             raise ConfigError(f"config.{field}: expected a section with fields, got {value!r}")
-        return section_from_mapping(typing.cast(type, hint), dict(value.items()), prefix=f"{field}.")
+        return section_from_mapping(hint, dict(value.items()), prefix=f"{field}.")
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ConfigError(f"config.{field}: expected a tuple, got {value!r}")
@@ -63,9 +108,10 @@ def converted(hint: Any, value: Any, field: str) -> Any:
 
 
 def _items(value: list[Any] | tuple[Any, ...]) -> list[Any]:
-    """Items with references to other fields resolved; `--config.stages=score,select` arrives as one string.
+    """Items with references to other fields resolved.
 
-    So does a flag with nothing behind its `=`, an empty one: it stands for no item.
+    `--config.stages=score,select` arrives as one string, and a flag with nothing after its `=` as an empty one, which
+    means no items.
     """
     items: list[Any] = []
     for item in value:

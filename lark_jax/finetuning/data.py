@@ -1,7 +1,7 @@
-"""Which trajectories an optimizer step sees, in which order, with which weight, cut into which micro-batches.
+"""Training data: the trajectories of each optimizer step, their weights, and how they are cut into micro-batches.
 
-The order is a function of (seed, epoch) alone and a step's place in it of the step number, so a restarted run
-goes on with exactly the batches that it would have seen.
+The order depends only on (seed, epoch), and a step's position in it on the step number, so a restarted run continues
+with exactly the batches that it would have seen.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The trajectories of one optimizer step, as indices of the training set."""
+    """The trajectories of one optimizer step, as indices into the training set."""
 
     step: int  # from 0
     epoch: int  # from 0
@@ -48,16 +48,16 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the student at once, on the host. A member is an index of the training set."""
+    """Rows that go through the student together, on the host. A member is an index into the training set."""
 
     tokens_bt: np.ndarray  # int32: the inputs
     targets_bt: np.ndarray  # int32: the token after each input
     token_weights_bt: np.ndarray  # float32: w_i / |a_i| / (trajectories of the step); 0 over prompt and padding
     members_bt: np.ndarray  # int32: the member that a target token belongs to; -1 over prompt and padding
-    segment_ids_bt: np.ndarray | None = None  # int32, for packed rows; None: one trajectory a row
+    segment_ids_bt: np.ndarray | None = None  # int32, for packed rows; None: one trajectory per row
 
     def mean_losses(self, cross_entropy_bt: np.ndarray) -> dict[int, float]:
-        """Member -> mean cross-entropy over its target tokens, in float64; other tokens are never read."""
+        """Member -> mean cross-entropy over its target tokens, in float64; other tokens are ignored."""
         is_target_bt = self.members_bt >= 0
         members, place = np.unique(self.members_bt[is_target_bt], return_inverse=True)
         sums = np.bincount(place, weights=cross_entropy_bt[is_target_bt].astype(np.float64))
@@ -69,11 +69,12 @@ def weighted_examples(
 ) -> tuple[Example, ...]:
     """Training examples from selected trajectories and their selection weights q.
 
-    w_i = q_i * (trajectories / problems): one constant for the whole training set, so that every problem carries the
-    same total weight, as in Eq. 1, and uniform q = 1 / B is ordinary SFT, where every w_i is 1.
+    w_i = q_i * (trajectories / problems), with one constant for the whole training set. Every problem has the same
+    total weight, as in Eq. 1, and uniform q = 1 / B is ordinary SFT, where every w_i is 1.
 
     Raises:
-      TrainingError: there is nothing to train on, a weight is negative or not finite, or a trajectory has no target.
+      TrainingError: the training set is empty, a weight is negative or not finite, all weights are zero, or a
+        trajectory has no target.
     """
     trajectories_per_problem = len(rendered) / max(1, len({trajectory.problem_id for trajectory in rendered}))
     examples = tuple(
@@ -109,11 +110,11 @@ class TrainingSet:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last batch of an epoch may be short; it is used, and divided by its own number of trajectories."""
+        """The last batch of an epoch may be short; its loss is divided by its own number of trajectories."""
         return -(-len(self.examples) // self.batch_size)
 
     def batch(self, step: int) -> StepBatch:
-        """Slice of the epoch's permutation; (seed, epoch) decide the permutation, the step its place in it."""
+        """A slice of the epoch's permutation of the training set."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.examples))
         members = order[position * self.batch_size : (position + 1) * self.batch_size]
@@ -122,10 +123,10 @@ class TrainingSet:
     def micro_batches(
         self, batch: StepBatch, *, tokens_per_batch: int, data_shards: int, pad_id: int
     ) -> Iterator[MicroBatch]:
-        """Cuts one optimizer step into micro-batches of one trajectory a row, longest rows first.
+        """Cuts one optimizer step into micro-batches of one trajectory per row, longest rows first.
 
-        Each weight is divided by the number of trajectories of the *step*, a constant that does not depend on the
-        micro-batch. The sum of the micro-batches' gradients is therefore the same for every way of cutting.
+        Each weight is divided by the number of trajectories of the *step*, not of the micro-batch. The sum of the
+        gradients is therefore the same however the step is cut.
 
         Args:
           tokens_per_batch: most tokens per device, padding included; a single row may exceed it.
@@ -137,26 +138,26 @@ class TrainingSet:
     def packed_micro_batches(
         self, batch: StepBatch, *, tokens_per_batch: int, data_shards: int, pad_id: int
     ) -> Iterator[MicroBatch]:
-        """As `micro_batches`, with several trajectories in a row, kept apart by segment ids."""
+        """Like `micro_batches`, but with several trajectories per row, separated by segment ids."""
         for plan in self.packed_plans(batch, tokens_per_batch=tokens_per_batch, data_shards=data_shards):
             yield self.packed_micro_batch(plan, len(batch.members), pad_id)
 
     def plans(self, batch: StepBatch, *, tokens_per_batch: int, data_shards: int) -> tuple[BatchPlan, ...]:
-        """What `micro_batches` fills."""
+        """The plans of `micro_batches`."""
         return plan_micro_batches(self._lengths_of(batch), self._row_lengths, tokens_per_batch, data_shards)
 
     def packed_plans(self, batch: StepBatch, *, tokens_per_batch: int, data_shards: int) -> tuple[PackedPlan, ...]:
-        """What `packed_micro_batches` fills."""
+        """The plans of `packed_micro_batches`."""
         row_lengths = packed_row_lengths(self._paddings, tokens_per_batch)
         return plan_packed_micro_batches(self._lengths_of(batch), row_lengths, tokens_per_batch, data_shards)
 
     def micro_batch(self, plan: BatchPlan, trajectories: int, pad_id: int) -> MicroBatch:
-        """The rows of `plan`, in a step of `trajectories`."""
+        """The rows of `plan`, for a step of `trajectories`."""
         packed = PackedPlan(plan.length, plan.rows, tuple((member,) for member in plan.members))
         return dataclasses.replace(self.packed_micro_batch(packed, trajectories, pad_id), segment_ids_bt=None)
 
     def packed_micro_batch(self, plan: PackedPlan, trajectories: int, pad_id: int) -> MicroBatch:
-        """The rows of `plan`, in a step of `trajectories`; segments are 1, 2, ... in each row, padding is 0."""
+        """The rows of `plan`, for a step of `trajectories`. Segment ids are 1, 2, ... in each row, 0 for padding."""
         shape = (plan.rows, plan.length)
         tokens_bt, targets_bt = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
         token_weights_bt, members_bt = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
@@ -195,7 +196,7 @@ class TrainingSet:
 def cut(
     data: TrainingSet, batch: StepBatch, config: FinetuneConfig, *, data_shards: int, pad_id: int
 ) -> tuple[MicroBatch, ...]:
-    """The micro-batches of one step, in the form that `config.packing` asks for."""
+    """The micro-batches of one step, packed if `config.packing`."""
     form = data.packed_micro_batches if config.packing else data.micro_batches
     return tuple(form(batch, tokens_per_batch=config.tokens_per_batch, data_shards=data_shards, pad_id=pad_id))
 

@@ -1,6 +1,6 @@
-"""Places to which a training run reports beside its own files, when it is asked to: TensorBoard, Weights & Biases.
+"""Optional loggers of a training run, in addition to its own files: TensorBoard and Weights & Biases.
 
-Both packages are optional and imported only when asked for by `finetune.loggers`; nothing is sent anywhere otherwise.
+Their packages are imported only if `finetune.loggers` names them; otherwise nothing is sent anywhere.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from lark_jax.errors import ConfigError, one_line
 from lark_jax.runtime import files
 
-LOGS = "logs"  # folder beside metrics.jsonl
+LOGS = "logs"  # folder in the folder of a run
 
 
 class Logger(Protocol):
@@ -26,21 +26,21 @@ class Logger(Protocol):
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a logger is told when a run starts or goes on."""
+    """What a logger needs when a run starts or continues."""
 
     name: str
-    folder: Path  # of this logger alone
+    folder: Path  # for this logger only
     completed_steps: int
     settings: Mapping[str, Any]
 
 
 class TensorBoard:
-    """Event files, to be looked at with `tensorboard --logdir`."""
+    """Event files for `tensorboard --logdir`."""
 
     def __init__(self, run: RunDescription) -> None:
         import tensorboardX
 
-        # What a killed run wrote after its last checkpoint is shown no more.
+        # Hides what a killed run wrote after its last checkpoint.
         self._writer = tensorboardX.SummaryWriter(str(run.folder), purge_step=run.completed_steps + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -52,7 +52,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project that WANDB_PROJECT names, "lark_jax" without it; a restart goes on in the same run."""
+    """A run in the project WANDB_PROJECT, by default "lark_jax"; a restart continues the same run."""
 
     def __init__(self, run: RunDescription) -> None:
         import wandb
@@ -65,7 +65,7 @@ class WeightsAndBiases:
             dir=str(run.folder),
             config=dict(run.settings),
         )
-        # Its own step only grows; ours goes back to the last checkpoint after a kill.
+        # wandb's own step can only grow; ours goes back to the last checkpoint after a kill.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -90,7 +90,7 @@ LOGGERS = {
 
 
 def require_installed(names: Sequence[str]) -> None:
-    """Raises ConfigError, with the command to install it, for a logger whose package is not there."""
+    """Raises ConfigError, with the command that installs it, if the package of a logger is missing."""
     for name in names:
         if importlib.util.find_spec(LOGGERS[name].module) is None:
             raise ConfigError(
@@ -102,7 +102,7 @@ def require_installed(names: Sequence[str]) -> None:
 def loggers_of(
     names: Sequence[str], what: str, directory: Path, completed_steps: int, settings: Mapping[str, Any]
 ) -> list[Callable[[], Logger]]:
-    """A function for each of `names` that opens its logger below `directory`, or raises ConfigError."""
+    """For each of `names`, a function that opens the logger below `directory` or raises ConfigError."""
     runs = [RunDescription(what, directory / LOGS / name, completed_steps, settings) for name in names]
     return [functools.partial(_opened, name, run) for name, run in zip(names, runs, strict=True)]
 
@@ -110,15 +110,15 @@ def loggers_of(
 def _opened(name: str, run: RunDescription) -> Logger:
     try:
         return LOGGERS[name].open(run)
-    except Exception as error:  # a service raises what it likes: no login, no network
+    except Exception as error:  # a service may raise anything: no login, no network
         raise ConfigError(
-            f"config.finetune.loggers: {name!r} cannot start: {one_line(error)}; log in or set it to work offline "
-            "(WANDB_MODE=offline), or leave it out"
+            f"config.finetune.loggers: {name!r} cannot start: {one_line(error)}; log in, work offline "
+            "(WANDB_MODE=offline), or remove it"
         ) from error
 
 
 def _run_id(path: Path) -> str:
-    """Made once for a training run, and kept."""
+    """Created once for a training run, then reused."""
     if not path.exists():
         files.write_text(path, uuid.uuid4().hex)
     return path.read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lark_jax.config import FinetuneConfig
 from lark_jax.finetuning.checkpoints import CheckpointStore
 from lark_jax.finetuning.data import Example, MicroBatch, TrainingSet, check_examples, cut
+from lark_jax.finetuning.finished_run import CHECKPOINTS, record_run
 from lark_jax.finetuning.held_out import HeldOutLoss
 from lark_jax.finetuning.loggers import loggers_of, require_installed
 from lark_jax.finetuning.measuring import PreparedStep, Seen, describe, rates_of, read_step_metrics, timing_of
@@ -22,7 +23,7 @@ from lark_jax.finetuning.metrics import HELD_OUT, METRICS, TIMINGS, TrainingLog
 from lark_jax.finetuning.optimizer import learning_rate_schedule, make_optimizer
 from lark_jax.finetuning.parameter_sets import frozen_parameters, lora_of
 from lark_jax.finetuning.preemption import StopRequest
-from lark_jax.finetuning.run_fingerprint import run_identity
+from lark_jax.finetuning.run_fingerprint import run_fingerprint
 from lark_jax.finetuning.step import (
     Applied,
     StepSums,
@@ -34,8 +35,8 @@ from lark_jax.finetuning.step import (
     put_rows,
     zero_sums,
 )
-from lark_jax.finetuning.step_hooks import StepBoundary
-from lark_jax.runtime import terminal
+from lark_jax.finetuning.step_hooks import StepHooks
+from lark_jax.runtime import processes, terminal
 from lark_jax.runtime.sharding import DATA
 from lark_jax.students.checkpoint.adapters import with_fresh_adapter
 from lark_jax.students.decoder import Decoder
@@ -43,14 +44,12 @@ from lark_jax.students.flops import peak_flops_of
 from lark_jax.students.parameters import abstract_decoder
 from lark_jax.students.sharded import ShardedStudent
 
-CHECKPOINTS = "checkpoints"
-
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneResult:
-    student: Decoder  # what was trained in float32, the rest as computed with; sharded over `data`
+    student: Decoder  # trained parameters in float32, frozen ones in the compute dtype; sharded over the mesh
     steps: int  # optimizer steps
-    directory: Path  # what `finetune` was given
+    directory: Path  # of the run
 
     @property
     def metrics(self) -> Path:
@@ -77,29 +76,30 @@ def finetune(
     held_out: Sequence[Example] = (),
     what: str = "finetune",
 ) -> FinetuneResult:
-    """Minimizes Eq. 1 of the paper over `examples`, starting at `student`, by the recipe of Appendix C.3.
+    """Minimizes Eq. 1 of the paper over `examples`, starting from `student`, with the recipe of Appendix C.3.
 
-    The loss of a step is (1 / n) * sum_i w_i * (mean cross-entropy over the target tokens of trajectory i), n being the
-    trajectories of that step. `directory` receives the logs (see `finetuning.metrics`) and checkpoints/. Called again
-    with the same arguments after an interruption, it continues from the last checkpoint and ends with the same bytes;
-    called after the end, it returns the result at once. The number of devices may change in between.
+    The loss of a step is (1 / n) * sum_i w_i * (mean cross-entropy over the target tokens of trajectory i), where n is
+    the number of trajectories of that step. `directory` receives the logs (see `finetuning.metrics`), checkpoints/ and,
+    at the end, the record that `finished_student` reads. Called again with the same arguments after an interruption, it
+    continues from the last checkpoint and ends with the same bytes; called after the end, it returns the result without
+    training. The number of devices may change in between.
 
-    What is measured and saved when: see `StepBoundary`. SIGTERM and SIGINT end the run after the step in which they
-    arrive, a second one ends it at once.
+    `StepHooks` decides when to measure and when to save. SIGTERM or SIGINT ends the run after the current step; a
+    second one ends it immediately.
 
     Args:
-      student: where training starts; any parameter dtype; left as it is, and let go before the first step. `config`
-        decides the compute dtype, remat and the attention backend.
+      student: where training starts; any parameter dtype. It is not modified, and no reference to it is kept while
+        training. `config` determines the compute dtype, remat and the attention backend.
       examples: from `weighted_examples`.
-      pad_id: token that fills rows; it is never a target.
-      held_out: trajectories whose loss is measured now and then, without weights.
+      pad_id: token that fills rows; never a target.
+      held_out: trajectories whose unweighted loss is measured every `config.evaluate_every` steps.
       what: label of the progress bar.
 
     Raises:
-      TrainingError: nothing to train on; the directory belongs to a run with other data, settings or weights; the
-        loss or gradient of a step is not finite (names step and trajectories; the step is neither applied nor saved).
+      TrainingError: there is nothing to train on; the directory belongs to a run with other data, settings or weights;
+        or the loss or gradient of a step is not finite (names step and trajectories; the step is not applied or saved).
       ConfigError: the package of one of `config.loggers` is not installed.
-      StoppedBySignal: SIGTERM or SIGINT came; all finished steps are saved.
+      StoppedBySignal: SIGTERM or SIGINT arrived; all finished steps are saved.
     """
     check_examples(examples)
     require_installed(config.loggers)
@@ -116,53 +116,56 @@ def finetune(
         batch = data.batch(step)
         return PreparedStep(batch, cut(data, batch, config, data_shards=mesh.shape[DATA], pad_id=pad_id))
 
-    identity = run_identity(student, examples, held_out, config, seed)
+    fingerprint = run_fingerprint(student, examples, held_out, config, seed)
     if lora is not None:
         student = with_fresh_adapter(student, lora, seed, mesh)
     frozen = frozen_parameters(student, model)
     train_step = make_train_step(model, optimizer, vocab_chunk=config.vocab_chunk, frozen=frozen)
     held_out_loss = HeldOutLoss(held_out, model, config, pad_id, frozen) if held_out else None
-    with CheckpointStore(directory / CHECKPOINTS, identity, keep=config.keep_checkpoints) as store:
+    with CheckpointStore(directory / CHECKPOINTS, fingerprint, keep=config.keep_checkpoints) as store:
         restored = store.restore_latest(abstract_state(model, optimizer))
         state, completed = restored or (initial_state(student, model, optimizer), 0)
-        del student, restored  # a second copy of the weights, unless the caller keeps the student
-        gc.collect()  # what flattens a model in newer flax leaves it in a cycle
+        del student, restored  # frees a second copy of the weights, unless the caller keeps the student
+        gc.collect()  # newer versions of flax leave a flattened model in a reference cycle
         sums = zero_sums(model)
         seen = Seen.after(data, completed)
         upcoming = prepared(completed) if completed < total_steps else None
-        loggers = loggers_of(config.loggers, what, directory, completed, identity) if upcoming is not None else ()
+        loggers = loggers_of(config.loggers, what, directory, completed, fingerprint) if upcoming is not None else ()
         with (
             StopRequest() as stop,
             TrainingLog(directory, completed, loggers) as log,
             terminal.progress_bar(what=what, total=total_steps, unit="step", initial=completed) as bar,
         ):
-            boundary = StepBoundary(config, total_steps, store, log, held_out_loss)
-            boundary.begin(state, completed, seen)
+            hooks = StepHooks(config, total_steps, store, log, held_out_loss)
+            hooks.begin(state, completed, seen)
             while upcoming is not None:
                 started, current = time.perf_counter(), upcoming
                 stop.announce(completed + 1)
                 applied, cross_entropies = run_step(train_step, state, sums, current.micro_batches, mesh)
                 state, sums, completed = applied.state, applied.sums, completed + 1
-                # Prepared on the host while the devices work; reading the metrics waits for them.
+                # The host prepares the next step while the devices work; reading the metrics waits for them.
                 upcoming = prepared(completed) if completed < total_steps else None
                 metrics = read_step_metrics(data, current, applied, cross_entropies, learning_rates, seen)
                 seconds = time.perf_counter() - started
                 seen = Seen.with_step(metrics)
                 rates = rates_of(data, current.batch, model.structure, peak_flops_of(mesh), seconds)
                 log.write(metrics, timing_of(completed, seconds, rates))
-                boundary.after_step(state, completed, seen, stop.after(completed))
-                bar.set_postfix_str(describe(metrics, rates, boundary.latest_held_out_loss), refresh=False)
+                hooks.after_step(state, completed, seen, stop.after(completed))
+                bar.set_postfix_str(describe(metrics, rates, hooks.latest_held_out_loss), refresh=False)
                 bar.update()
-            store.wait()  # here, where a signal does not yet end the process
+            store.wait()  # inside the block, where a signal does not end the process
+    if processes.is_first():
+        record_run(directory, fingerprint, total_steps)
     return FinetuneResult(model.with_parameters({**frozen, **state.parameters}), total_steps, directory)
 
 
 def run_step(
     train_step: TrainStep, state: TrainState, sums: StepSums, micro_batches: Sequence[MicroBatch], mesh: Mesh
 ) -> tuple[Applied, list[jax.Array]]:
-    """Dispatches one optimizer step without waiting for it; second: each micro-batch's cross-entropy of every token.
+    """Dispatches one optimizer step without waiting for it. Donates `state` and `sums`; `sums` must be zeros.
 
-    `sums` are zeros; `state` and `sums` are consumed.
+    Returns:
+      The result of the step, and the cross-entropy of every token of each micro-batch.
     """
     cross_entropies = []
     for micro_batch in micro_batches:

@@ -1,4 +1,4 @@
-"""From what a step left on the devices to the line of the log that describes it."""
+"""Metrics and timing of an optimizer step, computed from its outputs on the devices."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from lark_jax.students.flops import Rates, training_flops
 
 
 class PreparedStep(NamedTuple):
-    """An optimizer step's batch, cut and laid out on the host."""
+    """The batch of an optimizer step, cut into micro-batches on the host."""
 
     batch: StepBatch
     micro_batches: tuple[MicroBatch, ...]
@@ -25,7 +25,7 @@ class PreparedStep(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What the student has been trained on so far; what it has seen twice counts twice."""
+    """What the student has been trained on so far; repeated trajectories count repeatedly."""
 
     trajectories: int
     target_tokens: int
@@ -52,7 +52,7 @@ def read_step_metrics(
     learning_rates: np.ndarray,
     before: Seen,
 ) -> StepMetrics:
-    """Waits for the step and describes it.
+    """Waits for the step and returns its metrics.
 
     Raises:
       TrainingError: its loss or gradient is not finite.
@@ -83,7 +83,7 @@ def read_step_metrics(
 
 
 def rates_of(data: TrainingSet, batch: StepBatch, model: Decoder, peak_flops: float | None, seconds: float) -> Rates:
-    """Of a step that took `seconds`. Counted is what the model needs: what remat computes again is not."""
+    """Rates of a step that took `seconds`. FLOPs are those of the model, without recomputation by remat."""
     lengths = [data.examples[member].rendered.num_inputs for member in batch.members]
     flops = sum(training_flops(model.architecture, length, remat="none", lora=model.lora) for length in lengths)
     return Rates(sum(lengths) / seconds, flops / seconds, peak_flops)
@@ -116,6 +116,6 @@ def _describe_non_finite(data: TrainingSet, batch: StepBatch, losses: dict[int, 
         what, members = "every loss is finite, but the gradient is not, for the sum over", list(batch.members)
     names = ", ".join(data.examples[member].name for member in members)
     return (
-        f"{where}: {what} {names}; the step was not applied or saved; look at these trajectories, or lower "
+        f"{where}: {what} {names}; the step was not applied or saved; check these trajectories, or lower "
         "finetune.learning_rate"
     )

@@ -1,8 +1,8 @@
 """The logs of a training run, one JSON line per optimizer step or measurement.
 
-`metrics.jsonl` and `held_out.jsonl` hold what is computed and are the same, byte for byte, however often the run was
-interrupted; `timings.jsonl` holds what the clock and the memory say. Every line of the first two carries what the
-student has seen so far, so that runs can be compared at equal tokens and at equal trajectories.
+`metrics.jsonl` and `held_out.jsonl` contain computed values and have the same bytes however often the run was
+interrupted; `timings.jsonl` contains times and memory. Every line of the first two includes what the student has seen
+so far, so that runs can be compared at equal tokens or equal trajectories.
 """
 
 import dataclasses
@@ -28,44 +28,44 @@ class StepMetrics:
     step: int  # completed steps, from 1
     epoch: int  # from 1
     loss: float  # Eq. 1: mean over the step's trajectories of w_i * (mean cross-entropy of i), nats per token
-    unweighted_loss: float  # the same with every w_i = 1; a loss that is not finite counts 0 where w_i is 0
+    unweighted_loss: float  # the same with every w_i = 1
     grad_norm: float  # of the gradient of `loss`, before clipping
     learning_rate: float
     trajectories: int
-    tokens: int  # that went through the student, without padding
-    target_tokens: int  # that the loss is taken over
-    trajectories_seen: int  # since the first step, this one included; one that is seen twice counts twice
+    tokens: int  # inputs of the student, without padding
+    target_tokens: int  # tokens of the loss
+    trajectories_seen: int  # since the first step, including this one; repeated trajectories count repeatedly
     target_tokens_seen: int
 
 
 @dataclass(frozen=True)
 class StepTiming:
     step: int
-    seconds: float  # the first step of a shape of rows has its compilation in it
+    seconds: float  # includes compilation in the first step with a new shape of rows
     tokens_per_second: float  # without padding
     gflops_per_second: float  # of the model: three forward passes, see `students.flops`
-    model_flop_utilization: float | None  # share of the devices' bfloat16 peak; None where that is not known
-    peak_memory_bytes: int  # of the first device so far, or of the process where the device does not say
+    model_flop_utilization: float | None  # share of the devices' bfloat16 peak; None if that is not known
+    peak_memory_bytes: int  # of the first device so far, or of the process if the device does not report it
 
 
 @dataclass(frozen=True)
 class HeldOutMetrics:
-    step: int  # completed steps; 0 is the student as it came
-    loss: float  # mean over the held-out trajectories of their mean cross-entropy, nats per token; no weights
+    step: int  # completed steps; 0 before training
+    loss: float  # mean over the held-out trajectories of their mean cross-entropy, nats per token; unweighted
     trajectories_seen: int  # in training
     target_tokens_seen: int
 
 
 class TrainingLog:
-    """Appends to the files and to the loggers, in the first process; in the others it does nothing.
+    """Appends to the files and to the loggers in the first process; does nothing in the others.
 
-    When opened, it forgets what an interrupted run wrote after its last checkpoint.
+    Opening it removes what an interrupted run wrote after its last checkpoint.
 
     Args:
-      loggers: opened once the files are in order.
+      open_loggers: called after that.
 
     Raises:
-      TrainingError: a file holds fewer steps than the checkpoint.
+      TrainingError: a file has fewer steps than the checkpoint.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class TrainingLog:
         self._log(metrics.step, {"held_out/loss": metrics.loss})
 
     def flush_to_disk(self) -> None:
-        """Before a checkpoint: its steps must be in the log, whatever happens to the machine."""
+        """Call before saving a checkpoint: its steps must be in the log even after a power failure."""
         for stream in self._streams.values():
             os.fsync(stream.fileno())
 
@@ -131,7 +131,7 @@ def read_timings(path: Path) -> tuple[StepTiming, ...]:
 
 
 def read_held_out(path: Path) -> tuple[HeldOutMetrics, ...]:
-    """The measurements of a finished run's `held_out.jsonl`; none where there was no held-out set."""
+    """The measurements of a finished run's `held_out.jsonl`; empty without a held-out set."""
     return tuple(HeldOutMetrics(**record) for record in _records(path))
 
 
@@ -141,12 +141,12 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _values(record: StepMetrics | StepTiming) -> list[tuple[str, float]]:
-    """The numbers but for the step."""
+    """All numbers except the step."""
     return [item for item in dataclasses.asdict(record).items() if item[0] != "step" and item[1] is not None]
 
 
 def _keep_first_steps(path: Path, completed_steps: int, *, complete: bool) -> list[dict[str, Any]]:
-    """Drops the lines of later steps, and returns the others; only the last line of a killed run can be incomplete.
+    """Removes the lines of later steps and returns the others. Only the last line of a killed run can be incomplete.
 
     Args:
       complete: the file has a line for every step.
@@ -154,8 +154,8 @@ def _keep_first_steps(path: Path, completed_steps: int, *, complete: bool) -> li
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     if complete and len(lines) < completed_steps:
         raise TrainingError(
-            f"{path}: {len(lines)} lines, but the checkpoint beside it is at step {completed_steps}; "
-            f"restore the file, or delete {path.parent} to start again"
+            f"{path}: {len(lines)} lines, but the checkpoint is of step {completed_steps}; restore the file, or delete "
+            f"{path.parent} to start over"
         )
     kept: list[dict[str, Any]] = []
     for line in lines:
@@ -168,7 +168,7 @@ def _keep_first_steps(path: Path, completed_steps: int, *, complete: bool) -> li
         kept.append(record)
     if complete and len(kept) != completed_steps:
         raise TrainingError(
-            f"{path}: line {len(kept) + 1} is damaged; restore the file, or delete {path.parent} to start again"
+            f"{path}: line {len(kept) + 1} is damaged; restore the file, or delete {path.parent} to start over"
         )
     files.write_text(path, "".join(line + "\n" for line in lines[: len(kept)]))
     return kept

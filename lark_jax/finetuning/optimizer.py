@@ -14,8 +14,8 @@ Parameters = dict[str, jax.Array]
 def make_optimizer(config: FinetuneConfig, total_steps: int) -> optax.GradientTransformation:
     """The optimizer of the paper's trainer; state and updates have the dtype of the parameters.
 
-    AdamW is torch.optim.AdamW (decay decoupled, epsilon outside the square root). As in the Hugging Face Trainer,
-    weight decay leaves biases and norm scales alone.
+    AdamW is that of torch.optim.AdamW (decoupled decay, epsilon outside the square root). As in the Hugging Face
+    Trainer, weight decay does not apply to biases and norm scales.
     """
     schedule = learning_rate_schedule(config, total_steps)
     return optax.chain(
@@ -31,15 +31,15 @@ def learning_rate_schedule(config: FinetuneConfig, total_steps: int) -> optax.Sc
 
 
 def warmup_steps(total_steps: int, warmup_fraction: float) -> int:
-    """Rounded up, as transformers.TrainingArguments.get_warmup_steps does."""
+    """Rounded up, like transformers.TrainingArguments.get_warmup_steps."""
     return math.ceil(total_steps * warmup_fraction)
 
 
 def warmup_cosine(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
-    """Learning rate of step s = 0 .. total_steps - 1, as transformers.get_cosine_schedule_with_warmup.
+    """Learning rate of steps s = 0 .. total_steps - 1, like transformers.get_cosine_schedule_with_warmup.
 
     It is peak * s / warmup for s < warmup, then peak * (1 + cos(pi * (s - warmup) / (total_steps - warmup))) / 2.
-    With a warm-up, step 0 therefore has rate 0: it fills the moments and moves nothing, as in the paper's trainer.
+    With a warm-up, step 0 therefore has rate 0: it only updates the moments, as in the paper's trainer.
     (optax.warmup_cosine_decay_schedule refuses runs so short that they are all warm-up.)
     """
 
@@ -53,5 +53,5 @@ def warmup_cosine(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(parameters: Parameters) -> dict[str, bool]:
-    """True where weight decay applies: matrices, but neither biases nor norm scales."""
+    """True where weight decay applies: matrices, not biases or norm scales."""
     return {name: not name.endswith(("bias", "norm.weight")) for name in parameters}

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while a student trains: stop after a step that all processes agree on, so that none is lost."""
+"""SIGTERM and SIGINT during training: stop after a step that all processes agree on, so that no step is lost."""
 
 import os
 import signal
@@ -13,25 +13,25 @@ REQUEST = "finetune: stop"
 
 
 class StopRequest:
-    """Notices the first signal and leaves it to the caller when to stop; a second one ends the process at once.
+    """Records the first signal, so that the caller can stop when it suits; a second one ends the process immediately.
 
-    A thread reads the numbers of the signals from a socket, to which Python's own C handler writes them: the main
-    thread may wait for a device in the meantime, and Python would run no handler of ours. Outside of the main thread,
-    where no handler can be set, and for a signal that the process ignores (nohup), everything stays as it was.
+    A thread reads signal numbers from a socket, to which Python's C handler writes them: the main thread may be waiting
+    for a device, and then Python runs no handler of ours. Nothing changes outside of the main thread, where no handler
+    can be set, and for a signal that the process ignores, as SIGINT in a background job of a shell.
 
-    A signal that came too late to be acted on is delivered again when the block ends.
+    A signal that arrived too late to be acted on is delivered again when the block ends.
 
-    Several processes wait for each other in every step. So a process that posts "stop after step n" before it starts
-    its part of step n is sure that each of the others finds that note when it has finished step n.
-    (JAX's preemption service agrees on a step too. It is not used: it takes SIGTERM for as long as the process lives,
-    also while it scores, where a process may be killed at any time, hears no SIGINT, and swallows a second signal.)
+    Processes wait for each other in every step. A process that posts "stop after step n" before it starts its part of
+    step n can therefore rely on the others finding that message when they have finished step n. (JAX's preemption
+    service also agrees on a step. It is not used: it handles SIGTERM for the whole lifetime of the process, even while
+    scoring, where a process may be killed at any time; it ignores SIGINT, and it swallows a second signal.)
     """
 
     def __init__(self) -> None:
         self._number: int | None = None
         self._acted = False
         self._handlers: dict[signal.Signals, object] = {}
-        self._listens = False
+        self._listening = False
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
@@ -43,16 +43,16 @@ class StopRequest:
             handler = signal.getsignal(number)
             if handler not in (signal.SIG_IGN, None):
                 self._handlers[number] = handler
-                signal.signal(number, _leave_it_to_the_thread)
+                signal.signal(number, _leave_to_listener)
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
-        self._listens = True
+        self._listening = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._listens:
+        if not self._listening:
             return
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
@@ -64,12 +64,12 @@ class StopRequest:
             os.kill(os.getpid(), self._number)
 
     def announce(self, step: int) -> None:
-        """To be called before `step` is dispatched: it will be the last one, if a signal has come."""
+        """Call before `step` is dispatched: it will be the last one if a signal has arrived."""
         if self._number is not None and processes.count() > 1:
             processes.post(REQUEST, {"step": step, "signal": self._number})
 
     def after(self, step: int) -> int | None:
-        """The signal for which to stop, now that `step` is finished; None to go on. The same in all processes."""
+        """The signal to stop for, now that `step` is finished; None to continue. The same in all processes."""
         if processes.count() == 1:
             number = self._number
         else:
@@ -85,11 +85,11 @@ class StopRequest:
                 continue
             name = signal.Signals(number).name
             if self._number is not None:
-                terminal.warn(f"{name} again: ending at once; the last checkpoint stays")
+                terminal.warn(f"{name} again: ending now; the last checkpoint is kept")
                 os._exit(128 + number)
-            terminal.warn(f"{name}: stopping after this step; a second one ends at once")
+            terminal.warn(f"{name}: stopping after this step; a second signal ends the run now")
             self._number = number
 
 
-def _leave_it_to_the_thread(number: int, frame: object) -> None:
-    """A handler has to be set for Python to write the signal's number to the socket."""
+def _leave_to_listener(number: int, frame: object) -> None:
+    """Python writes the signal's number to the socket only if a handler is set."""

@@ -1,4 +1,4 @@
-"""What happens between two optimizer steps: measure the held-out loss, save, stop."""
+"""What happens between optimizer steps: measuring the held-out loss, saving, stopping."""
 
 from lark_jax.config import FinetuneConfig
 from lark_jax.errors import StoppedBySignal, TrainingError
@@ -10,12 +10,12 @@ from lark_jax.finetuning.step import TrainState
 from lark_jax.runtime import processes
 
 
-class StepBoundary:
-    """Decides, equally in all processes, what is due after a step, and does it.
+class StepHooks:
+    """Decides what is due after a step, identically in all processes, and does it.
 
-    Measured is before the first step, every `evaluate_every` steps and after the last; saved is every
-    `checkpoint_every` steps, after the last, when the held-out loss is the lowest so far, and when a signal came. Then
-    time is short: what would have been measured there is measured when the run goes on.
+    The held-out loss is measured before the first step, every `evaluate_every` steps and after the last. The state is
+    saved every `checkpoint_every` steps, after the last, when the held-out loss is the lowest so far, and when a signal
+    arrives. After a signal time is short, so a measurement due at that step is postponed until the run continues.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class StepBoundary:
         log: TrainingLog,
         held_out_loss: HeldOutLoss | None,
     ) -> None:
-        """`held_out_loss` is None where nothing is held out."""
+        """`held_out_loss` is None if nothing is held out."""
         self._config = config
         self._total_steps = total_steps
         self._store = store
@@ -40,22 +40,22 @@ class StepBoundary:
         return self._losses[max(self._losses)] if self._losses else None
 
     def begin(self, state: TrainState, completed: int, seen: Seen) -> None:
-        """Where a run starts or goes on.
+        """Call when a run starts or continues.
 
         Raises:
-          TrainingError: a loss that was measured before is lost; what is left would look like the whole.
+          TrainingError: an earlier measurement is missing from the log.
         """
         lost = [step for step in range(completed) if self._is_measured_after(step) and step not in self._losses]
         if lost:
             raise TrainingError(
-                f"{HELD_OUT}: no loss of step {lost[0]}, but the checkpoint beside it is at step {completed}; restore "
-                "the file, or delete the folder of this run to start again"
+                f"{HELD_OUT}: no loss of step {lost[0]}, but the checkpoint is of step {completed}; restore the file, "
+                "or delete the folder of this run to start over"
             )
         if self._is_measured_after(completed) and completed not in self._losses:
             self._measure(state, completed, seen)
 
     def after_step(self, state: TrainState, completed: int, seen: Seen, signal_number: int | None) -> None:
-        """Raises StoppedBySignal, when everything is on the disk, if there is a signal."""
+        """Raises StoppedBySignal if there is a signal, once everything is on disk."""
         measures = signal_number is None and self._is_measured_after(completed)
         if measures:
             self._measure(state, completed, seen)
@@ -83,6 +83,6 @@ class StepBoundary:
 
     @property
     def _best_step(self) -> int | None:
-        """With the lowest held-out loss so far; the student as it came is no checkpoint."""
+        """The step with the lowest held-out loss so far; step 0, the untrained student, has no checkpoint."""
         steps = [step for step in self._losses if step > 0]
         return min(steps, key=lambda step: (self._losses[step], step), default=None)

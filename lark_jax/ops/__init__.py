@@ -1,1 +1,1 @@
-"""Vocabulary mathematics without logits: token statistics, the weighted loss, and the float64 reference."""
+"""Operations over the vocabulary that never hold all logits: per-token statistics and the weighted loss."""

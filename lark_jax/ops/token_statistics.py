@@ -1,10 +1,15 @@
-"""The op in plain XLA: one pass over vocabulary chunks, for one block of tokens after the other."""
+"""Statistics of each target token, in one pass over vocabulary chunks and without ever holding all logits.
+
+`reference_statistics`, at the end, computes the same from all logits in float64, by other formulas: tests and
+`scripts/compare_with_torch.py` measure the op against it. A new per-token field needs both.
+"""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lark_jax.ops.vocab_chunks import (
@@ -20,15 +25,17 @@ from lark_jax.ops.vocab_chunks import (
     window,
 )
 
+Values = jax.Array | np.ndarray
+
 
 class TokenStatistics(NamedTuple):
-    """What one softmax says about its gold token y; every field is fp32 [...]."""
+    """Statistics of a softmax at its gold token y; every field is fp32 [...], or float64 from the reference."""
 
-    cross_entropy: jax.Array  # -log p_y, nats
-    brier: jax.Array  # (1 - p_y)^2 + sum of p_v^2 over v != y, in [0, 2]; a term of the paper's Eq. 43
-    rank: jax.Array  # 1 + number of v with z_v > z_y
-    target_prob: jax.Array  # p_y
-    wrong_concentration: jax.Array  # sum of p_v^2 over v != y
+    cross_entropy: Values  # -log p_y, nats
+    brier: Values  # (1 - p_y)^2 + sum of p_v^2 over v != y, in [0, 2]; a term of the paper's Eq. 43
+    rank: Values  # 1 + number of v with z_v > z_y
+    target_prob: Values  # p_y
+    wrong_concentration: Values  # sum of p_v^2 over v != y
 
 
 class _OtherSums(NamedTuple):
@@ -211,3 +218,31 @@ def _statistics_from_sums(gold_t: jax.Array, sums: _OtherSums) -> TokenStatistic
     )
     is_valid_t = jnp.isfinite(gold_t) & jnp.isfinite(total_t)
     return jax.tree.map(lambda values_t: jnp.where(is_valid_t, values_t, jnp.nan), statistics)
+
+
+def reference_statistics(logits: np.ndarray, targets: np.ndarray) -> TokenStatistics:
+    """Statistics of logits [..., V] (taken as exact, V >= 2, finite) for gold ids [...], in float64.
+
+    With x = logsumexp of the wrong logits minus the gold logit, cross-entropy = softplus(x), 1 - p_y = sigmoid(x), and
+    p_v = sigmoid(x) * (softmax over the wrong tokens)_v.
+    """
+    logits = np.asarray(logits, np.float64)
+    gold_index = np.asarray(targets)[..., None]
+    gold = np.take_along_axis(logits, gold_index, -1)[..., 0]
+    others = logits.copy()
+    np.put_along_axis(others, gold_index, -np.inf, -1)
+
+    others_max = others.max(-1)
+    others_exp = np.exp(others - others_max[..., None])
+    others_sum = others_exp.sum(-1)
+    log_odds_wrong = others_max + np.log(others_sum) - gold
+    cross_entropy = np.logaddexp(0.0, log_odds_wrong)
+    wrong = np.exp(-np.logaddexp(0.0, -log_odds_wrong))
+    wrong_concentration = np.square(others_exp).sum(-1) * np.square(wrong / others_sum)
+    return TokenStatistics(
+        cross_entropy=cross_entropy,
+        brier=np.square(wrong) + wrong_concentration,
+        rank=1.0 + (others > gold[..., None]).sum(-1),
+        target_prob=np.exp(-cross_entropy),
+        wrong_concentration=wrong_concentration,
+    )

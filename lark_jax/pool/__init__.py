@@ -1,4 +1,4 @@
-"""Candidate pools: records, readers, chat rendering and length-bucketed batches."""
+"""Candidate pools: records, readers, summary, and the synthetic pool."""
 
 from lark_jax.pool.readers import files_read, load_pool, read_pool
 from lark_jax.pool.records import Message, Pool, SkippedRecord, Trajectory

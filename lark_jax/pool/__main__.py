@@ -1,43 +1,37 @@
 """Entry point: `python -m lark_jax.pool PATH` or `python -m lark_jax.pool --config=configs/NAME.py`.
 
-Says what a pool holds and what of it would be left out and why. Needs no accelerator.
+Prints what a pool holds, and which of it a run would leave out and why. Needs no accelerator.
 """
 
-import argparse
 import dataclasses
-import sys
-from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
 from lark_jax.config import PoolConfig, StudentConfig, pool_from_mapping, student_from_mapping
-from lark_jax.errors import ConfigError, LarkError
+from lark_jax.errors import ConfigError
 from lark_jax.pool.readers import load_pool, source_size
 from lark_jax.pool.summary import PoolSummary, as_json, as_text, summarise
-from lark_jax.recipe import paper_recipe
 from lark_jax.rendering.chat import load_chat_format
 from lark_jax.rendering.token_counts import summarise_tokens
 from lark_jax.runtime import files, terminal
+from lark_jax.runtime.command import Arguments, Command, Flag
 
 EXIT_BAD_RECORDS = 1
-EXIT_USER_ERROR = 2
 SECONDS_WITHOUT_A_BAR = 10.0
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Prints the summary; returns the exit status: 0 where a run would read this pool to its end."""
-    options, others = _parser().parse_known_args(arguments)
-    try:
-        values = config_values(others, options.path)
-        config = pool_from_mapping(values)
-        summary = look_at(config, _student(values, options.student))
-        if options.out is not None:
-            files.write_json(options.out, as_json(summary))
-    except (LarkError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+def show(arguments: Arguments) -> int:
+    """Prints the summary; returns the exit status: 0 if a run would read this pool to its end."""
+    values = arguments.config
+    if arguments.positional:
+        if len(arguments.positional) > 1:
+            raise ConfigError(f"one pool at a time, got {', '.join(arguments.positional)}")
+        values.setdefault("pool", {})["path"] = arguments.positional[0]
+    elif not values.get("pool", {}).get("path"):
+        raise ConfigError("which pool? give PATH or --config=FILE")
+    config = pool_from_mapping(values)
+    summary = look_at(config, _student(values, arguments.flags["student"]))
+    if arguments.flags["out"] is not None:
+        files.write_json(arguments.flags["out"], as_json(summary))
     print(as_text(summary))
     stops = what_stops_a_run(config, summary)
     if stops:
@@ -46,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def look_at(config: PoolConfig, student: StudentConfig | None) -> PoolSummary:
-    """Reads the pool, past bad records, and with a student's folder tokenizes it."""
+    """Reads the pool, skipping bad records; with a student, counts its tokens."""
     lenient = dataclasses.replace(
         config,
         on_bad_record="skip",
@@ -67,14 +61,14 @@ def look_at(config: PoolConfig, student: StudentConfig | None) -> PoolSummary:
 
 
 def _student(values: dict[str, Any], folder: str | None) -> StudentConfig | None:
-    """The student of the configuration with the tokenizer of `folder`; None: tokens are not counted."""
+    """The configured student with the tokenizer in `folder`; None: tokens are not counted."""
     if folder is None:
         return None
     return student_from_mapping({"student": {**values.get("student", {}), "path": folder}})
 
 
 def what_stops_a_run(config: PoolConfig, summary: PoolSummary) -> str:
-    """Which records the configuration does not let pass; empty where there are none."""
+    """Which records the configuration refuses; empty if there are none."""
     found = []
     if config.on_bad_record == "error" and summary.skipped:
         found.append('the bad records (config.pool.on_bad_record="skip" leaves them out)')
@@ -83,45 +77,20 @@ def what_stops_a_run(config: PoolConfig, summary: PoolSummary) -> str:
     return "; ".join(found)
 
 
-def config_values(arguments: Sequence[str], path: str | None) -> dict[str, Any]:
-    """The configuration as nested dictionaries: that of --config=FILE, else the recipe's, with all overrides.
-
-    Raises:
-      ConfigError: there is neither a pool nor a configuration file, or the file or an override is wrong.
-    """
-    own_flags = flags.FlagValues()  # not the process's: other entry points define a flag of this name
-    command = ["lark_jax.pool", *arguments]
-    has_file = any(argument.lstrip("-").startswith("config=") for argument in arguments)
-    if path is None and not has_file:
-        raise ConfigError("which pool? give PATH or --config=FILE")
-    try:
-        if has_file:
-            config_flags.DEFINE_config_file("config", None, "", own_flags, sys_argv=command)
-        else:
-            config_flags.DEFINE_config_dict("config", paper_recipe(), "", own_flags, sys_argv=command)
-        rest = own_flags(command)[1:]
-        values: dict[str, Any] = own_flags["config"].value.to_dict()  # type: ignore[union-attr]
-    except Exception as error:  # whatever a config file raises, it is the user's own code
-        raise ConfigError(f"--config: {type(error).__name__}: {error}") from error
-    if rest:
-        raise ConfigError(f"unexpected arguments: {' '.join(rest)}")
-    if path is not None:
-        values.setdefault("pool", {})["path"] = path
-    return values
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lark_jax.pool",
-        description="What a pool holds, and what of it would be left out and why.",
-        epilog="Further options: --config=FILE and --config.pool.FIELD=VALUE, as for python -m lark_jax.run.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("path", nargs="?", help="file, folder or hub id, in place of config.pool.path")
-    parser.add_argument("--student", help="folder with tokenizer files: count tokens too")
-    parser.add_argument("--out", help="JSON file for all of it, every record listed")
-    return parser
-
+COMMAND = Command(
+    name="lark_jax.pool",
+    usage="[PATH] [--config=FILE] [--config.pool.FIELD=VALUE ...] [--student=FOLDER] [--out=FILE.json]",
+    doc="Prints what a pool holds, and which of it a run would leave out and why. PATH (a file, folder or hub id) "
+    "replaces config.pool.path.",
+    action=show,
+    flags=(
+        Flag("student", "Folder with tokenizer files: count tokens too.", path=True),
+        Flag("out", "JSON file for all of it, every record listed.", path=True),
+    ),
+    positional=True,
+    config=("pool", "student"),
+)
+main = COMMAND.main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    COMMAND.start()

@@ -1,7 +1,7 @@
 """From the columns of a source to the fields of a pool record, before these are checked.
 
-A conversation is a list of {role, content}, ShareGPT's list of {from, value}, or two texts, prompt and response, with a
-system prompt or without.
+A conversation is a list of {role, content}, ShareGPT's list of {from, value}, or two texts, prompt and response, with
+or without a system prompt.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from lark_jax.config import ColumnsConfig
 from lark_jax.pool.schema import RecordError, identity_of
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other names stay what they are
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other names are kept
 _MESSAGES, _SHAREGPT = "messages", "conversations"
 
 Normalise = Callable[[Any, str, Mapping[str, str]], Any]
@@ -19,8 +19,8 @@ Normalise = Callable[[Any, str, Mapping[str, str]], Any]
 def normaliser(columns: ColumnsConfig) -> Normalise:
     """A function (record, location, defaults) -> record under the field names of a pool record.
 
-    `defaults` are what the place of a record says of it, such as its teacher; the record's own values go first. What is
-    no object passes through, for the schema to refuse it. The function raises RecordError.
+    `defaults` follow from a record's file, such as its teacher; the record's own values take precedence. Anything but
+    an object passes through, so that the schema refuses it. The function raises RecordError.
     """
     mapping = columns.given()
 
@@ -41,12 +41,12 @@ def normaliser(columns: ColumnsConfig) -> Normalise:
 
 
 def missing_column(field: str, column: str, found: Iterable[str]) -> str:
-    """What to tell a user whose configuration names a column that is not there."""
+    """The message for a configuration that names a column that the source does not have."""
     return f"config.pool.columns.{field}: there is no column {column!r}; found: {', '.join(found) or 'none'}"
 
 
 def _renamed(record: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The record under our names. A column with the name of a field that is read from another one goes into meta."""
+    """The record under our field names; a column with the name of a field that is read elsewhere goes into meta."""
     if not mapping:
         return dict(record)
     used = set(mapping.values())
@@ -59,7 +59,7 @@ def _renamed(record: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str,
 
 
 def _with_messages(fields: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """`fields` with `messages`, made of what the source has; without, where it has no conversation at all."""
+    """`fields` with `messages` built from what the source has; unchanged if it has no conversation."""
     if "prompt" in mapping or "response" in mapping:
         return _of_texts(fields)
     if fields.get(_MESSAGES) is not None:

@@ -1,7 +1,7 @@
-"""Records of JSON lines and of JSON lists, one at a time, each with its place in the file.
+"""Records of JSON lines and JSON lists, one at a time, each with its location in the file.
 
-A list is cut into its items by a scan for brackets outside strings. So it is never held as a whole, a damaged item
-spoils no other, and each is known by line and number. An item then goes through the parser of JSON lines.
+A list is cut into its items by scanning for brackets outside strings. So it is never in memory as a whole, a damaged
+item does not affect the others, and each is identified by line and number. Items are then parsed like JSON lines.
 """
 
 import json
@@ -19,15 +19,15 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 _WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 _FIRST_READ = 1 << 20
 _NOT_BLANK = re.compile(rb"[^ \t\r\n]")
-# A whole string, or a sign of structure. A quote alone is a string whose end has not been read yet.
+# A whole string, or a structural character. A single quote is a string whose end has not been read yet.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\],]', re.DOTALL)
 
-Advance = Callable[[int], object]  # hears of bytes that have been read
+Advance = Callable[[int], object]  # called with the number of bytes read
 
 
 @dataclass(frozen=True)
 class Located:
-    """A record and where it is: any JSON value, or the RecordError that it led to."""
+    """A record and its location: any JSON value, or the RecordError that it caused."""
 
     location: str
     record: Any
@@ -70,7 +70,7 @@ def json_list_records(path: Path, advance: Advance) -> Iterator[Located]:
 
 
 def parse_json(data: bytes, location: str) -> Any:
-    """The JSON value in `data`, or the RecordError that says why there is none."""
+    """The JSON value in `data`, or a RecordError with the reason why there is none."""
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
@@ -84,7 +84,7 @@ def parse_json(data: bytes, location: str) -> Any:
 
 
 class _Damage(Exception):
-    """Why an item of a list is none."""
+    """What is wrong with an item of a list."""
 
 
 class _ListScanner:
@@ -95,12 +95,12 @@ class _ListScanner:
         self._stream = stream
         self._advance = advance
         self._buffer = b""
-        self._start = 0  # of what is not done yet, in the buffer
-        self._line = 1  # of that place
+        self._start = 0  # of the unread rest of the buffer
+        self._line = 1  # at that position
         self._has_more = True
 
     def open_list(self) -> None:
-        """Goes behind the bracket that opens the list."""
+        """Moves past the bracket that opens the list."""
         self._read_more()
         self._buffer = _without_mark(self._path, self._buffer)
         if self._next_sign() == b"[":
@@ -111,7 +111,7 @@ class _ListScanner:
         raise PoolError(f"{self._path}: expected a JSON list of records, found {found!r}{lines}")
 
     def items(self) -> Iterator[tuple[int, bytes | _Damage]]:
-        """(line, bytes) of each item; in place of the bytes what is wrong, where there are none or no end is found."""
+        """(line, bytes) of each item; a `_Damage` instead of bytes if the item is empty or has no end."""
         is_first, is_last = True, False
         while not is_last:
             self._next_sign()
@@ -126,11 +126,11 @@ class _ListScanner:
             if item:
                 yield line, item
             elif not (is_first and is_last):
-                yield line, _Damage("there is a comma with no item beside it")
+                yield line, _Damage("there is a comma without an item next to it")
             is_first = False
         if self._next_sign():
             where = f"{self._path}:{self._line}"
-            raise PoolError(f"{where}: there is more behind the end of the list; keep one list in a file")
+            raise PoolError(f"{where}: there is more after the end of the list; keep one list per file")
 
     def _find_end(self) -> tuple[int, bool]:
         """Position of the comma or bracket that ends the item that starts here; whether it is the list's bracket."""
@@ -151,11 +151,11 @@ class _ListScanner:
                 depth += 1
             elif depth > 0:
                 depth -= sign in (b"]", b"}")
-            elif sign != b"}":  # a brace that closes nothing is for the parser to refuse
+            elif sign != b"}":  # the parser refuses a brace that closes nothing
                 return match.start(), sign == b"]"
 
     def _next_sign(self) -> bytes:
-        """The next byte that is not blank, after going there; nothing at the end of the file."""
+        """Moves to the next byte that is not blank and returns it; empty at the end of the file."""
         while True:
             match = _NOT_BLANK.search(self._buffer, self._start)
             self._pass_to(len(self._buffer) if match is None else match.start())
@@ -169,7 +169,7 @@ class _ListScanner:
 
     def _read_more(self) -> None:
         rest = self._buffer[self._start :]
-        data = self._stream.read(max(_FIRST_READ, len(rest)))  # doubles: the scan of a long item costs little
+        data = self._stream.read(max(_FIRST_READ, len(rest)))  # doubling keeps the scan of a long item cheap
         self._has_more = bool(data)
         self._advance(len(data))
         self._buffer, self._start = rest + data, 0

@@ -1,4 +1,4 @@
-"""From pool files to a validated Pool, record by record; texts go to disk, so memory holds ids and places alone."""
+"""From pool files to a validated Pool, record by record; texts go to disk, so memory holds only ids and locations."""
 
 import hashlib
 from pathlib import Path
@@ -6,11 +6,18 @@ from pathlib import Path
 from lark_jax.config import PoolConfig
 from lark_jax.errors import ConfigError, PoolError, one_line
 from lark_jax.pool.columns import normaliser
-from lark_jax.pool.hub import local_source
 from lark_jax.pool.json_records import Advance, Located
 from lark_jax.pool.records import DuplicateAnswer, Pool, SkippedRecord, Trajectory
 from lark_jax.pool.schema import RecordError, parse_record
-from lark_jax.pool.sources import ItemCount, Source, SourceFile, find_source, missing_files, missing_items
+from lark_jax.pool.sources import (
+    ItemCount,
+    Source,
+    SourceFile,
+    find_source,
+    local_source,
+    missing_files,
+    missing_items,
+)
 from lark_jax.pool.store import TrajectoryWriter, prompt_digest
 
 
@@ -22,7 +29,7 @@ def read_pool(source: str | Path, on_bad_record: str = "error") -> Pool:
         (one row per record), a folder of such files, or the hub id of a dataset. In a folder of .json lists each file
         is one rollout of one teacher, and item n of every file answers problem n.
       on_bad_record: "error" stops at the first bad record; "skip" leaves it out and lists it in `Pool.skipped`.
-        Of two records that contradict each other (same ids, or one problem with two prompts) the later is bad.
+        If two records contradict each other (same ids, or one problem with two prompts), the later one is bad.
 
     Returns:
       The pool in file order, message text as in the file. Locations read "file:line", "file:line: item N" in lists, or
@@ -34,20 +41,20 @@ def read_pool(source: str | Path, on_bad_record: str = "error") -> Pool:
     """
     if on_bad_record not in ("error", "skip"):
         raise ConfigError(f'pool.on_bad_record: {on_bad_record!r} is not allowed; use "error" or "skip"')
-    return _read(local_source(source), PoolConfig(path=str(source), on_bad_record=on_bad_record), _nobody)
+    return _read(local_source(source), PoolConfig(path=str(source), on_bad_record=on_bad_record), _no_progress)
 
 
 def load_pool(config: PoolConfig, advance: Advance | None = None) -> Pool:
-    """`read_pool` with everything that a configuration can say; `advance` hears of bytes as they are read.
+    """`read_pool` with all settings of a configuration; `advance` is called with the bytes read.
 
     Raises:
       PoolError: as `read_pool`.
     """
-    return _read(local_source(config.path), config, advance or _nobody)
+    return _read(local_source(config.path), config, advance or _no_progress)
 
 
 def files_read(config: PoolConfig) -> tuple[Path, ...]:
-    """The files of which `load_pool` reads records, in that order.
+    """The files from which `load_pool` reads records, in order.
 
     Raises:
       PoolError: there is no such pool.
@@ -118,11 +125,11 @@ class _Collector:
             self._problems_are_named = True
 
     def missing_items(self, source: Source) -> list[RecordError]:
-        """What aligned files lack; where items name their problems, they need not have the same number."""
+        """Aligned files that lack items; if items name their problems, files may have different numbers of them."""
         return [] if self._problems_are_named else list(missing_items(source, self._items))
 
     def refuse(self, error: RecordError, skipping: str = "leaves such records out") -> None:
-        """Stops here, or lists the error and goes on; `skipping` says what the latter would mean."""
+        """Raises the error, or lists it and goes on; `skipping` describes the latter."""
         if self._config.on_bad_record == "error":
             raise PoolError(f'{error} (pool.on_bad_record="skip" {skipping})') from None
         self._skipped.append(error.as_skipped())
@@ -192,7 +199,7 @@ class _ConsistencyChecker:
 
 
 class _RepetitionFinder:
-    """Finds answers that have the very text of an earlier one to the same problem."""
+    """Finds answers with exactly the text of an earlier one to the same problem."""
 
     def __init__(self) -> None:
         self._location_of: dict[tuple[str, bytes], str] = {}
@@ -209,5 +216,5 @@ def _repeats(duplicate: DuplicateAnswer) -> str:
     return f"the answer is word for word that of {duplicate.earlier}"
 
 
-def _nobody(_: int) -> None:
-    """Hears nothing."""
+def _no_progress(_: int) -> None:
+    """Ignores progress."""

@@ -1,4 +1,4 @@
-"""What a pool is made of, between the readers and every later stage."""
+"""The data types of a pool, which readers produce and every later stage uses."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class Trajectory:
 
     @property
     def name(self) -> str:
-        """How error messages and manifests call it."""
+        """The name in error messages and manifests."""
         return f"{self.problem_id}/{self.candidate_id}"
 
 
@@ -53,7 +53,7 @@ class SkippedRecord:
 
 @dataclass(frozen=True)
 class DuplicateAnswer:
-    """An answer that has the very text of an earlier candidate of its problem."""
+    """An answer with exactly the text of an earlier candidate of its problem."""
 
     problem_id: str
     candidate_id: str
@@ -65,14 +65,14 @@ class DuplicateAnswer:
 class Pool:
     """Trajectories in file order; candidates of one problem share the prompt, ids are unique within it.
 
-    A pool that was read keeps its texts on disk: an item of `trajectories` is made when it is asked for.
+    A pool that was read keeps its texts on disk: items of `trajectories` are loaded on access.
     """
 
     trajectories: Sequence[Trajectory]
     skipped: tuple[SkippedRecord, ...] = ()  # bad records
-    filtered: tuple[SkippedRecord, ...] = ()  # good ones that the configuration leaves out
+    filtered: tuple[SkippedRecord, ...] = ()  # valid records that the configuration leaves out
     duplicates: tuple[DuplicateAnswer, ...] = ()
-    files_left_out: tuple[str, ...] = ()  # of the pool's folder, each with the reason
+    files_left_out: tuple[str, ...] = ()  # in the pool's folder, each with the reason
 
     def by_problem(self) -> dict[str, Sequence[Trajectory]]:
         """Problems in order of first appearance, each with its candidates in file order."""
@@ -82,7 +82,7 @@ class Pool:
         return {problem_id: Selected(self.trajectories, group) for problem_id, group in groups.items()}
 
     def by_ids(self) -> Mapping[tuple[str, str], Trajectory]:
-        """Trajectories by (problem_id, candidate_id); no text is read before it is looked up."""
+        """Trajectories by (problem_id, candidate_id); a text is read when it is looked up."""
         return _ByIds(self.trajectories, {ids: index for index, ids in enumerate(self.ids())})
 
     def ids(self) -> Iterator[tuple[str, str]]:
@@ -100,7 +100,7 @@ class HasIds(Protocol):
 
 
 class Selected(Sequence[Trajectory]):
-    """Some items of another sequence, each read when it is asked for."""
+    """Some items of another sequence, each loaded on access."""
 
     def __init__(self, items: Sequence[Trajectory], indices: Sequence[int]) -> None:
         self._items = items

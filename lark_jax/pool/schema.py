@@ -15,7 +15,7 @@ _MESSAGE_FIELDS = ("role", "content")
 
 
 class RecordError(PoolError):
-    """One record that breaks the schema; `problem_id` and `candidate_id` are empty where they cannot be told."""
+    """One record that breaks the schema; `problem_id` and `candidate_id` are empty if unknown."""
 
     def __init__(self, reason: str, location: str = "", problem_id: str = "", candidate_id: str = "") -> None:
         self.reason = reason
@@ -68,7 +68,7 @@ def identity_of(record: Mapping[str, Any]) -> tuple[str, str]:
 
 
 class _FieldError(Exception):
-    """A field and what is wrong with it, before the record is known by name."""
+    """A field and what is wrong with it, before the record's name is known."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"field {field}: {problem}")
@@ -116,7 +116,7 @@ def _message(field: str, value: Any) -> Message:
     if not isinstance(value, Mapping):
         raise _FieldError(field, f"expected an object with role and content, got {_kind(value)}")
     for name, item in value.items():
-        # A null holds nothing that could be lost: tables write one wherever another row has the field.
+        # A null loses nothing: tables have one wherever another row has the field.
         if name not in _MESSAGE_FIELDS and item is not None:
             raise _FieldError(
                 f"{field}.{name}", "unknown; only role and content are rendered, move its text to content"
@@ -158,7 +158,7 @@ def _meta(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _json_value(field: str, value: Any) -> Any:
-    """`value`, when it can be written as JSON again."""
+    """`value`, if it can be written as JSON again."""
     if isinstance(value, str):
         return _text(field, value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -191,7 +191,7 @@ def _text(field: str, value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """How an error message calls a value of the wrong type, in the terms of JSON where there are some."""
+    """The name of a wrong value's type in error messages, in JSON's terms if there are any."""
     if value is None:
         return "null"
     if isinstance(value, bool | int | float):

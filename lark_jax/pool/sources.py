@@ -1,6 +1,7 @@
-"""What a pool's path stands for: the files in order, how each is read, and what its name says of its records."""
+"""What a pool's path refers to: a local source or a hub id, the files in order, how each is read."""
 
 import fnmatch
+import functools
 import json
 import os
 import re
@@ -14,12 +15,19 @@ from lark_jax.errors import PoolError
 from lark_jax.pool.json_records import Advance, Located, json_list_records, jsonl_records
 from lark_jax.pool.schema import RecordError
 from lark_jax.pool.table_records import arrow_records, parquet_records
+from lark_jax.runtime.hub import Unavailable, snapshot
 
 KINDS = (".jsonl", ".json", ".parquet", ".arrow")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SUPPORTED = "a .jsonl, .json, .parquet or .arrow file, or a folder of them"
-# In a folder of lists: how the published pool of the RSR paper is laid out, and the same without folders.
+# A folder of lists: the layout of the RSR paper's published pool, and the same without subfolders.
 NESTED, FLAT = "{teacher}/{rollout}.json", "{teacher}_{rollout}.json"
-_OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # that library's notes
+_DATASETS_FILES = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+)  # its own files
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
 _FLAT_ROLLOUT = r"[A-Za-z]*\d{1,3}"  # "3" or "gen3", but not the "2507" of a model's name
 
@@ -27,7 +35,7 @@ _FLAT_ROLLOUT = r"[A-Za-z]*\d{1,3}"  # "3" or "gen3", but not the "2507" of a mo
 @dataclass(frozen=True)
 class SourceFile:
     path: Path
-    defaults: Mapping[str, str] = field(default_factory=dict)  # fields of its records that its name gives
+    defaults: Mapping[str, str] = field(default_factory=dict)  # fields of its records, from its name
     is_aligned: bool = False  # item n of every such file answers problem n, unless items name their problems
 
     @property
@@ -35,7 +43,7 @@ class SourceFile:
         return self.defaults.get("candidate_id", "")
 
     def records(self, config: PoolConfig, advance: Advance) -> Iterator[Located]:
-        """The records of the file, each with its place; `advance` hears of bytes read."""
+        """The records of the file, each with its location; `advance` is called with the bytes read."""
         if self.path.suffix in (".jsonl", ".json"):
             read = jsonl_records if self.path.suffix == ".jsonl" else json_list_records
             return read(self.path, advance)
@@ -49,7 +57,7 @@ class ItemCount:
     """Items of an aligned file."""
 
     found: int
-    sound: int  # up to the last that is valid JSON; what follows may be an end that is damaged
+    sound: int  # up to the last one that is valid JSON; the rest may be a damaged end
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,39 @@ class Source:
     @property
     def size(self) -> int:
         return sum(file.path.stat().st_size for file in self.files)
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether `source` names a dataset of the Hugging Face hub: "owner/name", and there is no such path here.
+
+    A `Path` never does, nor does a name in an existing folder or one that ends like a pool file.
+    """
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        return False
+    path = Path(source)
+    return not path.exists() and not path.parent.exists() and path.suffix not in KINDS
+
+
+def local_source(source: str | Path) -> Path:
+    """`source` itself, or the folder with the snapshot of the dataset that it names, downloaded if not yet cached.
+
+    Only data files are fetched, into Hugging Face's usual cache; `HF_HUB_OFFLINE=1` forbids downloads. No code of a
+    dataset is run.
+
+    Raises:
+      PoolError: the dataset is not available.
+    """
+    return _snapshot(str(source)) if is_hub_id(source) else Path(source)
+
+
+@functools.cache  # stages hash and read the same snapshot, even if the dataset changes meanwhile
+def _snapshot(name: str) -> Path:
+    try:
+        return snapshot(name, [f"*{kind}" for kind in KINDS], "dataset")
+    except Unavailable as error:
+        raise PoolError(
+            f"{name}: no such file or folder, and {error}; pool.path must be {SUPPORTED}, or a hub id"
+        ) from error
 
 
 def find_source(path: Path, config: PoolConfig) -> Source:
@@ -99,23 +140,23 @@ def _folder(folder: Path, config: PoolConfig) -> Source:
 
 
 def _names_in(folder: Path, exclude: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Names of the data files below `folder`, sorted, and what else lies there."""
+    """Sorted names of the data files below `folder`, and the other files there."""
     names: list[str] = []
     left_out: list[str] = []
     for parent, folders, files in os.walk(folder, onerror=_refuse_folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if (Path(parent) / name).is_symlink():
-                raise PoolError(f"{Path(parent) / name}: is a link to a folder; put the folder itself there")
+                raise PoolError(f"{Path(parent) / name}: is a link to a folder; replace it by the folder itself")
         for name in sorted(name for name in files if not name.startswith(".")):
             path = Path(parent) / name
             relative = path.relative_to(folder).as_posix()
             if any(fnmatch.fnmatch(relative, pattern) for pattern in exclude):
                 left_out.append(f"{relative} (pool.exclude)")
-            elif path.suffix not in KINDS or name in _OF_DATASETS:
-                left_out.append(f"{relative} (no pool file)")
+            elif path.suffix not in KINDS or name in _DATASETS_FILES:
+                left_out.append(f"{relative} (not a pool file)")
             elif not path.exists():
-                raise PoolError(f"{path}: is a link that leads nowhere; remove it or bring its file")
+                raise PoolError(f"{path}: is a broken link; remove it or restore its file")
             else:
                 names.append(relative)
     return sorted(names), tuple(left_out)
@@ -133,7 +174,7 @@ def _teacher_files(folder: Path, names: Sequence[str], pattern: str | None) -> t
     for name, match in matches.items():
         if match is None:
             raise PoolError(
-                f"{folder / name}: the name does not say teacher and rollout as "
+                f"{folder / name}: the name does not give teacher and rollout as "
                 f"{pattern or f'{NESTED} or {FLAT}'}; set config.pool.file_names, or name it in config.pool.exclude"
             )
     return tuple(_teacher_file(folder / name, match) for name, match in matches.items() if match is not None)
@@ -179,7 +220,7 @@ def missing_files(source: Source) -> Iterator[RecordError]:
         if count < most:
             folder = next(file.path.parent for file in aligned if file.defaults["teacher"] == teacher)
             complete = next(name for name in files if files[name] == most)
-            reason = f"teacher {teacher} has {count} files, {complete} has {most}; bring the missing ones"
+            reason = f"teacher {teacher} has {count} files, {complete} has {most}; add the missing ones"
             yield RecordError(reason, str(folder))
 
 
@@ -187,7 +228,7 @@ def missing_files(source: Source) -> Iterator[RecordError]:
 
 
 def _of_split(folder: Path, names: Sequence[str], split: str | None) -> list[str]:
-    """The files of one split; splits are told by the words in names, as the hub does."""
+    """The files of one split; splits are recognised by words in file names, as on the hub."""
     split_of = {name: found[-1] if (found := _SPLIT.findall(name)) else None for name in names}
     splits = sorted({found for found in split_of.values() if found is not None})
     if split is None and len(splits) > 1:
@@ -219,7 +260,7 @@ def _note(path: Path, read: Callable[[dict], list[str]]) -> list[str]:
     try:
         found = read(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PoolError(f"{path}: not as the library datasets writes it; save the dataset again") from error
+        raise PoolError(f"{path}: not as written by the library datasets; save the dataset again") from error
     if not found:
         raise PoolError(f"{path}: names no data; save the dataset again")
     return found

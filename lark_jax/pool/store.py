@@ -1,6 +1,6 @@
-"""Trajectories whose texts lie in a file, so that a pool of several gigabytes takes the memory of its ids.
+"""Trajectories whose texts are on disk, so that a pool of several gigabytes needs memory only for its ids.
 
-The file has no name: the operating system frees it when the pool is forgotten or the process ends, however it ends.
+The file has no name: the operating system frees it when the pool is deleted or the process ends, however it ends.
 """
 
 import functools
@@ -19,11 +19,11 @@ from lark_jax.errors import PoolError
 from lark_jax.pool.records import Message, Selected, Trajectory
 
 _ON_DISK = Path("/var/tmp")  # /tmp is memory on many machines
-_PROMPTS_AT_HAND = 1024  # candidates of one problem share its prompt in memory
+_CACHED_PROMPTS = 1024  # candidates of one problem share its prompt in memory
 
 
 class TrajectoryWriter:
-    """Takes trajectories one by one; `finish` gives them back as a sequence.
+    """Takes trajectories one by one; `finish` returns them as a sequence.
 
     Raises:
       PoolError: the texts cannot be written.
@@ -31,21 +31,21 @@ class TrajectoryWriter:
 
     def __init__(self) -> None:
         self._folder = scratch_folder()
-        with _room_in(self._folder):
-            stream = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  (it lives as long as the pool)
+        with _space_in(self._folder):
+            stream = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  (stays open as long as the pool)
         self._texts = _Texts(stream)
         self._stored = StoredTrajectories(self._texts)
         self._prompts: dict[bytes, int] = {}
 
     def add(self, trajectory: Trajectory, digest: bytes) -> None:
-        """Takes a trajectory; `digest` is the `prompt_digest` of its prompt."""
-        with _room_in(self._folder):
+        """Adds a trajectory; `digest` is the `prompt_digest` of its prompt."""
+        with _space_in(self._folder):
             if digest not in self._prompts:
                 self._prompts[digest] = self._texts.append(_prompt_as_bytes(trajectory.prompt))
             self._stored.append(trajectory, self._prompts[digest])
 
     def finish(self) -> "StoredTrajectories":
-        with _room_in(self._folder):
+        with _space_in(self._folder):
             self._texts.flush()
         return self._stored
 
@@ -55,10 +55,10 @@ class _Texts:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._starts = array("q", [0])  # of each text, and of the next one
+        self._starts = array("q", [0])  # of every text, and of the next one
 
     def append(self, text: bytes) -> int:
-        """The number of a new text."""
+        """Stores a text; returns its number."""
         self._stream.write(text)
         self._starts.append(self._starts[-1] + len(text))
         return len(self._starts) - 2
@@ -68,11 +68,11 @@ class _Texts:
 
     def read(self, number: int) -> bytes:
         """A text; safe in several threads."""
-        # Read, not mapped: pages of a map would count as memory of this process.
+        # Read instead of mapped: mapped pages would count as memory of this process.
         start, end = self._starts[number : number + 2]
         data = os.pread(self._stream.fileno(), end - start, start)
         if len(data) < end - start:
-            raise PoolError("the temporary file with the pool's texts was cut; start again")
+            raise PoolError("the temporary file with the pool's texts was truncated; start again")
         return data
 
     def read_prompt(self, number: int) -> tuple[Message, ...]:
@@ -80,24 +80,24 @@ class _Texts:
 
 
 class StoredTrajectories(Sequence[Trajectory]):
-    """Ids, teachers and places in memory; an item's texts are read when it is asked for."""
+    """Ids, teachers and locations in memory; an item's texts are read on access."""
 
     def __init__(self, texts: _Texts) -> None:
         self._texts = texts
-        self._prompt = functools.lru_cache(maxsize=_PROMPTS_AT_HAND)(texts.read_prompt)
+        self._prompt = functools.lru_cache(maxsize=_CACHED_PROMPTS)(texts.read_prompt)
         self._problem_ids: list[str] = []
         self._candidate_ids: list[str] = []
         self._teachers: list[str] = []
         self._locations: list[str] = []
         self._answers: list[str | None] = []
         self._correct: list[bool | None] = []
-        self._prompts = array("q")  # numbers of texts, as the next two
+        self._prompts = array("q")  # numbers of texts, like the next two
         self._responses = array("q")
         self._metas = array("q")
         self._same: dict[str, str] = {}  # equal ids are one object
 
     def append(self, trajectory: Trajectory, prompt: int) -> None:
-        """Takes a trajectory whose prompt is the text of this number."""
+        """Adds a trajectory whose prompt is the text number `prompt`."""
         self._problem_ids.append(self._shared(trajectory.problem_id))
         self._candidate_ids.append(self._shared(trajectory.candidate_id))
         self._teachers.append(self._shared(trajectory.teacher))
@@ -138,12 +138,12 @@ class StoredTrajectories(Sequence[Trajectory]):
 
 
 def prompt_digest(prompt: tuple[Message, ...]) -> bytes:
-    """Equal for equal prompts alone, as far as SHA-256 goes."""
+    """The same for equal prompts, and different for others."""
     return hashlib.sha256(_prompt_as_bytes(prompt)).digest()
 
 
 def scratch_folder() -> str:
-    """Where the texts lie: TMPDIR if set, else a folder that is on disk, else Python's choice."""
+    """The folder of the texts: TMPDIR if set, else a folder that is on disk, else Python's choice."""
     if "TMPDIR" not in os.environ and os.access(_ON_DISK, os.W_OK):
         return str(_ON_DISK)
     return tempfile.gettempdir()
@@ -154,11 +154,11 @@ def _prompt_as_bytes(prompt: tuple[Message, ...]) -> bytes:
 
 
 @contextmanager
-def _room_in(folder: str) -> Iterator[None]:
+def _space_in(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise PoolError(
-            f"{folder}: cannot keep the pool's texts there: {error.strerror or error}; "
-            "set TMPDIR to a folder with as much room as the pool"
+            f"{folder}: cannot store the pool's texts here: {error.strerror or error}; "
+            "set TMPDIR to a folder with as much space as the pool"
         ) from error

@@ -1,4 +1,4 @@
-"""What a pool holds and what of it would be left out, before an accelerator is paid for."""
+"""What a pool holds and which of it a run would leave out, before an accelerator is paid for."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class Tokens:
 class PoolSummary:
     problems: int
     trajectories: int
-    candidates: dict[int, int]  # candidates of a problem -> problems with so many
+    candidates: dict[int, int]  # candidates per problem -> number of such problems
     teachers: dict[str, int]  # most trajectories first
     correct: int
     wrong: int
@@ -52,7 +52,7 @@ class PoolSummary:
 
 
 def summarise(pool: Pool, advance: Callable[[int], object] = lambda _: None) -> PoolSummary:
-    """Reads every text once; `advance` hears of trajectories."""
+    """Reads every text once; `advance` is called per trajectory."""
     problems: Counter[str] = Counter()
     teachers: Counter[str] = Counter()
     verdicts: Counter[bool | None] = Counter()
@@ -111,7 +111,7 @@ def as_text(summary: PoolSummary) -> str:
     lines += _records("cannot be scored by this student", () if tokens is None else tokens.refused)
     repeated = [f"{item.location}: repeats {item.earlier}" for item in summary.duplicates]
     lines += _listed("answers that repeat another one to their problem word for word", repeated)
-    lines += _listed("files that are no part of the pool", summary.files_left_out)
+    lines += _listed("files that are not part of the pool", summary.files_left_out)
     return "\n".join(lines)
 
 
@@ -144,7 +144,7 @@ def _records(head: str, records: Sequence[SkippedRecord]) -> list[str]:
 
 
 def _by_reason(head: str, records: Sequence[SkippedRecord]) -> list[str]:
-    """Of each reason, without the place that it may name, how often and where first."""
+    """How often each reason occurs, and where first; reasons that differ only in a location are one."""
     first: dict[str, SkippedRecord] = {}
     counts = Counter(record.reason.partition(" that of ")[0] for record in records)
     for record in records:

@@ -1,4 +1,4 @@
-"""Records of parquet files and of Arrow files, as the library `datasets` writes them, a few rows at a time."""
+"""Records of parquet files and of Arrow files as the library `datasets` writes them, a few rows at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,25 +39,25 @@ def parquet_records(
 
 
 def arrow_records(path: Path, mapping: Mapping[str, str], given: frozenset[str], advance: Advance) -> Iterator[Located]:
-    """As `parquet_records`, of an Arrow stream or file."""
+    """Like `parquet_records`, for an Arrow stream or file."""
     try:
         with pa.OSFile(str(path)) as source:
             batches, schema = _arrow_batches(source)
             check_columns(path, schema, mapping, given)
             known = 0
 
-            def hear(_: int) -> None:
+            def count_bytes(_: int) -> None:
                 nonlocal known
                 known, before = source.tell(), known
                 advance(max(0, known - before))
 
-            yield from _rows(path, batches, hear)
+            yield from _rows(path, batches, count_bytes)
     except (pa.ArrowException, OSError) as error:
         raise _incomplete(path, "Arrow", error) from error
 
 
 def _incomplete(path: Path, kind: str, error: Exception) -> Exception:
-    """What Arrow found wrong with the bytes of a file; an error of the operating system, which has a number, stays."""
+    """The error for a file that Arrow cannot decode; errors of the operating system, which have a number, are kept."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return PoolError(f"{path}: is not a complete {kind} file: {one_line(error)}; write or copy it again")
@@ -73,7 +73,7 @@ def _arrow_batches(source: pa.NativeFile) -> tuple[Iterator[pa.RecordBatch], pa.
         ends_well = source.read() == _END_OF_STREAM
         source.seek(0)
         stream = pa.ipc.open_stream(source)
-        if not ends_well:  # one that is cut between two batches would read like a shorter one
+        if not ends_well:  # a stream that was cut between two batches would read like a shorter one
             raise pa.ArrowInvalid("the mark at its end is missing") from None
         return iter(stream), stream.schema
 
@@ -104,7 +104,7 @@ def check_columns(path: Path, schema: pa.Schema, mapping: Mapping[str, str], giv
     names = schema.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise PoolError(f"{path}: column {twice} is there twice; rename one of them")
+        raise PoolError(f"{path}: two columns are called {twice}; rename one of them")
     for field, column in mapping.items():
         if column not in names:
             raise PoolError(f"{path}: {missing_column(field, column, names)}")

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from lark_jax.config import Experiment
 from lark_jax.errors import ConfigError
 from lark_jax.pool import files_read, load_pool
-from lark_jax.pool.hub import local_source
+from lark_jax.pool.sources import local_source
+from lark_jax.rendering import RENDERING_VERSION
 from lark_jax.rendering.chat import load_chat_format
 from lark_jax.rendering.token_counts import count_inputs
 from lark_jax.runtime import files
@@ -93,7 +94,7 @@ def _counted(experiment: Experiment) -> Lengths:
     max_length = experiment.student.max_length
     content = files.sha256_of_path(local_source(experiment.pool.path), files_read(experiment.pool))
     texts = files.sha256_of_json([content, experiment.pool.reading()])
-    counts = files.sha256_of_json([texts, chat.template_hash, chat.tokenizer_hash, max_length])
+    counts = files.sha256_of_json([RENDERING_VERSION, texts, chat.template_hash, chat.tokenizer_hash, max_length])
     folder = Path(experiment.workdir) / FOLDER / f"lengths-{counts[:16]}"
     counted = count_inputs(pool, chat, max_length, folder=folder, share=EVERYTHING)
     inputs = tuple(length for length in counted if length > 0)  # 0: cannot be rendered

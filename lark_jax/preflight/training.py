@@ -4,7 +4,7 @@ import dataclasses
 
 from lark_jax.config import REMAT_CHOICES, Experiment
 from lark_jax.finetuning.parameter_sets import lora_of
-from lark_jax.finetuning.worst_case_shapes import MicroBatchShape, largest_micro_batches
+from lark_jax.finetuning.worst_case_shapes import MicroBatchShape, worst_case_shapes
 from lark_jax.preflight.cost import Assumptions, StepTime, step_time, training_cost
 from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileAnswer, CompileRequest, compile_in_child
@@ -131,7 +131,7 @@ def training_requests(
             lora=lora_of(finetune),
         )
 
-    return tuple(request(shape) for shape in largest_micro_batches(lengths.inputs, finetune, data))
+    return tuple(request(shape) for shape in worst_case_shapes(lengths.inputs, finetune, data))
 
 
 def _compiled(request: CompileRequest) -> CompileAnswer:

@@ -32,6 +32,7 @@ from lark_jax.preflight.requests import (
 from lark_jax.preflight.topologies import Topology, parse_topology
 from lark_jax.runtime.sharding import DATA, TENSOR, make_mesh
 from lark_jax.scoring.step import trace_score_step
+from lark_jax.students.attention.contract import AttentionSpec
 from lark_jax.students.attention.dispatch import default_backend, describe_backend
 from lark_jax.students.layout import bytes_per_device, choose_parameter_axes, fits_one_process
 from lark_jax.students.parameters import abstract_decoder
@@ -199,11 +200,12 @@ def _devices(topology: Topology) -> list[jax.Device]:
 
 def _attention(request: CompileRequest, topology: Topology) -> str:
     platform = {"cuda": "gpu"}.get(topology.platform, topology.platform)
-    dtype, head_dim, packed = jnp.dtype(request.dtype), request.architecture.head_dim, request.packed
+    architecture = request.architecture
+    spec = AttentionSpec(jnp.dtype(request.dtype), architecture.head_dim, request.packed, architecture.sliding_window)
     if request.attention == "auto":
-        return default_backend(request.length, platform, dtype, head_dim, packed=packed)
-    # Raises if the backend cannot run there.
-    describe_backend(request.attention, [request.length], platform, dtype, head_dim, packed=packed)
+        return default_backend(request.length, platform, spec)
+    # Refuses what cannot run there.
+    describe_backend(request.attention, [request.length], platform, spec)
     return request.attention
 
 

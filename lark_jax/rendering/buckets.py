@@ -1,7 +1,7 @@
-"""Which row lengths to compile: the fewest that keep padding small for the lengths at hand.
+"""Bucket lengths: the fewest row lengths that keep padding small for the trajectories at hand.
 
-Rows are right-padded to a rung of the ladder. Every rung is a program to compile, every step between two of them is
-padding; for a given number of rungs, dynamic programming finds the ladder with the least of it.
+Rows are right-padded to the next bucket. Every bucket is a program to compile; wider steps between buckets mean more
+padding. For a given number of buckets, dynamic programming finds those with the least padding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,65 +10,66 @@ import numpy as np
 
 from lark_jax.rendering.batching import cut_batches
 
-GRAIN = 128  # rungs are multiples of it: the tile of the flash kernels
+TILE = 128  # of the flash kernels: buckets are multiples of it
 SHORT_ROW = 1_024  # up to here a tile would be more than an eighth of the row: padding costs more than half a tile
-SHORT_GRAIN = 32
-MOST_RUNGS = 64
-NOT_WORTH_A_RUNG = 0.005  # of padding, where the bound is out of reach
-WORTHWHILE_BATCHES = 256  # from fewer batches no ladder can be made that pads little
+SHORT_TILE = 32
+MOST_BUCKETS = 64
+NOT_WORTH_A_BUCKET = 0.005  # share of padding, where `most_padding` is out of reach
+WORTHWHILE_BATCHES = 256  # with fewer batches, no buckets keep padding small
 SMALLEST_BUDGET = 4_096  # tokens per device that keep it busy
 
 
 def useful_budget(total_inputs: int, tokens_per_batch: int, data_shards: int) -> int:
-    """At most `tokens_per_batch`: less for a pool that would fill only a few such batches on so many devices."""
+    """At most `tokens_per_batch`; less for a pool that would fill only a few batches of that size."""
     enough = total_inputs // (data_shards * WORTHWHILE_BATCHES)
     return min(tokens_per_batch, max(SMALLEST_BUDGET, enough))
 
 
-def choose_ladder(
+def choose_buckets(
     lengths: Sequence[int], tokens_per_batch: int, data_shards: int, most_padding: float
 ) -> tuple[int, ...]:
-    """The shortest ladder under which the batches of `plan_batches` are padded by at most the share `most_padding`.
+    """The fewest buckets with which the batches of `plan_batches` have at most a share `most_padding` of padding.
 
-    All padding counts: up to the rung, up to the longest row of a batch, and empty rows in the last batch. Where no
-    ladder is good enough, because there are few batches, the shortest that is nearly as good as the best.
+    All padding counts: up to the bucket, up to the longest row of a batch, and empty rows in the last batch. If no
+    buckets are good enough, because there are few batches, the fewest that are nearly as good as the best.
 
     Args:
       lengths: inputs of each row, at least one.
-      tokens_per_batch: see `plan_batches`; likewise `data_shards`.
+      tokens_per_batch: as for `plan_batches`; so is `data_shards`.
     """
     descending = sorted(lengths, reverse=True)
     padding: dict[tuple[int, ...], float] = {}
-    for ladder in best_ladders(lengths, MOST_RUNGS):
-        cuts = cut_batches(descending, tokens_per_batch, data_shards, ladder)
-        padding[ladder] = 1 - sum(descending) / sum(length * rows for _, length, rows in cuts)
-        if padding[ladder] <= most_padding:
-            return ladder
-    good_enough = min(padding.values()) + NOT_WORTH_A_RUNG
-    return next(ladder for ladder, share in padding.items() if share <= good_enough)
+    for buckets in best_buckets(lengths, MOST_BUCKETS):
+        cuts = cut_batches(descending, tokens_per_batch, data_shards, buckets)
+        padding[buckets] = 1 - sum(descending) / sum(length * rows for _, length, rows in cuts)
+        if padding[buckets] <= most_padding:
+            return buckets
+    good_enough = min(padding.values()) + NOT_WORTH_A_BUCKET
+    return next(buckets for buckets, share in padding.items() if share <= good_enough)
 
 
 def round_up(length: int) -> int:
-    """The shortest rung that may be built for `length` inputs."""
-    grain = SHORT_GRAIN if length <= SHORT_ROW else GRAIN
-    return -(-length // grain) * grain
+    """The shortest possible bucket for `length` inputs."""
+    tile = SHORT_TILE if length <= SHORT_ROW else TILE
+    return -(-length // tile) * tile
 
 
-def best_ladders(lengths: Sequence[int] | np.ndarray, most_rungs: int) -> Iterator[tuple[int, ...]]:
-    """For 1, 2, ... rungs the ladder that pads rows of `lengths` least, ascending; its last rung holds the longest.
+def best_buckets(lengths: Sequence[int] | np.ndarray, most_buckets: int) -> Iterator[tuple[int, ...]]:
+    """For 1, 2, ... buckets, those that pad rows of `lengths` least, ascending; the last bucket holds the longest row.
 
-    Ends early where more rungs than those cannot pad less. Time O(most_rungs x candidates^2), some hundred candidates.
+    Ends early if more buckets cannot reduce the padding. Takes O(most_buckets x candidates^2) time, with a few hundred
+    candidates.
     """
     rounded = np.asarray([round_up(int(length)) for length in lengths], np.int64)
     candidates, counts = np.unique(rounded, return_counts=True)
     rows_up_to = np.cumsum(counts)
-    # tokens[i, j]: of the rows longer than candidate i, up to candidate j, all padded to candidate j.
+    # tokens[i, j]: the rows longer than candidate i and up to candidate j, all padded to candidate j.
     tokens = candidates[None, :] * (rows_up_to[None, :] - rows_up_to[:, None])
     tokens = np.where(np.arange(len(candidates))[:, None] < np.arange(len(candidates))[None, :], tokens, np.inf)
-    cheapest = candidates * rows_up_to.astype(np.float64)  # of all rows up to j, with the rungs so far, the last at j
-    previous: list[np.ndarray] = []  # for each further rung: which candidate is best below candidate j
-    for rungs in range(1, min(most_rungs, len(candidates)) + 1):
-        if rungs > 1:
+    cheapest = candidates * rows_up_to.astype(np.float64)  # all rows up to j, with the buckets so far, the last at j
+    previous: list[np.ndarray] = []  # for each additional bucket: the best candidate below candidate j
+    for count in range(1, min(most_buckets, len(candidates)) + 1):
+        if count > 1:
             through = cheapest[:, None] + tokens
             previous.append(through.argmin(axis=0))
             cheapest = through.min(axis=0)
@@ -76,7 +77,7 @@ def best_ladders(lengths: Sequence[int] | np.ndarray, most_rungs: int) -> Iterat
 
 
 def _path(previous: Sequence[np.ndarray], last: int) -> list[int]:
-    """Indices of the rungs, ascending, that lead to `last`."""
+    """Indices of the buckets, ascending, that lead to `last`."""
     path = [last]
     for best_below in reversed(previous):
         path.append(int(best_below[path[-1]]))

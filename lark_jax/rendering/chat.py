@@ -1,8 +1,10 @@
-"""The one way from messages to tokens, used by scoring, fine-tuning and evaluation.
+"""Messages to tokens, in one way for scoring, fine-tuning and evaluation.
 
-The prompt is rendered with the generation prompt, the whole conversation without, and the two are tokenized
-apart and without automatic special tokens: the student is scored and trained on exactly the prompt tokens that
-the engine feeds it at inference. Whatever a template adds, deletes or changes on the way is refused by name.
+The prompt is rendered with the generation prompt and the whole conversation without it. Prompt and completion are
+tokenized separately and without automatic special tokens, so the student is scored and trained on exactly the prompt
+tokens that the engine feeds it at inference. A template that adds, deletes or changes text is refused by name.
+
+A change that may give other tokens for the same messages must raise `rendering.RENDERING_VERSION`.
 """
 
 from __future__ import annotations
@@ -48,12 +50,12 @@ __all__ = [
 ]
 
 Prompts = dict[tuple[Message, ...], tuple[str, np.ndarray]]  # texts and tokens of prompts seen before
-_ENCODED_TOGETHER = 256  # trajectories per call of the tokenizer, which works on them in parallel
+_ENCODED_TOGETHER = 256  # trajectories per call of the tokenizer, which encodes them in parallel
 
 
 @dataclass(frozen=True, eq=False)
 class ChatFormat:
-    """A student's tokenizer and chat template. A completion reads `lead + response + end_of_turn + tail`."""
+    """A student's tokenizer and chat template. A completion is `lead + response + end_of_turn + tail`."""
 
     tokenizer: PreTrainedTokenizerFast
     template: str
@@ -65,7 +67,7 @@ class ChatFormat:
     vocab_size: int  # largest token id + 1; the student's embedding may have more rows
     lead: str  # white space that the template puts before each answer; part of the target
     tail: str  # white space that it puts after the end-of-turn token; dropped
-    frozen_date: str | None  # ISO date that a dated template prints, None for other templates
+    frozen_date: str | None  # ISO date that a dated template prints; None for other templates
     control_tokens: re.Pattern[str]  # every special token of the tokenizer
 
 
@@ -89,13 +91,13 @@ def load_chat_format(student_path: str | Path, template_file: str | Path | None 
     """Reads tokenizer.json and the chat template of a local Hugging Face folder and probes the template.
 
     Args:
-      student_path: folder with tokenizer.json and, as a rule, tokenizer_config.json. Only local files are read
-        and no code of the folder is run.
-      template_file: Jinja template used in place of the tokenizer's own (config field student.chat_template).
+      student_path: folder with tokenizer.json and, usually, tokenizer_config.json. Only local files are read, and no
+        code of the folder is run.
+      template_file: Jinja template used instead of the tokenizer's own (config field student.chat_template).
 
     Raises:
-      TemplateError: the tokenizer cannot be read, there is no template, or the template ends the assistant's
-        turn with something else than one special token.
+      TemplateError: the tokenizer cannot be read, there is no template, or the template does not end the assistant's
+        turn with a special token.
     """
     folder = Path(student_path)
     tokenizer = _load_tokenizer(folder)
@@ -110,22 +112,22 @@ def load_chat_format(student_path: str | Path, template_file: str | Path | None 
 
 
 def render_prompt(chat: ChatFormat, messages: Sequence[Message]) -> list[int]:
-    """Tokens of a conversation up to and including the generation prompt: what an engine is given.
+    """Tokens of a conversation up to and including the generation prompt: the input of an engine.
 
     Raises:
-      RenderRefusal: the template fails or loses text, BOS is doubled, or a message holds a control token.
+      RenderRefusal: the template fails or loses text, BOS is doubled, or a message contains a control token.
     """
     return _prompt_tokens(chat, _prompt_text(chat, messages)).tolist()
 
 
 def opens_thought(chat: ChatFormat, prompt_tokens: Sequence[int]) -> bool:
-    """Whether a prompt ends in a `<think>` of the template's own: what follows is a thought until `</think>`."""
+    """Whether the template ends the prompt with `<think>`, so that the answer starts inside a thought."""
     text = chat.tokenizer.backend_tokenizer.decode(list(prompt_tokens), skip_special_tokens=False)
     return text.rstrip().endswith("<think>")
 
 
 def render_trajectory(chat: ChatFormat, trajectory: Trajectory, max_length: int) -> RenderedTrajectory:
-    """Prompt and target tokens of one trajectory. Target = answer + end-of-turn token, not the newline after it.
+    """Prompt and target tokens of one trajectory. The target is the answer and the end-of-turn token.
 
     Raises:
       RenderRefusal: the tokens would not be faithful to the messages, or the prompt fills `max_length`.
@@ -141,10 +143,12 @@ def render_trajectory(chat: ChatFormat, trajectory: Trajectory, max_length: int)
 def render_trajectories(
     chat: ChatFormat, trajectories: Iterable[Trajectory], max_length: int, prompts: Prompts | None = None
 ) -> Iterator[RenderedTrajectory | SkippedRecord]:
-    """`render_trajectory` over many, in order; a refusal becomes a SkippedRecord whose reason starts with its name.
+    """`render_trajectory` for many, in order; a refusal becomes a SkippedRecord whose reason starts with its name.
 
-    Several times faster than one by one: prompts are rendered once per problem, answers tokenized in parallel. Who
-    calls it for one pool piece by piece passes the same `prompts` each time, empty at first; they are added there.
+    Several times faster than one by one: each prompt is rendered once, and answers are tokenized in parallel.
+
+    Args:
+      prompts: a cache to share between calls for the same pool, initially empty.
     """
     prompts = {} if prompts is None else prompts
     remaining = iter(trajectories)
@@ -187,7 +191,7 @@ def _prompt_text(chat: ChatFormat, messages: Sequence[Message]) -> str:
         _refuse_control_tokens(chat, index, message)
     text = render_text(chat.tokenizer, chat.template, messages, add_generation_prompt=True)
     for index, message in enumerate(messages):
-        # Earlier assistant turns are exempt: reasoning models drop old thoughts, at inference as here.
+        # Earlier assistant turns are exempt: reasoning models drop old thoughts, at inference too.
         if message.role != "assistant" and message.content.strip() not in text:
             detail = f"the template changes or drops message {index} ({message.role}); set student.chat_template"
             raise RenderRefusal(Reason.PROMPT_TEXT_LOST, detail)
@@ -259,7 +263,7 @@ def _probed(tokenizer: PreTrainedTokenizerFast, template: str, tokenizer_file_ha
 
 
 def _check_probe_tokens(chat: ChatFormat) -> None:
-    """Refuses at once what would refuse every record."""
+    """Refuses, when loading, a template or tokenizer with which every record would be refused."""
     render_prompt(chat, PROBE[:-1])
     (target_ids,) = _completion_ids(chat, [chat.lead + PROBE[-1].content + chat.end_of_turn])
     if target_ids[-1] != chat.end_of_turn_id:
@@ -268,16 +272,16 @@ def _check_probe_tokens(chat: ChatFormat) -> None:
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    from transformers import PreTrainedTokenizerFast  # 0.7 s and 50 MB; not for those who bring tokens
+    from transformers import PreTrainedTokenizerFast  # takes 0.7 s and 50 MB
 
     if not (folder / "tokenizer.json").is_file():
         raise TemplateError(f"{folder}: tokenizer.json not found; student.path must be a local folder that has one")
     try:
-        # Not AutoTokenizer: this class runs the pipeline of tokenizer.json as it is written.
+        # Unlike AutoTokenizer, this class runs the pipeline of tokenizer.json as it is written.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # `tokenizers` raises bare Exception
         raise TemplateError(f"{folder}: cannot read the tokenizer: {one_line(error)}") from error
-    # A tokenizer.json may have been saved with these switched on; rows are cut and padded by us alone.
+    # A tokenizer.json may have been saved with these switched on; only our own code cuts and pads rows.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -304,16 +308,16 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def _completion_ids(chat: ChatFormat, texts: list[str]) -> list[list[int]]:
-    # Some tokenizers put a space before the start of a text. A completion starts in the middle of one, so it is
-    # encoded behind a control token, which is taken off again.
+    # Some tokenizers put a space before the start of a text. A completion starts in the middle of a text, so it is
+    # encoded after a control token, which is then dropped.
     return [ids[1:] for ids in _encode(chat.tokenizer, [chat.end_of_turn + text for text in texts])]
 
 
 def target_offsets(chat: ChatFormat, answers: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Of each token of the target of an answer that can be rendered, first character and the one behind its last.
+    """For each answer, the (start, end) character offsets of its target tokens, relative to the answer.
 
-    Counted in the answer: what the template puts before it has negative indices, the end-of-turn token lies behind it.
-    Of a truncated target there are more of them than tokens.
+    Text that the template puts before the answer has negative offsets; the end-of-turn token follows the answer.
+    Targets are not truncated here, so a truncated target has fewer tokens than offsets.
     """
     texts = [chat.end_of_turn + chat.lead + answer + chat.end_of_turn for answer in answers]
     before = len(chat.end_of_turn + chat.lead)

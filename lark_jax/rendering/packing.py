@@ -1,7 +1,7 @@
-"""Several trajectories in one row, none of them cut: which go together, in rows of which length.
+"""Packing: several whole trajectories in one row, by best fit, longest first.
 
-Best fit, longest first. Nearly all rows have one length; only the micro-batch that holds the rest of a step takes the
-shape, out of a few, that wastes least on it.
+Nearly all rows have the same length. Only the micro-batch with the rest of a step takes whichever of a few shapes
+wastes least.
 """
 
 import bisect
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from lark_jax.rendering.buckets import round_up
 from lark_jax.rendering.row_plans import MICRO_BATCH_OVERHEAD, powers_of_two
 
-MOST_PADDING = 0.05  # of the tokens of full rows, before longer rows are tried
+MOST_PADDING = 0.05  # share of the tokens of full rows, above which longer rows are tried
 MOST_DOUBLINGS = 3
 SHORTER_ROWS = 8  # row lengths for the rest of a step: eighths of a full row
 
-Row = tuple[int, ...]  # the members of a row, in the order in which they lie there
+Row = tuple[int, ...]  # the members of a row, in order
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PackedPlan:
 def best_fit(lengths: Mapping[int, int], capacity: int) -> tuple[Row, ...]:
     """Packs the members, longest first, each into the fullest row that still has room for it.
 
-    Deterministic: equal lengths go by member, equally full rows by their age.
+    Deterministic: ties go to the lower member and to the older row.
 
     Raises:
       ValueError: a member is longer than a row.
@@ -54,8 +54,8 @@ def best_fit(lengths: Mapping[int, int], capacity: int) -> tuple[Row, ...]:
 def full_row_lengths(shortest: int, tokens_per_batch: int | None = None) -> tuple[int, ...]:
     """Lengths that full rows may have, ascending: `shortest`, which holds the longest trajectory, and its doublings.
 
-    Rows stay within `tokens_per_batch`, unless a trajectory alone does not. They may be longer than
-    `student.max_length`: positions begin again with every trajectory.
+    Rows stay within `tokens_per_batch`, unless a single trajectory exceeds it. They may be longer than
+    `student.max_length`: positions restart with every trajectory.
     """
     doubled = (shortest << doublings for doublings in range(MOST_DOUBLINGS + 1))
     return tuple(n for n in doubled if tokens_per_batch is None or n <= max(tokens_per_batch, shortest))
@@ -64,8 +64,8 @@ def full_row_lengths(shortest: int, tokens_per_batch: int | None = None) -> tupl
 def padding_of_full_rows(lengths: Sequence[int]) -> dict[int, float]:
     """Length of a full row -> share of padding when all `lengths` are packed into such rows.
 
-    First comes the shortest that holds the longest of `lengths`. Where that packs badly (all trajectories a little
-    longer than half of it), it is doubled, a few times at most.
+    The first is the shortest that holds the longest of `lengths`. If that packs badly (say, all trajectories are a
+    little longer than half of it), it is doubled, a few times at most.
     """
     by_member = dict(enumerate(lengths))
     padding: dict[int, float] = {}
@@ -77,7 +77,7 @@ def padding_of_full_rows(lengths: Sequence[int]) -> dict[int, float]:
 
 
 def packed_row_lengths(padding_by_length: Mapping[int, float], tokens_per_batch: int) -> tuple[int, ...]:
-    """Row lengths, ascending; the last is that of full rows, the others serve the rest of a step.
+    """Row lengths, ascending; the last is that of full rows, the others are for the rest of a step.
 
     A full row is as short as padding allows, because a kernel that does not skip other segments attends over all of
     it.
@@ -91,7 +91,7 @@ def packed_row_lengths(padding_by_length: Mapping[int, float], tokens_per_batch:
 
 
 def rows_for_the_rest(capacity: int) -> tuple[int, ...]:
-    """Row lengths, ascending, up to that of full rows, for what is left of a step."""
+    """Row lengths for the rest of a step, ascending, up to that of full rows."""
     return tuple(sorted({round_up(-(-capacity * eighths // SHORTER_ROWS)) for eighths in range(1, SHORTER_ROWS + 1)}))
 
 
@@ -100,8 +100,8 @@ def plan_packed_micro_batches(
 ) -> tuple[PackedPlan, ...]:
     """Packs one step into micro-batches of `data_shards` times a power of two rows.
 
-    All but the last have full rows, the fullest first. What is left takes one micro-batch, of the row length that
-    costs least, or is cut once more where that costs less.
+    All but the last have full rows, the fullest first. The rest becomes one micro-batch with the row length that costs
+    least, or is cut once more if that costs less.
 
     Args:
       lengths: member -> inputs.
@@ -132,7 +132,7 @@ def _all_at_once(
     tokens_per_batch: int,
     data_shards: int,
 ) -> list[PackedPlan]:
-    """The shapes, from short rows to long ones, that hold all members of some full rows in one micro-batch."""
+    """The single micro-batches, from short rows to long ones, that can hold all members of `rows`."""
     left = {member: lengths[member] for row in rows for member in row}
     packed = {n: best_fit(left, n) for n in row_lengths[:-1] if n >= max(left.values())}
     plans = []

@@ -1,4 +1,4 @@
-"""What a chat template makes of messages, as text, and the names of everything it must not do to them."""
+"""Chat templates: messages as text, and the reasons for which a rendering is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lark_jax.pool.records import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Templates that print "today" print this date. Llama 3's own template falls back to it.
+# Templates that print today's date print this one. Llama 3's own template falls back to it.
 FROZEN_DATE = datetime.datetime(2024, 7, 26)
 _DATE_CODES = ["%" + code for code in "a A b B c d D e F H I j m M p S T u U w W x X y Y Z z -d -m -H -I -M -S".split()]
 
@@ -22,7 +22,7 @@ _REASONING_PROBE = (PROBE[0], Message("assistant", "<think>\nProbe thought.\n</t
 
 
 class Reason(enum.StrEnum):
-    """Why messages cannot be turned into tokens faithfully; stable names for score tables and manifests."""
+    """Why messages cannot be turned into tokens faithfully. The names are stable: tables and manifests contain them."""
 
     TEMPLATE_FAILED = "template_failed"
     PROMPT_NOT_PREFIX = "prompt_not_prefix"
@@ -39,27 +39,27 @@ class Reason(enum.StrEnum):
 
 
 class RenderRefusal(TemplateError):
-    """Messages that cannot be turned into tokens faithfully; `reason` is the machine-readable part."""
+    """Messages cannot be turned into tokens faithfully; `reason` is the machine-readable part."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
     def named(self, where: str) -> RenderRefusal:
-        """The same refusal with the place in front of its message."""
+        """The same refusal, with the location at the start of its message."""
         return RenderRefusal(self.reason, f"{where}: {self}")
 
 
 def probe_template(
     tokenizer: PreTrainedTokenizerFast, template: str, special_tokens: dict[str, int]
 ) -> tuple[str, str, str]:
-    """Lead, end-of-turn token and tail of the template, seen on a conversation whose answer is known."""
+    """Lead, end-of-turn token and tail of the template, from a conversation whose answer is known."""
     try:
         return _probe_with(PROBE, tokenizer, template, special_tokens)
     except RenderRefusal as refusal:
         if refusal.reason is not Reason.THINK_BLOCK_ADDED:
             raise
-    # A template for reasoning models: it is faithful to answers that bring their own think block.
+    # A template for reasoning models: it is faithful to answers that have their own think block.
     return _probe_with(_REASONING_PROBE, tokenizer, template, special_tokens)
 
 
@@ -97,7 +97,7 @@ def render_completion(
 
 
 def unfaithful(completion: str, response: str, end_of_turn: str) -> RenderRefusal:
-    """Names what a template did to an answer that it did not render as is."""
+    """The refusal that names how a template changed an answer."""
     before, found, after = completion.partition(response)
     if not found:
         thought, closing, _ = response.partition("</think>")
@@ -127,7 +127,7 @@ def render_text(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except Exception as error:  # a template is a program of the user's: it can fail in any way
+    except Exception as error:  # a template is the user's program: it can fail in any way
         roles = ", ".join(message.role for message in messages)
         detail = f"the template fails on roles ({roles}): {one_line(error)}"
         raise RenderRefusal(Reason.TEMPLATE_FAILED, detail) from error
@@ -137,8 +137,8 @@ def render_text(
 def _with_frozen_date(template: str) -> str:
     """The template with `strftime_now`, which transformers binds to the clock, redefined to print FROZEN_DATE.
 
-    A macro, because transformers >= 5.23 turns every function given to a template into its text. The newline after
-    it is the one that `trim_blocks` removes: the template renders as if nothing stood before it.
+    It is a macro because transformers >= 5.23 turns every function given to a template into its text. `trim_blocks`
+    removes the newline after the macro, so the template renders as if there were nothing before it.
     """
     if "strftime_now" not in template:
         return template

@@ -1,7 +1,7 @@
-"""Which process of how many this is, found out before JAX looks for devices.
+"""Which process of how many this is, determined before JAX looks for devices.
 
-JAX recognises SLURM, Open MPI, TPU slices and Kubernetes jobs, and says who the coordinator is. Its rule for GPUs, one
-device per process, is not taken over: where one process is started per host it would leave seven of eight idle.
+JAX recognises SLURM, Open MPI, TPU slices and Kubernetes jobs, and names the coordinator. Its rule for GPUs, one device
+per process, is not used: with one process per host it would leave seven of eight GPUs idle.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Mapping
 
-from jax._src import clusters  # what `jax.distributed.initialize()` asks; it has no public name
+from jax._src import clusters  # used by `jax.distributed.initialize()`; has no public name
 
 from lark_jax.config import DistributedConfig
 from lark_jax.errors import ConfigError
@@ -18,28 +18,32 @@ EXPLICIT = "config.distributed.coordinator, num_processes and process_id"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Process `index` of `count`."""
 
     index: int = 0
     count: int = 1
     coordinator: str = ""  # host:port of process 0
-    local_devices: tuple[int, ...] | None = None  # the GPUs that it takes, among those that it sees; None: all
+    local_devices: tuple[int, ...] | None = None  # the GPUs that it uses, among those that it sees; None: all
 
 
-ALONE = Place()
+ALONE = ProcessPlace()
 
 
-def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Place:
-    """The place that the configuration gives, or else the cluster; `ALONE` where neither knows of several processes.
+def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> ProcessPlace:
+    """The place given by the configuration, else by the cluster; `ALONE` if neither has several processes.
 
     Raises:
-      ConfigError: the cluster has several processes, and where they meet or which GPUs are whose stays unknown.
+      ConfigError: there are several processes, but the coordinator or the division of GPUs is unknown.
     """
     if config.start == "never":
         return ALONE
     if config.coordinator is not None and config.num_processes is not None and config.process_id is not None:
-        return Place(config.process_id, config.num_processes, config.coordinator) if config.num_processes > 1 else ALONE
+        return (
+            ProcessPlace(config.process_id, config.num_processes, config.coordinator)
+            if config.num_processes > 1
+            else ALONE
+        )
     count = _tasks_of_launcher(environment)
     if count == 1:
         return ALONE
@@ -49,13 +53,13 @@ def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Pla
             if count is None:
                 return ALONE
             raise ConfigError(
-                f"this is one of {count} processes, but JAX does not know where they meet; set {EXPLICIT} in each"
+                f"this is one of {count} processes, but JAX does not know their coordinator; set {EXPLICIT} in each"
             )
         count = count or cluster.get_process_count()
         if count == 1:
             return ALONE
         coordinator = cluster.get_coordinator_address(config.connect_timeout, environment.get("JAX_COORDINATOR_PORT"))
-        return Place(cluster.get_process_id(), count, coordinator, _local_devices(environment))
+        return ProcessPlace(cluster.get_process_id(), count, coordinator, _local_devices(environment))
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"the cluster's description of its processes cannot be used ({error}); set {EXPLICIT}"
@@ -63,7 +67,7 @@ def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Pla
 
 
 def require_free_port(coordinator: str) -> None:
-    """Refuses a coordinator address whose port is in use on this host, on which JAX would crash.
+    """Refuses a coordinator address whose port is in use on this host, since JAX would crash.
 
     Raises:
       ConfigError: names the port.
@@ -75,21 +79,21 @@ def require_free_port(coordinator: str) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise ConfigError(
-                f"coordinator {coordinator}: port {port} is taken on this host ({error.strerror}); is the last run "
-                "still ending? Wait, or choose another port (JAX_COORDINATOR_PORT, or config.distributed.coordinator)"
+                f"coordinator {coordinator}: port {port} is in use on this host ({error.strerror}); if the last run is "
+                "still ending, wait, else choose another port (JAX_COORDINATOR_PORT, or config.distributed.coordinator)"
             ) from error
 
 
 def _tasks_of_launcher(environment: Mapping[str, str]) -> int | None:
-    """Processes that srun or mpirun started together with this one; None where it was started by neither."""
-    for variable in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # mpirun inside of a step of SLURM has both
+    """Processes that srun or mpirun started together with this one; None if neither started it."""
+    for variable in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # mpirun inside a SLURM step has both
         if variable in environment:
             return int(environment[variable])
     return None
 
 
 def _detected_cluster(environment: Mapping[str, str]) -> type[clusters.ClusterEnv] | None:
-    """The cluster that JAX recognises; a pod of Kubernetes only where it belongs to an indexed job."""
+    """The cluster that JAX recognises; a Kubernetes pod only if it belongs to an indexed job."""
     for cluster in clusters.ClusterEnv._cluster_types:
         lone_pod = cluster is clusters.K8sCluster and "JOB_COMPLETION_INDEX" not in environment
         if not cluster.opt_in_only_method and not lone_pod and cluster.is_env_present():
@@ -100,8 +104,8 @@ def _detected_cluster(environment: Mapping[str, str]) -> type[clusters.ClusterEn
 def _local_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     """The GPUs of this process among those that it sees; None: all.
 
-    One process per host takes all. Several on a host divide them evenly, unless the launcher has done so already
-    (`--gpus-per-task`, `--gpu-bind`), which shows in a process that sees fewer GPUs than the host has.
+    One process per host takes all. Several on a host divide them evenly, unless the launcher has already done so
+    (`--gpus-per-task`, `--gpu-bind`): then a process sees fewer GPUs than the host has.
 
     Raises:
       ConfigError: the GPUs cannot be divided evenly.
@@ -123,7 +127,7 @@ def _local_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _tasks_on_this_host(environment: Mapping[str, str]) -> tuple[int, int]:
-    """(processes of this run on this host, which of them this is)."""
+    """(processes of this run on this host, this process's index among them)."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
         return int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]), int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
     if "SLURM_STEP_TASKS_PER_NODE" in environment:

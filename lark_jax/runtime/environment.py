@@ -1,4 +1,4 @@
-"""What the process computes on: devices, the compilation cache, versions of packages and of our own code."""
+"""The environment of a process: devices, the compilation cache, versions of packages and of our own code."""
 
 import functools
 import importlib.metadata
@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -36,7 +36,7 @@ RECORDED_PACKAGES = (
 
 
 def start(compilation_cache: str | Path) -> None:
-    """Turns the persistent compilation cache on and prints what the run will use.
+    """Turns the persistent compilation cache on and prints the devices.
 
     Raises:
       ConfigError: JAX finds no device.
@@ -64,7 +64,7 @@ def package_versions() -> dict[str, str]:
 
 @functools.cache
 def code_hash() -> str:
-    """SHA-256 of the package's modules, their names and bytes: one version number covers many states of the code."""
+    """SHA-256 of the package's modules, names and bytes: one version number covers many states of the code."""
     package = Path(__file__).parents[1]
     modules = sorted(package.rglob("*.py"))
     return sha256_of_json([[path.relative_to(package).as_posix(), sha256_of_path(path)] for path in modules])
@@ -76,7 +76,7 @@ def hardware() -> str:
 
 
 def peak_memory_bytes() -> int:
-    """The most that the first device of this process has held; where it does not say (CPUs), the process itself."""
+    """Peak memory of this process's first device; of the process itself if the device does not report it (CPUs)."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return int(statistics["peak_bytes_in_use"])
@@ -87,3 +87,29 @@ def peak_memory_bytes() -> int:
 def _describe(devices: Sequence[jax.Device]) -> str:
     several = f", {processes.count()} processes" if processes.count() > 1 else ""
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){several}"
+
+
+def software_of(ran: Sequence[tuple[str, Mapping[str, str]]]) -> Iterator[tuple[str, str]]:
+    """(package, version) of what made an experiment's results; if versions differ, a row for each, with its tasks.
+
+    Args:
+      ran: a task's name, and package -> version from its manifest.
+    """
+    tasks = [task for task, _ in ran]
+    for package in dict.fromkeys(package for _, versions in ran for package in versions):
+        by_version: dict[str, list[str]] = {}
+        for task, versions in ran:
+            by_version.setdefault(versions.get(package, "none recorded"), []).append(task)
+        for version, of_version in by_version.items():
+            where = "" if len(by_version) == 1 else f" in {', '.join(_short(of_version, tasks))}"
+            yield package + where, version
+
+
+def _short(some: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """`some`, with the name of a stage in place of its tasks if all of them are among `some`."""
+    divided = {_stage(task) for task in tasks if task not in some}
+    return list(dict.fromkeys(task if _stage(task) in divided else _stage(task) for task in some))
+
+
+def _stage(task: str) -> str:
+    return task.partition("/")[0]

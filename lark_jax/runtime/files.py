@@ -17,10 +17,10 @@ from lark_jax.errors import LarkError, PipelineError
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it to `path` when the block ends without an error."""
+    """Yields a temporary path next to `path`; renames it to `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Process ids repeat: hosts that share a file system may write the same file at the same time.
+    # Not the process id: hosts that share a file system may write the same file at the same time.
     temporary = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
     try:
         yield temporary
@@ -32,7 +32,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def exclusive(lock: str | Path, what: str) -> Iterator[None]:
-    """Holds an advisory lock on the file `lock`; the operating system frees it when the process ends, however it ends.
+    """Holds an advisory lock on the file `lock`; the operating system releases it however the process ends.
 
     Raises:
       PipelineError: another process holds it, or the file system has no locks.
@@ -43,17 +43,17 @@ def exclusive(lock: str | Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PipelineError(f"{what}: another run is working there; wait for it, or choose another") from None
+            raise PipelineError(f"{what}: another run is using it; wait for that run, or choose another") from None
         except OSError as error:  # Lustre without "flock", NFS without a lock daemon
             raise PipelineError(
-                f"{lock}: cannot be locked ({error.strerror}), so that nothing would keep a second run out of {what}; "
+                f"{lock}: cannot be locked ({error.strerror}), so a second run could write to {what}; "
                 "mount this file system with locks (Lustre: -o flock), or choose another folder"
             ) from error
         yield
 
 
 def remove_directory(path: str | Path) -> None:
-    """Deletes a folder, and what earlier calls for it left; one killed half-way leaves nothing under the old name."""
+    """Deletes a folder, and leftovers of earlier calls for it; a killed call leaves nothing under the old name."""
     path = Path(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -64,7 +64,7 @@ def remove_directory(path: str | Path) -> None:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary directory beside `path`; replaces `path` by it when the block ends without an error."""
+    """Yields a temporary directory next to `path`; replaces `path` by it when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -83,7 +83,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def remove_partial_files(directory: str | Path) -> None:
-    """Deletes what killed processes left behind in `directory` (names made by the two functions above)."""
+    """Deletes the partial files and folders that killed processes left in `directory`."""
     for leftover in list(Path(directory).rglob(".*.partial-*")):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -97,7 +97,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` with sorted keys, so that equal values are equal bytes."""
+    """Writes `value` with sorted keys, so that equal values give equal bytes."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(_encoded(value, indent=2, sort_keys=True))
 
@@ -114,7 +114,7 @@ def write_jsonl(path: str | Path, rows: Iterator[Any] | list[Any]) -> None:
 
 
 def _encoded(value: Any, **style: Any) -> bytes:
-    """UTF-8, where it can hold the value; half a surrogate pair, as JSON of a server may have, needs escapes."""
+    """UTF-8 if it can represent the value; half a surrogate pair, as in a server's JSON, needs escapes."""
     try:
         return json.dumps(value, ensure_ascii=False, **style).encode() + b"\n"
     except UnicodeEncodeError:
@@ -148,13 +148,13 @@ def sha256_of_path(path: str | Path, among: Sequence[Path] | None = None) -> str
 
 
 def files_below(directory: Path) -> list[Path]:
-    """Sorted; hidden names left out."""
+    """All files below `directory` without hidden names, sorted."""
     found = (file for file in directory.rglob("*") if file.is_file())
     return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(directory).parts))
 
 
 class ContentHashes:
-    """`sha256_of_path`, remembered by path, size and modification time, so that large files are read once."""
+    """`sha256_of_path`, cached by path, size and modification time, so that large files are read once."""
 
     def __init__(self, cache: str | Path) -> None:
         self._cache = Path(cache)
@@ -179,7 +179,7 @@ class ContentHashes:
         return entry["sha256"]
 
     def _read(self) -> dict[str, Any]:
-        """The cache; an unreadable one is as good as none, since everything in it can be computed again."""
+        """The cache; an unreadable one counts as empty, since everything in it can be computed again."""
         try:
             return read_json(self._cache)
         except (OSError, ValueError):

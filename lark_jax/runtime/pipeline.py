@@ -1,8 +1,8 @@
 """Stages as resumable tasks: each writes into its own folder and closes with a manifest.
 
-A task is skipped while its manifest's fingerprint matches its inputs and its outputs are there. While it runs, the
-folder holds `started.json` with its inputs, so that a restarted run knows that what it finds there is its own and may
-continue; what other inputs left is removed first, and the inputs that changed are named.
+A task is skipped if its manifest matches its inputs and its outputs exist. While it runs, the folder holds
+`started.json` with its inputs, so that a restarted run recognises its own files and continues; files of other inputs
+are removed first, and the inputs that changed are named.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from lark_jax.runtime import environment, files, processes, terminal
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
-FORMAT = 2  # of everything that tasks write; a release that changes any of it counts up, and old results run again
-SECONDS_TO_BE_SEEN = 60  # NFS keeps a folder's old listing for up to a minute
+FORMAT = 2  # of everything that tasks write; incremented when any of it changes, so that old results are computed again
+SECONDS_TO_BE_SEEN = 60  # NFS caches a folder's listing for up to a minute
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished task tells its manifest."""
+    """What a finished task records in its manifest."""
 
     counts: Mapping[str, int]
     skipped: Sequence[Mapping[str, Any]] = ()  # every record left out, with its reason
@@ -42,9 +42,9 @@ class Task:
     directory: Path
     inputs: Callable[[], Mapping[str, Any]]
     run: Callable[[Path], Outcome]
-    scratch: tuple[str, ...] = ()  # folders inside that may be deleted once finished; while there, they save work
-    everywhere: bool = False  # all processes of the run take part in it; else the first alone
-    environment: tuple[str, ...] = ()  # inputs that say what is installed: of no matter to stages that build on it
+    scratch: tuple[str, ...] = ()  # folders inside that may be deleted once it is finished; until then they save work
+    everywhere: bool = False  # all processes of the run execute it; else only the first
+    environment: tuple[str, ...] = ()  # inputs that describe what is installed; later stages ignore them
 
     @property
     def stage(self) -> str:
@@ -66,7 +66,7 @@ def run_tasks(tasks: Sequence[Task]) -> int:
     """Runs what is not up to date, in order; returns how many tasks had to run.
 
     Called in every process with the same tasks. The first one decides what runs, prepares the folders and writes the
-    manifests; the others take part in the tasks that say so.
+    manifests; the others only run the tasks marked `everywhere`.
     """
     return sum([_run_if_needed(task) for task in tasks])
 
@@ -86,7 +86,7 @@ def _run_if_needed(task: Task) -> bool:
 
 
 def _needs_to_run(task: Task, inputs: Mapping[str, Any]) -> bool:
-    """False, and says so, where the task is up to date; else its folder is ready."""
+    """Whether the task has to run; prints it, and prepares the folder if so."""
     existing = read_manifest(task.directory)
     if existing is not None and existing.inputs == inputs and _outputs_present(existing, task.directory):
         terminal.say(f"{task.name}: up to date")
@@ -97,10 +97,10 @@ def _needs_to_run(task: Task, inputs: Mapping[str, Any]) -> bool:
 
 
 def _require_shared(task: Task) -> None:
-    """Waits until the first process's record is seen here: file systems over a network may take a while to show it.
+    """Waits until the first process's record is visible here: network file systems may take a while.
 
     Raises:
-      PipelineError: it is not; the working directory is not shared by all hosts.
+      PipelineError: it does not appear; the working directory is not shared by all hosts.
     """
     deadline = time.monotonic() + SECONDS_TO_BE_SEEN
     while not (task.directory / STARTED).is_file():
@@ -113,7 +113,7 @@ def _require_shared(task: Task) -> None:
 
 
 def require_current(task: Task) -> None:
-    """Refuses to build on a task that finished with other inputs than the present ones; never run is no matter here.
+    """Refuses to build on a task that finished with other inputs; tasks that never ran are ignored.
 
     Raises:
       PipelineError: names the inputs that changed and the stage to add.
@@ -134,7 +134,7 @@ def require_current(task: Task) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a finished task, or None where there is none."""
+    """The manifest of a finished task, or None."""
     path = directory / MANIFEST
     if not path.is_file():
         return None
@@ -146,10 +146,10 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def require_manifest(directory: Path, stage: str) -> Manifest:
-    """The manifest of a stage that must have finished before.
+    """The manifest of a stage that must have finished.
 
     Raises:
-      PipelineError: it has not; names the stage to add.
+      PipelineError: it has not finished; names the stage to add.
     """
     manifest = read_manifest(directory)
     if manifest is None:
@@ -158,7 +158,7 @@ def require_manifest(directory: Path, stage: str) -> Manifest:
 
 
 def _as_json(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The inputs as they read back from a manifest (tuples become lists), so that old and new compare equal."""
+    """The inputs as a manifest returns them (tuples become lists), so that old and new compare equal."""
     return json.loads(json.dumps({**inputs, "format": FORMAT}))
 
 
@@ -172,14 +172,14 @@ def _outputs_present(manifest: Manifest, directory: Path) -> bool:
 def _prepare_directory(task: Task, inputs: Mapping[str, Any], existing: Manifest | None) -> None:
     """Leaves the task's folder either empty or with what an earlier call with the same inputs wrote.
 
-    Where outputs of a finished task were lost, only a task with scratch keeps the rest: hours of work may lie there. It
-    continues as after an interruption; others begin with an empty folder.
+    If outputs of a finished task were lost, a task with scratch keeps the rest, which may be hours of work, and
+    continues as after an interruption; other tasks start with an empty folder.
     """
     started = _started_inputs(task.directory)
     before = existing.inputs if existing is not None else started
     if before is None and task.directory.exists() and any(task.directory.iterdir()):
         raise PipelineError(
-            f"{task.directory}: holds files that are not from this program; move them away, or choose another "
+            f"{task.directory}: contains files that lark_jax did not write; move them away, or choose another "
             "config.workdir"
         )
     if existing is not None and existing.inputs == inputs:

@@ -1,8 +1,8 @@
-"""The processes of one run: who this one is, how they wait for each other, and how they end together.
+"""The processes of one run: their indices, how they wait for each other, and how they end together.
 
-A process drives the devices that it sees, usually all of its host. What processes share is the file system. They
-agree through the coordination service of `jax.distributed`, which lives in process 0, and not through their devices:
-a process may wait there for hours while others compute.
+A process drives the devices that it sees, usually all of its host. Processes share the file system. They communicate
+through the coordination service of `jax.distributed`, which runs in process 0, and not through their devices: a process
+may wait there for hours while others compute.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # the one way to the coordination service; orbax uses it too
+from jax._src import distributed  # the only access to the coordination service; orbax uses it too
 
 from lark_jax.config import DistributedConfig
 from lark_jax.errors import PipelineError, StoppedBySignal
-from lark_jax.runtime.clusters import Place, require_free_port
+from lark_jax.runtime.clusters import ProcessPlace, require_free_port
 
 LONGEST_WAIT_MS = 30 * 24 * 3600 * 1000
-POLL_SECONDS = 0.5  # how often a process looks whether another one failed
-FAREWELL_SECONDS = 10.0  # how long process 0 waits for the others to learn of a failure
+POLL_SECONDS = 0.5  # between a process's checks whether another one failed
+FAREWELL_SECONDS = 10.0  # how long process 0 waits until the others know of a failure
 FAILURE = "lark_jax/failure"
 INFORMED = "lark_jax/informed"
 EXIT_FAILED = 2
@@ -34,7 +34,7 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Part `index` of `count`: what one of several workers that need not talk to each other takes of a list of work."""
+    """Part `index` of `count`: the part of a list of work that one of several independent workers takes."""
 
     index: int = 0
     count: int = 1
@@ -57,17 +57,17 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once: manifests, assembled tables."""
+    """Whether this process writes the files that are written once: manifests, assembled tables."""
     return index() == 0
 
 
 def label() -> str:
-    """How messages name this process: "1/2" is the first of two; empty where there is only one."""
+    """The name of this process in messages: "1/2" is the first of two; empty if there is only one."""
     return f"{index() + 1}/{count()}" if count() > 1 else ""
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here; at once where there is only one.
+    """Returns when every process has arrived; immediately if there is only one.
 
     Raises:
       PipelineError: a process is gone.
@@ -83,7 +83,7 @@ def barrier(name: str) -> None:
         except Exception as error:  # raised again below
             errors.append(error)
 
-    # In a thread, so that Ctrl-C is heard meanwhile.
+    # In a thread, so that Ctrl-C works meanwhile.
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
     while waiting.is_alive():
@@ -95,7 +95,7 @@ def barrier(name: str) -> None:
 
 
 def decided_by_first(name: str, decide: Callable[[], Value]) -> Value:
-    """What `decide` returns in process 0 (JSON), in every process; the others do not call it, and wait."""
+    """The value (JSON) that `decide` returns in process 0, in every process; the others wait for it."""
     if count() == 1:
         return decide()
     key = f"lark_jax/decision/{name}"
@@ -106,21 +106,21 @@ def decided_by_first(name: str, decide: Callable[[], Value]) -> Value:
     else:
         barrier(f"{name}: decided")
         decision = json.loads(_client().blocking_key_value_get(key, 60_000))
-    barrier(f"{name}: heard")  # only now may the same name be decided again
+    barrier(f"{name}: received")  # only then may the same name be decided again
     return decision
 
 
 @contextlib.contextmanager
-def joined(place: Place, config: DistributedConfig) -> Iterator[None]:
-    """The block runs as one of `place.count` processes, and ends when all have come to its end.
+def joined(place: ProcessPlace, config: DistributedConfig) -> Iterator[None]:
+    """The block runs as one of `place.count` processes, and ends when all have reached its end.
 
-    Where another process fails in the meantime, this one ends with status 2 within `POLL_SECONDS` (the first one
-    after up to `FAREWELL_SECONDS` more); where one dies without a word, after `config.lost_timeout` seconds. Must be
-    entered before JAX has looked for devices. When the block raises, the processes stay joined, so that the caller
-    can `announce_failure` and `end`; `StoppedBySignal` alone is raised in all of them, and they part in peace.
+    If another process fails in the meantime, this one ends with status 2 within `POLL_SECONDS` (the first one up to
+    `FAREWELL_SECONDS` later); if one dies silently, after `config.lost_timeout` seconds. Must be entered before JAX
+    looks for devices. When the block raises, the processes stay joined, so that the caller can `announce_failure` and
+    `end`; only `StoppedBySignal` is raised in all of them, and they disconnect in order.
 
     Raises:
-      PipelineError: the port of the coordinator is taken, or process 0 expects another number of processes.
+      PipelineError: the coordinator's port is in use, or process 0 expects another number of processes.
     """
     if place.count == 1:
         yield
@@ -144,31 +144,31 @@ def joined(place: Place, config: DistributedConfig) -> Iterator[None]:
 
 
 def post(name: str, value: Any) -> None:
-    """Makes `value` (JSON) known to all processes under `name`; the first one that is posted stays."""
+    """Publishes `value` (JSON) to all processes under `name`; the first value posted is kept."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is one already
         _client().key_value_set(f"lark_jax/post/{name}", json.dumps(value))
 
 
 def posted(name: str) -> Any:
-    """What some process has posted under `name`; None where none has. Costs a message to process 0, no waiting."""
+    """The value that some process has posted under `name`, or None; costs a message to process 0, without waiting."""
     return _value_of(f"lark_jax/post/{name}")
 
 
 def announce_failure(message: str) -> bool:
-    """Tells the other processes that this one has failed; False where one said the same before."""
+    """Tells the other processes that this one has failed; False if one has already reported the same."""
     if distributed.global_state.client is None:
         return True
     failure = json.dumps({"process": index(), "message": message})
     try:
         _client().key_value_set(FAILURE, failure)
         return True
-    except jax.errors.JaxRuntimeError:  # there is one already, or nobody is left to tell
+    except jax.errors.JaxRuntimeError:  # there is one already, or no process is left
         known = _known_failure()
         return known is None or known["message"] != message
 
 
 def end(status: int) -> None:
-    """Ends this process now if it is one of several and has failed: an orderly exit would wait for the others."""
+    """Ends this process now if it is one of several and failed: a normal exit would wait for the others."""
     if distributed.global_state.client is None or status == 0:
         return
     if is_first():
@@ -178,12 +178,12 @@ def end(status: int) -> None:
     os._exit(status)
 
 
-def _connect(place: Place, config: DistributedConfig) -> None:
+def _connect(place: ProcessPlace, config: DistributedConfig) -> None:
     if place.index == 0:
         require_free_port(place.coordinator)
     # JAX would otherwise catch SIGTERM to save a checkpoint; scoring may be killed at any time.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX aborts with a stack trace when nobody answers; this says it in one line, and earlier.
+    # JAX aborts with a stack trace if there is no answer; this prints one line, and earlier.
     alarm = threading.Timer(config.connect_timeout, _give_up_connecting, args=(place, config.connect_timeout))
     alarm.daemon = True
     alarm.start()
@@ -192,25 +192,25 @@ def _connect(place: Place, config: DistributedConfig) -> None:
         place.count,
         place.index,
         local_device_ids=place.local_devices,
-        cluster_detection_method="deactivate",  # `place` is the detection
+        cluster_detection_method="deactivate",  # `place` was detected by us
         initialization_timeout=config.connect_timeout + 60,
         heartbeat_timeout_seconds=config.lost_timeout,
     )
     alarm.cancel()
 
 
-def _give_up_connecting(place: Place, seconds: float) -> None:
+def _give_up_connecting(place: ProcessPlace, seconds: float) -> None:
     print(
         f"error: process {place.index + 1}/{place.count} waited {seconds:.0f} s for the others at {place.coordinator}; "
-        f"check that all {place.count} were started, with the same number of processes and a coordinator address that "
-        "is process 0's host as the others see it",
+        f"check that all {place.count} were started, with the same number of processes and a coordinator address under "
+        "which the others reach process 0",
         file=sys.stderr,
         flush=True,
     )
     os._exit(EXIT_FAILED)
 
 
-def _require_equal_counts(place: Place) -> None:
+def _require_equal_counts(place: ProcessPlace) -> None:
     key = "lark_jax/count"
     if place.index == 0:
         _client().key_value_set(key, str(place.count))
@@ -223,13 +223,13 @@ def _require_equal_counts(place: Place) -> None:
 
 
 def _end_with_the_others(stop: threading.Event) -> None:
-    """Runs beside the main thread, which may be in the middle of anything; files are written whole or not at all."""
+    """Runs in a thread while the main one may be doing anything; files are written whole or not at all."""
     while not stop.wait(POLL_SECONDS):
         try:
             failure = _known_failure()
         except jax.errors.JaxRuntimeError:
             if not stop.is_set():
-                print(f"error: {_gone('a look at the other processes')}", file=sys.stderr, flush=True)
+                print(f"error: {_gone('when looking for failures')}", file=sys.stderr, flush=True)
                 os._exit(EXIT_FAILED)
             return
         if failure is not None and failure["process"] != index():
@@ -259,7 +259,7 @@ def _value_of(key: str) -> Any:
 
 
 def _wait_until_informed() -> None:
-    """Process 0 leaves last: the coordination service ends with it."""
+    """Process 0 ends last, since the coordination service ends with it."""
     deadline = time.monotonic() + FAREWELL_SECONDS
     failed = _known_failure()
     expected = count() - 1 - (failed is not None and failed["process"] != 0)

@@ -1,4 +1,4 @@
-"""What a run says to the user: narration, warnings, and progress with ETA, all on stderr."""
+"""Messages to the user: narration, warnings, and progress with ETA, all on stderr."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,20 +12,20 @@ Item = TypeVar("Item")
 
 
 def say(message: str) -> None:
-    """One line of narration on stderr, by the first process; tables and paths that a user may pipe go to stdout."""
+    """Prints a line on stderr, in the first process only; tables and paths that a user may pipe go to stdout."""
     if processes.is_first():
         print(f"[lark_jax] {message}", file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """What every process says for itself, with its name."""
+    """Prints one line in every process, with the process's name."""
     print(f"[{' '.join(['lark_jax', processes.label()]).strip()}] {message}", file=sys.stderr, flush=True)
 
 
 def progress_bar(*, what: str, total: int, unit: str, initial: int = 0, delay: float = 0.0) -> tqdm:
-    """A bar on stderr, of the first process alone, from `delay` seconds on.
+    """A bar on stderr, in the first process only, shown after `delay` seconds.
 
-    Where stderr is a file, it is redrawn every 10 s at most.
+    If stderr is a file, it is redrawn at most every 10 s.
     """
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(

@@ -1,6 +1,5 @@
 """One forward pass per trajectory: parts are rendered ahead, batches are kept in flight, results are kept on disk."""
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,17 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lark_jax.errors import PipelineError, SelectionError
-from lark_jax.pool.records import Pool, Trajectory
+from lark_jax.pool.records import Pool
 from lark_jax.rendering.batching import TokenRows, assemble
-from lark_jax.rendering.chat import ChatFormat, Prompts, RenderedTrajectory
+from lark_jax.rendering.chat import ChatFormat, Prompts
 from lark_jax.runtime import processes, terminal
 from lark_jax.runtime.processes import EVERYTHING, Share
 from lark_jax.runtime.sharding import DATA
 from lark_jax.scoring.ahead import computed_ahead
 from lark_jax.scoring.part_files import Finished, NoRecord, PartRecord, read_finished, read_part
-from lark_jax.scoring.reductions import TrajectoryMeans
+from lark_jax.scoring.statistics import TrajectoryMeans
 from lark_jax.scoring.step import make_score_step
-from lark_jax.scoring.table import CandidateScore
+from lark_jax.scoring.table import CandidateScore, candidate_score
 from lark_jax.scoring.throughput import Progress, Stopwatch, Throughput
 from lark_jax.scoring.workload import RenderedPart, ScoreOptions, Workload, plan_workload, render_part
 from lark_jax.students.decoder import Decoder
@@ -116,7 +115,11 @@ class _Batch:
         part = self.rendered.part
         members = part.batches[self.number].members
         return [
-            _scored(workload.pool.trajectories[part.members[member]], self.rendered.rows[member], means, row)
+            candidate_score(
+                workload.pool.trajectories[part.members[member]].teacher,
+                self.rendered.rows[member],
+                {name: float(mean_b[row]) for name, mean_b in means.items()},
+            )
             for row, member in enumerate(members)
         ]
 
@@ -170,24 +173,3 @@ def _pipelined(
 
 def _fetched(batch: _Batch, means: TrajectoryMeans) -> tuple[_Batch, TrajectoryMeans]:
     return batch, jax.tree.map(np.asarray, means)
-
-
-def _scored(trajectory: Trajectory, rendered: RenderedTrajectory, means: TrajectoryMeans, row: int) -> CandidateScore:
-    loss, brier = float(means.loss[row]), float(means.brier[row])
-    finite = math.isfinite(loss) and math.isfinite(brier)
-    return CandidateScore(
-        problem_id=trajectory.problem_id,
-        candidate_id=trajectory.candidate_id,
-        teacher=trajectory.teacher,
-        num_prompt_tokens=len(rendered.prompt_tokens),
-        num_target_tokens=len(rendered.target_tokens),
-        truncated=rendered.truncated,
-        loss=loss,
-        brier=brier,
-        mean_clipped_rank=float(means.mean_clipped_rank[row]),
-        mean_rank=float(means.mean_rank[row]),
-        target_prob=float(means.target_prob[row]),
-        wrong_concentration=float(means.wrong_concentration[row]),
-        status="ok" if finite else "skipped",
-        reason="" if finite else "non-finite loss",
-    )

@@ -11,7 +11,7 @@ from lark_jax.ops.token_statistics import token_statistics
 from lark_jax.rendering.batching import TokenRows
 from lark_jax.runtime.sharding import DATA, split_rows
 from lark_jax.runtime.sharding import rows as rows_sharding
-from lark_jax.scoring.reductions import TrajectoryMeans, trajectory_means
+from lark_jax.scoring.statistics import TrajectoryMeans, trajectory_means
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.sharded import ShardedStudent
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lark_jax.errors import SelectionError
+from lark_jax.rendering.chat import RenderedTrajectory
 from lark_jax.runtime.files import atomic_path
+from lark_jax.scoring.statistics import STATISTICS
 
 OK = "ok"
 SKIPPED = "skipped"
-STATISTICS = ("loss", "brier", "mean_clipped_rank", "mean_rank", "target_prob", "wrong_concentration")
 
 # float64 holds every float32 statistic exactly, so what is read back selects exactly as what was written.
 SCHEMA = pa.schema(
@@ -31,11 +32,13 @@ SCHEMA = pa.schema(
         pa.field("num_prompt_tokens", pa.int32(), nullable=False),
         pa.field("num_target_tokens", pa.int32(), nullable=False),
         pa.field("truncated", pa.bool_(), nullable=False),
-        *(pa.field(name, pa.float64()) for name in STATISTICS),
+        *(pa.field(statistic.name, pa.float64()) for statistic in STATISTICS),
         pa.field("status", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
     ]
 )
+_STATISTICS = tuple(statistic.name for statistic in STATISTICS)
+_OTHER_COLUMNS = tuple(name for name in SCHEMA.names if name not in _STATISTICS)
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,10 @@ class CandidateScore:
     num_prompt_tokens: int
     num_target_tokens: int  # assistant tokens and end-of-turn token, after truncation
     truncated: bool
-    loss: float  # mean cross-entropy, nats
-    brier: float  # mean Brier score, in [0, 2]
-    mean_clipped_rank: float  # mean of min(rank, 100)
-    mean_rank: float
-    target_prob: float  # mean probability of the target token
-    wrong_concentration: float  # mean of the sum of squared probabilities of the other tokens
+    statistics: Mapping[str, float]  # by name, see `scoring.statistics`; NaN where it was skipped
     status: str = OK  # or SKIPPED
     reason: str = ""  # why it was skipped
-    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))  # one column each
+    metrics: Mapping[str, float] = field(default_factory=dict)  # additional columns, by name
 
     @property
     def name(self) -> str:
@@ -64,12 +62,26 @@ class CandidateScore:
         return f"{self.problem_id}/{self.candidate_id}"
 
 
+def candidate_score(teacher: str, rendered: RenderedTrajectory, statistics: Mapping[str, float]) -> CandidateScore:
+    """The row of a candidate that went through the student; "skipped" if its loss or Brier score is not finite."""
+    finite = math.isfinite(statistics["loss"]) and math.isfinite(statistics["brier"])
+    return CandidateScore(
+        problem_id=rendered.problem_id,
+        candidate_id=rendered.candidate_id,
+        teacher=teacher,
+        num_prompt_tokens=len(rendered.prompt_tokens),
+        num_target_tokens=len(rendered.target_tokens),
+        truncated=rendered.truncated,
+        statistics=statistics,
+        status=OK if finite else SKIPPED,
+        reason="" if finite else "non-finite loss",
+    )
+
+
 def skipped_score(problem_id: str, candidate_id: str, teacher: str, reason: str) -> CandidateScore:
     """The row of a candidate that could not be scored."""
-    nan = math.nan
-    return CandidateScore(
-        problem_id, candidate_id, teacher, 0, 0, False, nan, nan, nan, nan, nan, nan, status=SKIPPED, reason=reason
-    )
+    statistics = dict.fromkeys(_STATISTICS, math.nan)
+    return CandidateScore(problem_id, candidate_id, teacher, 0, 0, False, statistics, SKIPPED, reason)
 
 
 @dataclass(frozen=True)
@@ -91,11 +103,11 @@ class ScoreTable:
         if taken := [name for name in metrics if name in SCHEMA.names]:
             raise ValueError(f"metric {taken[0]!r} has the name of a fixed column of the score table")
         schema = pa.schema([*SCHEMA, *(pa.field(name, pa.float64()) for name in metrics)])
-        columns: dict[str, list[object]] = {name: [getattr(score, name) for score in scores] for name in SCHEMA.names}
+        columns: dict[str, list[object]] = {name: [getattr(score, name) for score in scores] for name in _OTHER_COLUMNS}
+        for name in _STATISTICS:
+            columns[name] = [_null_for_nan(score.statistics[name]) for score in scores]
         for name in metrics:
-            columns[name] = [score.metrics.get(name, math.nan) for score in scores]
-        for name in (*STATISTICS, *metrics):
-            columns[name] = [None if math.isnan(value) else value for value in columns[name]]  # type: ignore[arg-type]
+            columns[name] = [_null_for_nan(score.metrics.get(name, math.nan)) for score in scores]
         return cls(pa.table(columns, schema=schema))
 
     def __len__(self) -> int:
@@ -192,14 +204,20 @@ def _check_columns(path: str | Path, table: pa.Table) -> None:
             raise SelectionError(f"{path}: column {found.name!r} is {found.type}, expected a floating-point metric")
 
 
-def _score_from_row(row: Mapping[str, object], metrics: Sequence[str]) -> CandidateScore:
-    fixed = {name: _nan_for_null(row[name]) for name in SCHEMA.names}
-    further = MappingProxyType({name: _nan_for_null(row[name]) for name in metrics})
-    return CandidateScore(**fixed, metrics=further)  # type: ignore[arg-type]
+def _score_from_row(row: Mapping[str, Any], metrics: Sequence[str]) -> CandidateScore:
+    return CandidateScore(
+        **{name: row[name] for name in _OTHER_COLUMNS},
+        statistics={name: _nan_for_null(row[name]) for name in _STATISTICS},
+        metrics={name: _nan_for_null(row[name]) for name in metrics},
+    )
 
 
-def _nan_for_null(value: object) -> object:
+def _nan_for_null(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _null_for_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _check_rows(path: str | Path, scores: ScoreTable) -> None:

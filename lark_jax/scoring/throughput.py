@@ -11,7 +11,7 @@ from lark_jax.rendering.batching import BatchPlan, TokenRows
 from lark_jax.runtime import terminal
 from lark_jax.runtime.processes import Share
 from lark_jax.scoring.part_files import Finished
-from lark_jax.scoring.reductions import TrajectoryMeans
+from lark_jax.scoring.statistics import TrajectoryMeans
 from lark_jax.scoring.step import ScoreStep
 from lark_jax.scoring.workload import Part, Workload
 from lark_jax.students.architecture import Architecture

@@ -17,8 +17,9 @@ from typing import Any
 
 from lark_jax.errors import PipelineError
 from lark_jax.pool.records import Pool, SkippedRecord, Trajectory
+from lark_jax.rendering import RENDERING_VERSION
 from lark_jax.rendering.batching import BatchPlan, plan_batches
-from lark_jax.rendering.buckets import choose_ladder, useful_budget
+from lark_jax.rendering.buckets import choose_buckets, useful_budget
 from lark_jax.rendering.chat import ChatFormat, Prompts, RenderedTrajectory, render_trajectories
 from lark_jax.rendering.token_counts import count_inputs
 from lark_jax.runtime import files
@@ -159,8 +160,8 @@ def plan_pool(lengths: Sequence[int], tokens_per_batch: int, data_shards: int) -
     if not lengths:
         return ()
     budget = useful_budget(sum(lengths), tokens_per_batch, data_shards)
-    ladder = choose_ladder(lengths, budget, data_shards, MOST_PADDING)
-    return plan_batches(lengths, budget, data_shards, ladder)
+    buckets = choose_buckets(lengths, budget, data_shards, MOST_PADDING)
+    return plan_batches(lengths, budget, data_shards, buckets)
 
 
 def _renumbered(batches: Sequence[BatchPlan]) -> tuple[BatchPlan, ...]:
@@ -174,7 +175,8 @@ def _renumbered(batches: Sequence[BatchPlan]) -> tuple[BatchPlan, ...]:
 
 def hash_of_texts(pool: Pool, chat: ChatFormat, max_length: int) -> str:
     """16 hex digits over every text and all that decides its tokens."""
-    digest = hashlib.sha256(json.dumps([chat.template_hash, chat.tokenizer_hash, max_length]).encode())
+    rendering = [RENDERING_VERSION, chat.template_hash, chat.tokenizer_hash, max_length]
+    digest = hashlib.sha256(json.dumps(rendering).encode())
     for trajectory in pool.trajectories:
         turns = [(message.role, message.content) for message in trajectory.messages]
         digest.update(json.dumps([trajectory.problem_id, trajectory.candidate_id, turns]).encode())

@@ -201,5 +201,6 @@ def _nothing_to_select(table: ScoreTable) -> str:
     if not len(table):
         return "the score table has no rows; check that the pool is not empty"
     (first,) = ScoreTable(table.table.slice(0, 1)).rows()
-    reason = first.reason or f"loss {first.loss}, Brier {first.brier}, {first.num_target_tokens} target tokens"
+    loss, brier = first.statistics["loss"], first.statistics["brier"]
+    reason = first.reason or f"loss {loss}, Brier {brier}, {first.num_target_tokens} target tokens"
     return f"none of the {len(table)} candidates of the score table can be selected; the first, {first.name}: {reason}"

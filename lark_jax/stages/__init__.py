@@ -1,4 +1,4 @@
-"""The six stages of the main job, and `prepare` of the embedded experiment: configuration and files in, tasks out."""
+"""The stages of an experiment: configuration and files in, tasks out."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from lark_jax.errors import ConfigError
 from lark_jax.evaluation.benchmark_sources import find_source
 from lark_jax.evaluation.benchmarks import BUILT_IN_PROMPTS
 from lark_jax.finetuning.loggers import require_installed
-from lark_jax.pool.hub import is_hub_id
+from lark_jax.pool.sources import is_hub_id
 from lark_jax.runtime import processes
 from lark_jax.runtime.pipeline import Task
 from lark_jax.runtime.terminal import say
@@ -44,31 +44,31 @@ PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
 }
 
 
-# After these the accelerator is given back: an evaluation engine and JAX do not share one.
+# After these the accelerator is released: an evaluation engine and JAX do not share one.
 ACCELERATOR_STAGES = ("prepare", "score", "select", "finetune", "export")
 ONE_PROCESS_STAGES = ("prepare", "export")
 
 
 def plan_tasks(experiment: Experiment) -> list[Task]:
-    """Tasks of the stages that the experiment asks for, in the order in which they depend on each other."""
+    """Tasks of the experiment's stages, in the order of their dependencies."""
     return _tasks(experiment, [stage for stage in STAGES if stage in experiment.stages])
 
 
 def earlier_tasks(experiment: Experiment) -> list[Task]:
-    """Tasks of the stages that the experiment's own build on and that it does not ask for."""
+    """Tasks of earlier stages that the experiment builds on but does not run."""
     last = max(STAGES.index(stage) for stage in experiment.stages)
     earlier = [stage for stage in STAGES[:last] if stage not in experiment.stages]
     return _tasks(experiment, [stage for stage in earlier if stage != "prepare" or experiment.synthetic is not None])
 
 
 def check_paths(experiment: Experiment) -> None:
-    """Looks for every file and package that some stage will need, and reads what the evaluation will ask.
+    """Checks, before hours of work are spent, that files and packages that a stage will need exist, and the benchmarks.
 
-    Before hours of work are spent. Paths below the working directory are left to the stages that write them.
+    Paths below the working directory are skipped, since stages write them.
 
     Raises:
       ConfigError: names the field.
-      EvaluationError: a benchmark cannot be had from the hub, or `check_evaluation` refuses what it read.
+      EvaluationError: a benchmark cannot be fetched from the hub, or `check_evaluation` refuses it.
     """
     if "finetune" in experiment.stages:
         require_installed(experiment.finetune.loggers)
@@ -96,31 +96,31 @@ def check_paths(experiment: Experiment) -> None:
     asks = "score" in experiment.stages and "judge" in experiment.score.metrics and judge.engine == "openai"
     if asks and key is not None and not os.environ.get(key, "").strip():
         raise ConfigError(f"config.score.judge.key_variable: the environment variable {key} is not set")
-    if evaluating and processes.is_first():  # which alone evaluates
+    if evaluating and processes.is_first():  # the only one that evaluates
         check_evaluation(experiment)
 
 
 def check_stages(experiment: Experiment, num_processes: int) -> None:
-    """Refuses what cannot run in several processes yet, before anything is read or compiled.
+    """Refuses stages that cannot run in several processes, before anything is read or compiled.
 
     Raises:
       ConfigError: names the stages that can.
     """
-    alone = [stage for stage in experiment.stages if stage in ONE_PROCESS_STAGES]
-    if num_processes > 1 and alone:
+    single = [stage for stage in experiment.stages if stage in ONE_PROCESS_STAGES]
+    if num_processes > 1 and single:
         others = [stage for stage in experiment.stages if stage not in ONE_PROCESS_STAGES]
         raise ConfigError(
-            f"config.stages: {', '.join(alone)} run in one process so far, and this run has {num_processes}; use "
+            f"config.stages: {', '.join(single)} run in one process, and this run has {num_processes}; use "
             f"--config.stages={','.join(others) or 'score,select'} here, and one process for the rest"
         )
 
 
 def warn_blocked_stages(experiment: Experiment) -> None:
-    """Announces a stop that no setting avoids, before hours of work lead to it."""
+    """Announces early that a run will have to stop, before hours of work."""
     if "score" in experiment.stages and waits_for_the_accelerator(experiment):
         say(
-            "score/judge: vLLM needs the accelerator that this process holds; unless its verdicts are there already, "
-            "this run stops before the judge, with all else of the stage kept, and says how to go on"
+            "score/judge: vLLM needs the accelerator that this process holds; unless its verdicts exist already, this "
+            "run stops before the judge, keeps the rest of the stage, and prints how to continue"
         )
 
 

@@ -22,7 +22,7 @@ from lark_jax.runtime import files
 from lark_jax.runtime.pipeline import Outcome, Task, require_manifest
 from lark_jax.runtime.terminal import say
 from lark_jax.stages.layout import BASE, Layout, Run
-from lark_jax.stages.student import student_hash
+from lark_jax.stages.student import rendering_inputs, student_hash
 from lark_jax.students import local_folder
 
 ENGINE = "engine.json"
@@ -127,12 +127,11 @@ def _student_task(experiment: Experiment, layout: Layout, name: str, folder: Cal
     config = experiment.evaluate
 
     def inputs() -> dict[str, Any]:
-        template = experiment.student.chat_template
         prompts = config.system_prompts
         engine = engine_of(layout).engine
         return {
             "student": student_hash(layout, folder()),
-            "chat_template": None if template is None else layout.hashes.of(template),
+            **rendering_inputs(experiment, layout),
             "benchmarks": _hashed_benchmarks(experiment, layout),
             "system_prompts": layout.hashes.of(prompts) if Path(prompts).is_file() else prompts,
             "engine": engine,

@@ -1,6 +1,7 @@
-"""Stage "export": each fine-tuned student as an ordinary HF folder, `export/<method>_B<budget>/student/`.
+"""Stage "export": each fine-tuned student as a standard HF folder, `export/<method>_B<budget>/student/`.
 
-An adapter is merged into it, and lies beside it in `adapter/` as PEFT reads it.
+The weights come from the run's last checkpoint; nothing is rendered, trained or loaded from the pool. An adapter is
+merged into the student that it was trained on, and also saved on its own in `adapter/`, in PEFT's format.
 """
 
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any
 
 from lark_jax.config import Experiment
 from lark_jax.errors import PipelineError
-from lark_jax.finetuning import CHECKPOINTS
+from lark_jax.finetuning import CHECKPOINTS, finished_student
 from lark_jax.runtime.pipeline import Outcome, Task, require_manifest
-from lark_jax.stages.finetune import finetuned, training_data
+from lark_jax.runtime.sharding import make_mesh
 from lark_jax.stages.layout import ADAPTER, STUDENT, Layout, Run
 from lark_jax.stages.student import open_chat
-from lark_jax.students import export_adapter, export_student, local_folder
+from lark_jax.students import export_adapter, export_student, local_folder, read_architecture
 
 
 def export_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -25,24 +26,24 @@ def _export_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         return {"finetune": require_manifest(layout.finetune(run), "finetune").fingerprint}
 
     def export(directory: Path) -> Outcome:
-        source = local_folder(experiment.student.path)
-        if not (layout.finetune(run) / CHECKPOINTS).is_dir():
+        trained, source = layout.finetune(run), local_folder(experiment.student.path)
+        if not (trained / CHECKPOINTS).is_dir():
             raise PipelineError(
-                f"{layout.finetune(run)}: its checkpoints were deleted, so there is nothing to export; delete the "
-                "whole folder and run the stage 'finetune' again"
+                f"{trained}: its checkpoints were deleted, so there is nothing to export; delete the whole folder and "
+                "run the stage 'finetune' again"
             )
         chat = open_chat(experiment)
-        data = training_data(experiment, layout, chat, run)
-        result = finetuned(experiment, chat, data, layout.finetune(run), what=run.name)
+        mesh = make_mesh(experiment.mesh)
+        student = finished_student(trained, read_architecture(source), experiment.finetune, mesh)
         export_student(
-            result.student,
+            student,
             source,
             directory / STUDENT,
             end_of_turn_id=chat.end_of_turn_id,
             chat_template=None if experiment.student.chat_template is None else chat.template,
         )
-        if result.student.lora is not None:
-            export_adapter(result.student, experiment.student.path, directory / ADAPTER)
+        if student.lora is not None:
+            export_adapter(student, experiment.student.path, directory / ADAPTER)
         return Outcome(counts={"files": sum(1 for _ in (directory / STUDENT).iterdir())})
 
     return Task(f"export/{run.name}", layout.export(run), inputs, export)

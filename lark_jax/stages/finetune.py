@@ -21,7 +21,7 @@ from lark_jax.finetuning import (
     read_timings,
     weighted_examples,
 )
-from lark_jax.finetuning.padding_report import report_rows
+from lark_jax.finetuning.padding_report import padding_report
 from lark_jax.pool.records import SkippedRecord, Trajectory
 from lark_jax.rendering.chat import ChatFormat, RenderedTrajectory, render_trajectories
 from lark_jax.runtime import processes, terminal
@@ -34,15 +34,16 @@ from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score import STATISTICS
 from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
 from lark_jax.students import local_folder, read_architecture
+from lark_jax.students.attention.contract import AttentionSpec
 from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What one run is trained on, and what all runs of the experiment are measured on."""
+    """The training set of one run, and the held-out set that all runs of the experiment share."""
 
     examples: tuple[Example, ...]
-    held_out: tuple[Example, ...]  # of problems that are not among `examples`; weights 1
+    held_out: tuple[Example, ...]  # of problems that no run is trained on; weights 1
 
 
 def finetune_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -63,15 +64,26 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
     def train(directory: Path) -> Outcome:
         chat = open_chat(experiment)
         data = training_data(experiment, layout, chat, run)
-        rows = report_rows(
+        padding = padding_report(
             data.examples,
             experiment.finetune,
             seed=experiment.seed,
             data_shards=make_mesh(experiment.mesh).shape[DATA],
         )
-        terminal.say(f"{run.name}: {rows}")
-        terminal.say(describe_attention(experiment, rows.used.row_lengths))
-        result = finetuned(experiment, chat, data, directory, what=run.name)
+        terminal.say(f"{run.name}: {padding}")
+        terminal.say(describe_attention(experiment, padding.used.row_lengths))
+        mesh = make_mesh(experiment.mesh)
+        result = finetune(
+            open_student(experiment, mesh, _parameter_dtype(experiment)),
+            data.examples,
+            experiment.finetune,
+            seed=experiment.seed,
+            mesh=mesh,
+            pad_id=chat.pad_id,
+            directory=directory,
+            held_out=data.held_out,
+            what=run.name,
+        )
         if not processes.is_first():
             return Outcome(counts={})  # the first process reports for all
         counts = {
@@ -79,19 +91,19 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
             "truncated": sum(example.rendered.truncated for example in data.examples),
             "held out": len(data.held_out),
             "steps": result.steps,
-            **rows.counts(),
+            **padding.counts(),
         }
-        return Outcome(counts=counts, notes={**notes_on(chat), "rows": rows.notes(), **_measured(result)})
+        return Outcome(counts=counts, notes={**notes_on(chat), "rows": padding.notes(), **_measured(result)})
 
     folder = layout.finetune(run)
     return Task(f"finetune/{run.name}", folder, inputs, train, scratch=(CHECKPOINTS, LOGS), everywhere=True)
 
 
 def training_data(experiment: Experiment, layout: Layout, chat: ChatFormat, run: Run) -> TrainingData:
-    """The selected trajectories as tokens, with their weights scaled for Eq. 1, and the held-out ones.
+    """The selected trajectories as tokens, with weights scaled for Eq. 1, and the held-out trajectories.
 
     Raises:
-      TrainingError: a trajectory cannot be rendered (the template changed since scoring).
+      TrainingError: a trajectory cannot be rendered (the chat template changed since scoring).
     """
     held_out = _held_out_trajectories(experiment, layout)
     problems = {trajectory.problem_id for trajectory in held_out}
@@ -105,7 +117,7 @@ def training_data(experiment: Experiment, layout: Layout, chat: ChatFormat, run:
 
 
 def describe_attention(experiment: Experiment, row_lengths: Sequence[int]) -> str:
-    """What will compute the attention of rows of these lengths.
+    """One line on the attention backend for rows of these lengths.
 
     Raises:
       ConfigError: the configured backend cannot run here, or does not honour the segment ids of packed rows.
@@ -115,34 +127,17 @@ def describe_attention(experiment: Experiment, row_lengths: Sequence[int]) -> st
         None if config.attention == "auto" else config.attention,
         row_lengths,
         kernel_platform(make_mesh(experiment.mesh).devices.flat[0]),
-        jnp.dtype(config.dtype),
-        architecture.head_dim,
-        packed=config.packing,
+        AttentionSpec(jnp.dtype(config.dtype), architecture.head_dim, config.packing, architecture.sliding_window),
     )
 
 
-def finetuned(
-    experiment: Experiment, chat: ChatFormat, data: TrainingData, directory: Path, what: str
-) -> FinetuneResult:
-    """Trains in `directory`, or continues there; returns at once what a finished run left there."""
-    mesh = make_mesh(experiment.mesh)
-    # Frozen weights are only computed with; trained ones need all their digits.
-    dtype = "float32" if experiment.finetune.lora_rank == 0 else experiment.finetune.dtype
-    return finetune(
-        open_student(experiment, mesh, dtype),
-        data.examples,
-        experiment.finetune,
-        seed=experiment.seed,
-        mesh=mesh,
-        pad_id=chat.pad_id,
-        directory=directory,
-        held_out=data.held_out,
-        what=what,
-    )
+def _parameter_dtype(experiment: Experiment) -> str:
+    """Trained parameters need full precision; frozen ones are only computed with."""
+    return "float32" if experiment.finetune.lora_rank == 0 else experiment.finetune.dtype
 
 
 def _held_out_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
-    """Where the held-out trajectories come from, further metrics left out; nothing where none are held out."""
+    """What the held-out set depends on (additional metrics do not matter); empty if nothing is held out."""
     if experiment.finetune.held_out_fraction == 0:
         return {}
     require_manifest(layout.statistics, "score")
@@ -173,7 +168,7 @@ def _rendered(experiment: Experiment, chat: ChatFormat, trajectories: Iterable[T
 
 
 def _measured(result: FinetuneResult) -> dict[str, Any]:
-    """Medians over the steps, which leave out the few that compile; the held-out loss before, after and at best."""
+    """Median throughput, which ignores the few steps that compile, and the first, last and lowest held-out loss."""
     timings = read_timings(result.timings)
     utilizations = [t.model_flop_utilization for t in timings if t.model_flop_utilization is not None]
     throughput = {

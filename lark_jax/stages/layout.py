@@ -1,4 +1,4 @@
-"""Where everything lies below the working directory, and the names of the runs."""
+"""The layout of the working directory, and the names of the runs."""
 
 import dataclasses
 from pathlib import Path
@@ -7,9 +7,9 @@ from lark_jax.config import Experiment
 from lark_jax.runtime.files import ContentHashes
 from lark_jax.selection import Method, require_metrics, resolve_methods
 
-BASE = "base"  # the student before fine-tuning, among the evaluated
+BASE = "base"  # name of the student before fine-tuning, among the evaluated ones
 STUDENT = "student"  # folder of a checkpoint below its task's folder
-ADAPTER = "adapter"  # folder of an adapter in PEFT's form, beside it
+ADAPTER = "adapter"  # folder of an adapter in PEFT's form, next to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Layout:
 
     @property
     def score(self) -> Path:
-        """The score table that selection reads: statistics and further metrics."""
+        """The score table that selection reads: statistics and additional metrics."""
         return self.root / "score"
 
     @property
     def statistics(self) -> Path:
-        """What the student's forward pass says: the fixed columns of the score table."""
+        """Statistics of the student's forward pass: the fixed columns of the score table."""
         return self.root / "metrics" / "statistics"
 
     def metric(self, name: str) -> Path:
@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def judge(self) -> Path:
-        """A judge's answers: not in the folder of its metric, which another rubric empties."""
+        """A judge's answers: kept outside its metric's folder, which a change of the rubric empties."""
         return self.root / "judge"
 
     @property
@@ -85,5 +85,5 @@ class Layout:
         return self.root / "evaluate" / name
 
     def generations(self, name: str) -> Path:
-        """A student's samples before grading: not in its task's folder, which other graders empty."""
+        """A student's samples before grading: kept outside its task's folder, which a change of the grader empties."""
         return self.root / "generations" / name

@@ -5,8 +5,8 @@ from typing import Any
 from lark_jax.config import Experiment
 from lark_jax.errors import PoolError
 from lark_jax.pool import Pool, files_read, load_pool
-from lark_jax.pool.hub import local_source
 from lark_jax.pool.readers import source_size
+from lark_jax.pool.sources import local_source
 from lark_jax.runtime import terminal
 from lark_jax.stages.layout import Layout
 
@@ -14,9 +14,9 @@ SECONDS_WITHOUT_A_BAR = 10.0
 
 
 def pool_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
-    """What a stage's result depends on when it reads the pool: the bytes of its files, and the settings of reading.
+    """The inputs of a stage that reads the pool: the bytes of its files, and the settings of reading.
 
-    A file of the folder that is no part of the pool changes nothing.
+    Files in the folder that are not part of the pool do not count.
 
     Raises:
       PoolError: there is no such pool.
@@ -28,7 +28,7 @@ def pool_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
 
 
 def open_pool(experiment: Experiment) -> Pool:
-    """Reads the pool, with a progress bar where it takes long.
+    """Reads the pool, with a progress bar if it takes long.
 
     Raises:
       PoolError: as `read_pool`.
@@ -40,7 +40,7 @@ def open_pool(experiment: Experiment) -> Pool:
 
 
 def say_what_is_left_out(pool: Pool) -> None:
-    """One line each about files that are not read, records that are filtered, and answers that are there twice."""
+    """One line each about files that are not read, records that are filtered, and repeated answers."""
     if pool.files_left_out:
         terminal.say(f"not part of the pool: {', '.join(pool.files_left_out)}")
     if pool.filtered:
@@ -50,6 +50,6 @@ def say_what_is_left_out(pool: Pool) -> None:
     if pool.duplicates:
         first = pool.duplicates[0]
         terminal.say(
-            f"{len(pool.duplicates):,} answers are word for word those of another candidate of their problem, first "
+            f"{len(pool.duplicates):,} answers repeat another candidate of their problem word for word, first "
             f"{first.location} and {first.earlier}; see config.pool.duplicate_answers"
         )

@@ -1,4 +1,8 @@
-"""Stage "prepare" of the embedded experiment: its problems, pool and tokenizer, then the pre-trained student."""
+"""Stage "prepare" of the embedded experiment: problems, pool and tokenizer, then a pre-trained student.
+
+The version of the rendering is not among the inputs, although pre-training renders its corpus: later stages take the
+student as given, whatever it was trained on, and identify it by the hash of its files.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -16,13 +20,13 @@ from lark_jax.runtime.sharding import make_mesh
 from lark_jax.stages.layout import STUDENT, Layout
 from lark_jax.students import random_student, read_architecture, save_new_student
 
-PRETRAIN_TOKENS = 1_024  # per micro-batch: steps are small, and rows of a micro-batch that stay empty cost as much
+PRETRAIN_TOKENS = 1_024  # per micro-batch: steps are small, and empty rows of a micro-batch cost as much as full ones
 
 
 def prepare_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
     synthetic = experiment.synthetic
     if synthetic is None:
-        raise ConfigError("config.synthetic: missing; the stage 'prepare' needs it")
+        raise ConfigError("config.synthetic: not set, but the stage 'prepare' needs it")
     return [_data_task(experiment, synthetic, layout), _pretraining_task(experiment, synthetic, layout)]
 
 

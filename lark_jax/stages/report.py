@@ -40,7 +40,6 @@ from lark_jax.stages.layout import BASE, Layout
 from lark_jax.stages.pool import open_pool
 from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.selections import comparison_of, read_picks
-from lark_jax.stages.software import software_of
 from lark_jax.stages.tables import Evaluation, in_order, paired_differences, read_students, write_tables
 
 TABLE = "table.txt"
@@ -98,7 +97,7 @@ def _environment(experiment: Experiment, layout: Layout) -> Iterator[tuple[str, 
     asked = [layout.evaluation(name) for name in ("benchmarks", "engine")]
     manifests = _manifests([layout.statistics, *metrics, *_counted(layout), *asked])
     ran = [(manifest.name, manifest.versions) for manifest in manifests]
-    yield from software_of([*ran, ("report", environment.package_versions())])
+    yield from environment.software_of([*ran, ("report", environment.package_versions())])
     for directory in (layout.statistics, *(layout.finetune(run) for run in layout.runs)):
         if (manifest := read_manifest(directory)) is not None:
             yield f"hardware of {manifest.name}", manifest.hardware

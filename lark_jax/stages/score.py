@@ -32,6 +32,7 @@ from lark_jax.stages.pool import open_pool, pool_inputs, say_what_is_left_out
 from lark_jax.stages.student import open_chat, scored_with, student_inputs
 from lark_jax.students import Decoder, load_student, local_folder, lossless_dtype, read_architecture
 from lark_jax.students.architecture import Architecture
+from lark_jax.students.attention.contract import AttentionSpec
 from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
 from lark_jax.students.layout import choose_parameter_axes, fits_one_process, smallest_device_memory
 
@@ -170,7 +171,8 @@ def _attention(experiment: Experiment, architecture: Architecture, place: Place,
     """What will compute the attention; a ConfigError where the configured backend cannot."""
     backend = None if experiment.score.attention == "auto" else experiment.score.attention
     platform = kernel_platform(place.mesh.devices.flat[0])
-    return describe_backend(backend, lengths, platform, jnp.dtype(experiment.score.dtype), architecture.head_dim)
+    dtype, window = jnp.dtype(experiment.score.dtype), architecture.sliding_window
+    return describe_backend(backend, lengths, platform, AttentionSpec(dtype, architecture.head_dim, window=window))
 
 
 def _describe_parameters(place: Place) -> str:

@@ -1,4 +1,4 @@
-"""The student of an experiment, as every stage that runs it opens it."""
+"""The student of an experiment, opened the same way by every stage that runs it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,23 +7,32 @@ from jax.sharding import Mesh
 
 from lark_jax.config import Experiment
 from lark_jax.errors import CheckpointError, LarkError, PipelineError
+from lark_jax.rendering import RENDERING_VERSION
 from lark_jax.rendering.chat import ChatFormat, load_chat_format
 from lark_jax.stages.layout import Layout
 from lark_jax.students import Decoder, load_student, loaded_files, local_folder, read_architecture
 
 
 def student_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
-    """What every stage that turns messages into tokens and runs the student depends on."""
-    template = experiment.student.chat_template
+    """The inputs of every stage that renders trajectories and runs the student."""
     return {
         "student": student_hash(layout, local_folder(experiment.student.path)),
-        "chat_template": None if template is None else layout.hashes.of(template),
+        **rendering_inputs(experiment, layout),
         "max_length": experiment.student.max_length,
     }
 
 
+def rendering_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
+    """Inputs that determine, together with the student's tokenizer, which tokens messages become."""
+    template = experiment.student.chat_template
+    return {
+        "rendering": RENDERING_VERSION,
+        "chat_template": None if template is None else layout.hashes.of(template),
+    }
+
+
 def student_hash(layout: Layout, folder: Path, missing: type[LarkError] = PipelineError) -> str:
-    """Of the files that are loaded: a README beside them changes nothing.
+    """Hash of the files that are loaded; other files in the folder, such as a README, do not count.
 
     Raises:
       missing: there is no such folder.
@@ -31,8 +40,16 @@ def student_hash(layout: Layout, folder: Path, missing: type[LarkError] = Pipeli
     return layout.hashes.of(folder, missing, loaded_files(folder))
 
 
-# Notes of the score stage, and of each selection, on the student that made the scores.
-SCORED_WITH = ("student_sha256", "max_length", "dtype", "tokenizer_sha256", "chat_template_sha256", "frozen_date")
+# What the manifests of the score stage and of each selection record about the student and tokens behind the scores.
+SCORED_WITH = (
+    "student_sha256",
+    "max_length",
+    "dtype",
+    "tokenizer_sha256",
+    "chat_template_sha256",
+    "frozen_date",
+    "rendering_version",
+)
 
 
 def scored_with(experiment: Experiment, layout: Layout, chat: ChatFormat) -> dict[str, Any]:
@@ -55,8 +72,8 @@ def open_chat(experiment: Experiment) -> ChatFormat:
     chat, architecture = load_chat_format(folder, experiment.student.chat_template), read_architecture(folder)
     if chat.vocab_size > architecture.vocab_size:
         raise CheckpointError(
-            f"{folder}: the tokenizer has token ids up to {chat.vocab_size - 1}, but config.json says "
-            f"vocab_size={architecture.vocab_size}; take the tokenizer that belongs to the student"
+            f"{folder}: the tokenizer has token ids up to {chat.vocab_size - 1}, but config.json has "
+            f"vocab_size={architecture.vocab_size}; use the tokenizer that belongs to the student"
         )
     return chat
 
@@ -67,9 +84,10 @@ def open_student(experiment: Experiment, mesh: Mesh, dtype: str) -> Decoder:
 
 
 def notes_on(chat: ChatFormat) -> dict[str, Any]:
-    """What a manifest says about how messages became tokens."""
+    """What a manifest records about how messages became tokens."""
     return {
         "chat_template_sha256": chat.template_hash,
         "tokenizer_sha256": chat.tokenizer_hash,
         "frozen_date": chat.frozen_date,
+        "rendering_version": RENDERING_VERSION,
     }

@@ -1,6 +1,7 @@
 """A checkpoint's `config.json` -> `Architecture`: everything that the decoder needs to know, checked.
 
-A field that would change the computation and is not implemented is refused by name; nothing is guessed.
+A field that changes the computation and is not implemented is refused by name; nothing is guessed. What model families
+differ in is data: see `families`.
 """
 
 import json
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.errors import CheckpointError
+from lark_jax.students.families import FAMILIES, Family
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched; HF's `rope_type` values "default", "linear" and "llama3"."""
+    """Scaling of rotary frequencies: HF's `rope_type` values "default", "linear" and "llama3"."""
 
     rope_type: str = "default"
     factor: float = 1.0
@@ -25,7 +27,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shapes and constants of one decoder; names are those of HF's `config.json` where one exists."""
+    """Shapes and constants of one decoder, under HF's `config.json` names where one exists."""
 
     model_type: str
     vocab_size: int
@@ -42,6 +44,7 @@ class Architecture:
     tie_word_embeddings: bool
     attention_bias: bool  # biases of the q, k and v projections (Qwen2)
     qk_norm: bool  # RMSNorm of every query and key head (Qwen3)
+    sliding_window: int | None = None  # every layer sees that many positions, its own included; None: all (Mistral)
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -52,29 +55,7 @@ class Architecture:
             raise CheckpointError(f"head_dim={self.head_dim} is odd; rotary positions need an even head_dim")
 
 
-@dataclass(frozen=True)
-class Family:
-    """What HF's model class fixes, and the defaults of its config class for keys that a file may leave out."""
-
-    attention_bias: bool = False
-    qk_norm: bool = False
-    default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    default_sliding_window: int | None = None
-    sliding_window_switch: bool = False  # `sliding_window` counts only where `use_sliding_window` is true
-    default_max_position_embeddings: int = 32_768
-    kv_heads_default_to_heads: bool = False
-
-
-# Sources: transformers, models/{llama,mistral,qwen2,qwen3}/configuration_*.py and modeling_*.py.
-FAMILIES: Mapping[str, Family] = {
-    "qwen2": Family(attention_bias=True, sliding_window_switch=True),
-    "qwen3": Family(qk_norm=True, default_head_dim=128, sliding_window_switch=True),
-    "llama": Family(default_max_position_embeddings=2_048, kv_heads_default_to_heads=True),
-    "mistral": Family(default_sliding_window=4_096, default_max_position_embeddings=131_072),
-}
-
-# Fields that change what HF's classes compute -> the only values that the decoder implements (the first one is HF's
-# default for a missing key).
+# Fields that change what HF's classes compute -> the values that the decoder implements, HF's default first.
 _ONLY_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False, None),
@@ -97,7 +78,7 @@ def read_architecture(path: str | Path) -> Architecture:
     """Reads `config.json` (`path` is the file or its folder).
 
     Raises:
-      CheckpointError: the file is absent or not JSON, or a field is missing, malformed or unsupported.
+      CheckpointError: the file is missing or not JSON, or a field is missing, malformed or unsupported.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -116,7 +97,7 @@ def read_architecture(path: str | Path) -> Architecture:
 
 
 def architecture_from_config(values: Mapping[str, Any]) -> Architecture:
-    """The same for the parsed content of a `config.json`, in the style of transformers 4 or 5."""
+    """`read_architecture` for the parsed content of a `config.json` of transformers 4 or 5."""
     model_type = values.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None or not isinstance(model_type, str):
@@ -127,7 +108,6 @@ def architecture_from_config(values: Mapping[str, Any]) -> Architecture:
     max_position_embeddings = _positive_int(
         values, "max_position_embeddings", default=family.default_max_position_embeddings
     )
-    _refuse_sliding_window(values, family, max_position_embeddings)
     rope_theta, rope_scaling = _rope(values)
     return Architecture(
         model_type=model_type,
@@ -145,6 +125,7 @@ def architecture_from_config(values: Mapping[str, Any]) -> Architecture:
         tie_word_embeddings=_boolean(values, "tie_word_embeddings", default=False),
         attention_bias=family.attention_bias,
         qk_norm=family.qk_norm,
+        sliding_window=_sliding_window(values, family, max_position_embeddings),
     )
 
 
@@ -166,18 +147,21 @@ def _refuse_unless(name: str, value: Any, supported: tuple[Any, ...]) -> None:
         raise CheckpointError(f"{name}={shown} is not supported; supported: {supported[0]!r}")
 
 
-def _refuse_sliding_window(values: Mapping[str, Any], family: Family, max_position_embeddings: int) -> None:
+def _sliding_window(values: Mapping[str, Any], family: Family, max_position_embeddings: int) -> int | None:
     if family.sliding_window_switch:
         _refuse_unless("use_sliding_window", values.get("use_sliding_window", False), (False, None))
-        return
+        return None
     if values.get("sliding_window", family.default_sliding_window) is None:
-        return
+        return None
     window = _positive_int(values, "sliding_window", default=family.default_sliding_window)
-    if window < max_position_embeddings:
+    if window >= max_position_embeddings:
+        return None
+    if not family.sliding_window:
         raise CheckpointError(
-            f"sliding_window={window} is smaller than max_position_embeddings={max_position_embeddings}; "
-            f"windowed attention is not supported (null or a window that covers every position is)"
+            f"sliding_window={window} is smaller than max_position_embeddings={max_position_embeddings}; windowed "
+            "attention is not supported for this model_type (null or a window that covers every position is)"
         )
+    return window
 
 
 def _num_kv_heads(values: Mapping[str, Any], family: Family, num_heads: int) -> int:
@@ -200,7 +184,7 @@ def _head_dim(values: Mapping[str, Any], family: Family, hidden_size: int, num_h
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+    """Base and scaling: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4)."""
     name = "rope_parameters" if values.get("rope_parameters") is not None else "rope_scaling"
     rope = values.get(name)
     rope = {} if rope is None else rope

@@ -1,7 +1,6 @@
-"""One Flax NNX decoder for Qwen2, Qwen3, Llama 3 and Mistral, driven by an `Architecture`.
+"""One Flax NNX decoder for all families of `families.FAMILIES`, driven by an `Architecture`.
 
-Parameters carry HF's names and HF's [out, in] layout; those of the layers are stacked on a leading axis and scanned.
-Sources: transformers, models/{qwen2,qwen3,llama,mistral}/modeling_*.py.
+Parameters have HF's names and HF's [out, in] layout; those of the layers are stacked on a leading axis and scanned.
 """
 
 import math
@@ -15,7 +14,8 @@ from jax.typing import DTypeLike
 
 from lark_jax.errors import ConfigError
 from lark_jax.students.architecture import Architecture
-from lark_jax.students.attention.dispatch import attend, matmul_precision
+from lark_jax.students.attention.contract import matmul_precision, segment_starts
+from lark_jax.students.attention.dispatch import attend
 from lark_jax.students.lora import Lora
 from lark_jax.students.mixed_precision import add_bias, project, scale
 from lark_jax.students.parallel import LOCAL, ParameterSplit
@@ -28,7 +28,7 @@ INITIALIZER_RANGE = 0.02  # standard deviation of fresh weights, HF's `initializ
 
 
 class Weight(nnx.Module):
-    """A parameter `weight` that is looked up or multiplied by its owner (embedding table, untied head)."""
+    """A parameter `weight` that its owner uses directly (embedding table, untied head)."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(INITIALIZER_RANGE * jax.random.normal(rngs.params(), shape, dtype))
@@ -45,7 +45,7 @@ class Linear(nnx.Module):
         self.lora_scaling = 0.0
 
     def add_adapter(self, lora: Lora, rngs: nnx.Rngs) -> None:
-        """Float32 matrices [..., rank, in] and [..., out, rank], with the leading axes of the weight; random ones."""
+        """Random float32 matrices [..., rank, in] and [..., out, rank], with the leading axes of the weight."""
         *layers, out_size, in_size = self.weight.shape
         self.lora_A = Weight((*layers, lora.rank, in_size), jnp.float32, rngs)
         self.lora_B = Weight((*layers, out_size, lora.rank), jnp.float32, rngs)
@@ -82,6 +82,7 @@ class SelfAttention(nnx.Module):
         self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps, dtype) if a.qk_norm else None
         self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps, dtype) if a.qk_norm else None
         self.head_dim = a.head_dim
+        self.window = a.sliding_window
 
     def heads(self, x_btd: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [batch, time, num_heads, head_dim] and keys, and values, [batch, time, num_kv_heads, ...]."""
@@ -95,7 +96,7 @@ class SelfAttention(nnx.Module):
         return rotate(q_bthd, *rotation), rotate(k_bskd, *rotation), v_bskd
 
     def output(self, out_thd: jax.Array) -> jax.Array:
-        """What the heads found, [..., num_heads, head_dim], as hidden states."""
+        """Hidden states from the attention of all heads, [..., num_heads, head_dim]."""
         return self.o_proj(out_thd.reshape(*out_thd.shape[:-2], -1))
 
 
@@ -131,7 +132,8 @@ class DecoderLayer(nnx.Module):
     ) -> jax.Array:
         with jax.named_scope("self_attn"):
             q_bthd, k_bskd, v_bskd = self.heads(hidden_btd, rotation, split)
-            out_bthd = attend(q_bthd, k_bskd, v_bskd, segment_ids=segment_ids_bt, backend=backend)
+            window = self.self_attn.window
+            out_bthd = attend(q_bthd, k_bskd, v_bskd, segment_ids=segment_ids_bt, window=window, backend=backend)
             hidden_btd = self.with_attention(hidden_btd, out_bthd, split)
         with jax.named_scope("mlp"):
             return self.with_mlp(hidden_btd, split, mlp_block)
@@ -144,7 +146,7 @@ class DecoderLayer(nnx.Module):
         return self.self_attn.heads(normed_btd, rotation)
 
     def with_attention(self, hidden_td: jax.Array, out_thd: jax.Array, split: ParameterSplit) -> jax.Array:
-        """Hidden states [..., hidden_size] with what the heads found for them, [..., num_heads, head_dim]."""
+        """Hidden states [..., hidden_size] plus the attention of all heads, [..., num_heads, head_dim]."""
         return hidden_td + split.reduce_from_tensor("layers.self_attn.o_proj.weight", self.self_attn.output(out_thd))
 
     def with_mlp(self, hidden_td: jax.Array, split: ParameterSplit, mlp_block: int | None = None) -> jax.Array:
@@ -160,8 +162,8 @@ class Decoder(nnx.Module):
         over tokens and devices in float32.
       remat: what the backward pass keeps of each layer: a key of `remat.POLICIES`. "none": everything; "attention": the
         input and the attention's output; "block": the input; "offload": the input, in the host's memory.
-      attention_backend: a key of `attention.BACKENDS`; None: chosen by row length.
-      lora: the adapter that layers have beside their weights; None: none.
+      attention_backend: a key of `dispatch.BACKENDS`; None: chosen by row length.
+      lora: the adapter of the layers; None: none.
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class Decoder(nnx.Module):
     ) -> None:
         """Fresh weights: normal with standard deviation 0.02, biases zero, norm scales one (as HF initializes).
 
-        The matrices of an adapter are drawn likewise; `adapters.with_fresh_adapter` has those to start from.
+        The matrices of an adapter are drawn the same way; `adapters.with_fresh_adapter` makes those for training.
 
         Raises:
           ConfigError: unknown `remat`.
@@ -209,10 +211,11 @@ class Decoder(nnx.Module):
         Args:
           tokens_bt: int [batch, time]; rows are padded on the right (causal attention never looks there).
           segment_ids_bt: int [batch, time] for packed rows: equal ids are one trajectory, contiguous; positions
-            start again at zero in each. None: one trajectory a row.
-          split: inside `shard_map`, how the parameters are split over its axes; this device's parts take their place.
-          mlp_block: tokens that pass through an MLP together, so that less of its wide features exists at a time; None:
-            all. Meant for forward passes: a gradient would add up the weights' gradients block by block.
+            restart at zero in each. None: one trajectory per row.
+          split: inside `shard_map`, how the parameters are split over its axes; the decoder then holds this device's
+            parts.
+          mlp_block: how many tokens pass through an MLP at a time, which bounds the memory for its wide features;
+            None: all. For forward passes: a backward pass would sum the weights' gradients block by block.
 
         Returns:
           hidden_btd: [batch, time, hidden_size] in `self.dtype`.
@@ -270,10 +273,10 @@ def _add_adapters(layers: DecoderLayer, lora: Lora, rngs: nnx.Rngs) -> None:
 def _through_layers(block: Block, hidden_btd: jax.Array, stacked: nnx.State, remat: str) -> jax.Array:
     """Scans `block` over the layers, whose parameters are stacked on the leading axis.
 
-    fp32 masters are scanned over, so that their gradients come out stacked too. Of narrower parameters, which are not
-    trained, each layer is taken inside the loop: XLA's CPU backend widens a bf16 array to fp32 around a slice and
-    would move that, for all layers at once, out of the loop (1.4 GB for a student of 0.5B). They are taken inside of
-    what is rematerialized, so that no layer's copy is kept for the backward pass.
+    fp32 masters are scanned over, so that their gradients come out stacked too. Narrower parameters, which are not
+    trained, are sliced layer by layer inside the loop: XLA's CPU backend widens a bf16 array to fp32 around a slice
+    and would hoist that, for all layers at once, out of the loop (1.4 GB for a student of 0.5B). The slice is part of
+    the rematerialized block, so that no layer's copy is kept for the backward pass.
     """
     masters, narrower = nnx.split_state(stacked, lambda _, weight: weight.dtype == jnp.float32, ...)
     if not jax.tree.leaves(narrower):
@@ -302,7 +305,7 @@ def _take_tied(stacked: Stacked, layer: jax.Array) -> Stacked:
 
 
 def _in_blocks(function: Callable[[jax.Array], jax.Array], x_btd: jax.Array, block: int) -> jax.Array:
-    """`function` of single tokens, [..., d] to [..., d], for at most `block` tokens at a time."""
+    """Applies `function`, which maps tokens [..., d] to [..., d] independently, to at most `block` tokens at a time."""
     num_tokens = x_btd.shape[0] * x_btd.shape[1]
     num_blocks = math.ceil(num_tokens / block)
     block = math.ceil(num_tokens / num_blocks)
@@ -312,10 +315,6 @@ def _in_blocks(function: Callable[[jax.Array], jax.Array], x_btd: jax.Array, blo
 
 
 def _positions(tokens_bt: jax.Array, segment_ids_bt: jax.Array | None) -> jax.Array:
-    """int32 [batch, time]: 0, 1, 2, ... from the start of the row or of each segment."""
+    """int32 [batch, time]: 0, 1, 2, ... from the start of the row, or of each segment."""
     index_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None, :], tokens_bt.shape)
-    if segment_ids_bt is None:
-        return index_bt
-    starts = segment_ids_bt[:, 1:] != segment_ids_bt[:, :-1]
-    starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)
-    return index_bt - jax.lax.cummax(jnp.where(starts, index_bt, 0), axis=1)
+    return index_bt if segment_ids_bt is None else index_bt - segment_starts(segment_ids_bt)

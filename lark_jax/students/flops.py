@@ -1,14 +1,18 @@
-"""Analytic cost of a forward pass, and what devices could do at best: the two sides of model FLOP utilisation."""
+"""Analytic cost of a forward pass, and the peak of devices: the two sides of model FLOP utilization."""
 
+import functools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jax.sharding import Mesh
 
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.lora import Lora
+from lark_jax.students.parameters import parameter_shapes
 
-# Dense bfloat16 peak of one device (one JAX device, so half a TPU v2/v3 board is not in here), from the vendors' data
-# sheets, without sparsity. Keys are looked for in `jax.Device.device_kind`, in this order.
+# Dense bfloat16 peak of one JAX device, without sparsity, from the vendors' data sheets. The first key that
+# `jax.Device.device_kind` contains counts.
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("A100", 312e12),
     ("H100 PCIe", 756e12),
@@ -28,11 +32,11 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast tokens that are not padding go through a student."""
+    """Throughput of a student, padding not counted."""
 
     tokens_per_second: float
     flops_per_second: float
-    peak_flops: float | None  # FLOP/s of all devices together; None where it is not known
+    peak_flops: float | None  # FLOP/s of all devices together; None: unknown
 
     @property
     def model_flop_utilization(self) -> float | None:
@@ -46,12 +50,12 @@ class Rates:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device that is called `device_kind`; None for a kind that is not in the table."""
+    """Dense bfloat16 FLOP/s of a device of this kind; None: not in the table."""
     return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
 
 
 def peak_flops_of(mesh: Mesh) -> float | None:
-    """Of all devices of `mesh` together; None where it is not known."""
+    """FLOP/s of all devices of `mesh` together; None: unknown."""
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     return None if peak is None else peak * mesh.devices.size
 
@@ -59,22 +63,23 @@ def peak_flops_of(mesh: Mesh) -> float | None:
 def forward_flops(architecture: Architecture, length: int, *, vocab: bool = True) -> float:
     """FLOPs of one row of `length` tokens, 2 per multiply-add: matrix products, attention, head.
 
-    Attention is counted as causal: token t takes t + 1 products with keys and as many with values. Norms, rotations,
-    activations and the softmax are left out, as is usual.
+    Attention counts the pairs that the causal mask and the window leave: t + 1 keys and values for token t. Norms,
+    rotations, activations and the softmax are not counted, as usual.
 
     Args:
       vocab: whether every token is also multiplied by the head.
     """
-    projections = 2.0 * architecture.num_layers * _layer_matrices(architecture)
+    matrices = sum(math.prod(shape) for shape in _layer_matrices(architecture).values())
+    projections = 2.0 * architecture.num_layers * matrices
     head = 2.0 * architecture.vocab_size * architecture.hidden_size if vocab else 0.0
     return length * (projections + head) + attention_flops(architecture, length)
 
 
 def training_flops(architecture: Architecture, length: int, remat: str, lora: Lora | None = None) -> float:
-    """FLOPs of a forward and a backward pass over one row, with what `remat` computes twice.
+    """FLOPs of a forward and a backward pass over one row, including what `remat` recomputes.
 
-    A backward pass has two products for each of the forward pass, but one for those with weights that are not trained.
-    A recomputation is taken as a whole forward pass; "attention" leaves attention itself out of it.
+    The backward pass has two products for each product of the forward pass, one where the weight is not trained.
+    Recomputation counts as a whole forward pass; with remat="attention", without attention itself.
 
     Args:
       lora: the adapter that is trained; None: every parameter is.
@@ -89,14 +94,15 @@ def training_flops(architecture: Architecture, length: int, remat: str, lora: Lo
 
 
 def adapter_parameter_count(architecture: Architecture, lora: Lora) -> int:
-    """Of A and B of all layers."""
-    shapes = _matrix_shapes(architecture)
+    """Parameters in A and B of all layers."""
+    shapes = _layer_matrices(architecture)
     return architecture.num_layers * sum(lora.rank * sum(shapes[target]) for target in lora.targets)
 
 
 def attention_flops(architecture: Architecture, length: int) -> float:
-    """The part of `forward_flops` that grows with the square of `length`: q k' and p v over the lower triangle."""
-    return pair_flops(architecture) * length * (length + 1) / 2
+    """The part of `forward_flops` that depends on pairs of tokens: q k' and p v."""
+    window = min(length, architecture.sliding_window or length)
+    return pair_flops(architecture) * (window * (window + 1) / 2 + (length - window) * window)
 
 
 def pair_flops(architecture: Architecture) -> float:
@@ -106,32 +112,11 @@ def pair_flops(architecture: Architecture) -> float:
 
 def parameter_count(architecture: Architecture) -> int:
     """All parameters; a head that is tied to the embedding counts once."""
-    table = architecture.vocab_size * architecture.hidden_size
-    vectors = 2 * architecture.hidden_size
-    if architecture.attention_bias:
-        vectors += (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim
-    if architecture.qk_norm:
-        vectors += 2 * architecture.head_dim
-    layers = architecture.num_layers * (_layer_matrices(architecture) + vectors)
-    return layers + architecture.hidden_size + table * (1 if architecture.tie_word_embeddings else 2)
+    return sum(math.prod(shape) for shape in parameter_shapes(architecture).values())
 
 
-def _layer_matrices(architecture: Architecture) -> int:
-    """Weights of one layer's matrices."""
-    return sum(out_size * in_size for out_size, in_size in _matrix_shapes(architecture).values())
-
-
-def _matrix_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of one layer's matrices."""
-    hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
-    query = architecture.num_heads * architecture.head_dim
-    key_value = architecture.num_kv_heads * architecture.head_dim
-    return {
-        "q_proj": (query, hidden),
-        "k_proj": (key_value, hidden),
-        "v_proj": (key_value, hidden),
-        "o_proj": (hidden, query),
-        "gate_proj": (intermediate, hidden),
-        "up_proj": (intermediate, hidden),
-        "down_proj": (hidden, intermediate),
-    }
+@functools.cache
+def _layer_matrices(architecture: Architecture) -> Mapping[str, tuple[int, int]]:
+    """Module name -> (out, in) of the matrices of one layer."""
+    names = {name: shape[1:] for name, shape in parameter_shapes(architecture).items() if name.startswith("layers.")}
+    return {name.split(".")[-2]: (shape[0], shape[1]) for name, shape in names.items() if len(shape) == 2}

@@ -15,7 +15,9 @@ from lark_jax.students.decoder import Decoder
 def flatten_parameters(state: nnx.State) -> dict[str, jax.Array]:
     """Dotted name (as `sharding.PARAMETER_SPECS` spells it) -> array, sorted by name."""
     flat = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
-    return {name: flat[name][...] if isinstance(flat[name], nnx.Variable) else flat[name] for name in sorted(flat)}
+    return {
+        name: flat[name].get_value() if isinstance(flat[name], nnx.Variable) else flat[name] for name in sorted(flat)
+    }
 
 
 def replace_parameters(state: nnx.State, values: Mapping[str, jax.Array]) -> nnx.State:

@@ -43,7 +43,8 @@ def encode_prefixes(student: Decoder, tokens_ns: jax.Array, split: ParameterSpli
     def block(hidden_nsd: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         layer: DecoderLayer = nnx.merge(graphdef, split.gathered_layer(layer_at(stacked, index), student.dtype))
         q_nshd, k_nskd, v_nskd = layer.heads(hidden_nsd, rotation, split)
-        out_nshd = attend(q_nshd, k_nskd, v_nskd, backend=student.attention_backend)
+        window, backend = student.architecture.sliding_window, student.attention_backend
+        out_nshd = attend(q_nshd, k_nskd, v_nskd, window=window, backend=backend)
         return layer.with_mlp(layer.with_attention(hidden_nsd, out_nshd, split), split), (k_nskd, v_nskd)
 
     layers = jnp.arange(student.architecture.num_layers)
@@ -70,7 +71,8 @@ def continue_prefixes(
         weights, (k_nskd, v_nskd) = layer_at((stacked, prefixes), index)
         layer: DecoderLayer = nnx.merge(graphdef, split.gathered_layer(weights, student.dtype))
         q_bthd, k_btkd, v_btkd = layer.heads(hidden_btd, rotation, split)
-        return layer, attend_with_prefix(q_bthd, k_btkd, v_btkd, SharedKeys(k_nskd, v_nskd), rows.layout)
+        shared, window = SharedKeys(k_nskd, v_nskd), student.architecture.sliding_window
+        return layer, attend_with_prefix(q_bthd, k_btkd, v_btkd, shared, rows.layout, window=window)
 
     def block(hidden_btd: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         layer, out_bthd = attended(hidden_btd, index)

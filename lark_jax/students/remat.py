@@ -1,7 +1,7 @@
-"""What the backward pass finds of the forward pass, by name: memory against time.
+"""Rematerialization policies: which values of the forward pass the backward pass keeps, by name.
 
-`jax.checkpoint` recomputes a layer from its input; a policy names what need not be computed again. Values get their
-names where they arise (`named`).
+`jax.checkpoint` recomputes a layer from its input; a policy lists the names of values that it saves instead. Code that
+computes such a value names it with `named`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 LAYER_INPUT = "layer_input"
 ATTENTION = "attention"  # output and log-sum-exp: with these, an attention kernel does not run again
-# cuDNN's forward pass, whose results cannot be named: `jax.nn.dot_product_attention` binds it by itself.
+# cuDNN's forward pass, whose results cannot be named: `jax.nn.dot_product_attention` binds the primitive itself.
 _CUDNN_FORWARD = "dot_product_attention_fwd"
 
 Policy = Callable[..., Any]
@@ -38,12 +38,12 @@ POLICIES: Mapping[str, Policy | None] = {
 
 
 def rematerialized(block: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """`block`, a step of a scan over layers, with what its backward pass may keep; `remat` is a key of `POLICIES`."""
+    """`block`, a step of a scan over layers, under the policy `remat`, a key of `POLICIES`."""
     policy = POLICIES[remat]
     return block if policy is None else jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
-    """`x`, known to the policies as `name`."""
+    """`x`, which policies know as `name`."""
     out: jax.Array = checkpoint_name(x, name)
     return out

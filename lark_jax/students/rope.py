@@ -44,7 +44,7 @@ def _scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def _llama3_scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Long wavelengths are stretched by `factor`, short ones kept, those in between interpolated."""
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_position_embeddings / wavelengths
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

@@ -1,6 +1,6 @@
-"""What of a training step with remat="offload" lies in the host's memory, compiled for a TPU that is not there.
+"""Arrays that a training step with remat="offload" keeps in host memory, compiled for a TPU without having one.
 
-Prints, as JSON, the bytes and the arrays of the compiled program.
+Prints the bytes and arrays as JSON.
 """
 
 import dataclasses

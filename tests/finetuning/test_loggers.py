@@ -45,7 +45,7 @@ class RecordingWandb(ModuleType):
         self.finished += 1
 
 
-def test_a_service_that_refuses_to_start_is_one_line_that_names_the_field(
+def test_a_service_that_does_not_start_is_one_line_that_names_the_field(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class WithoutLogin(RecordingWandb):
@@ -53,8 +53,9 @@ def test_a_service_that_refuses_to_start_is_one_line_that_names_the_field(
             raise RuntimeError("no API key\nconfigured")
 
     monkeypatch.setitem(sys.modules, "wandb", WithoutLogin())
+    (open_logger,) = loggers.loggers_of(("wandb",), "finetune", tmp_path, 0, {})
     with pytest.raises(ConfigError, match=r"config\.finetune\.loggers: 'wandb' cannot start: no API key configured"):
-        run(tmp_path, dataclasses.replace(SHORT, loggers=("wandb",)))
+        open_logger()
 
 
 def test_the_configuration_knows_the_same_loggers() -> None:
@@ -88,14 +89,14 @@ def test_unknown_and_doubled_loggers_are_refused(chosen: tuple[str, ...]) -> Non
         dataclasses.replace(CONFIG, loggers=chosen)
 
 
-def test_wandb_is_told_every_step_once_and_a_restart_goes_on_in_the_same_run(
+def test_wandb_gets_every_step_once_and_a_restart_continues_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = RecordingWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     run(tmp_path, SHORT, held_out=HELD_OUT)
-    assert wandb.starts == [], "it was not asked for"
+    assert wandb.starts == [], "the configuration does not name it"
 
     shutil.rmtree(tmp_path / CHECKPOINTS / "5")
     result = run(tmp_path, dataclasses.replace(SHORT, loggers=("wandb",)), held_out=HELD_OUT)  # steps 4 and 5
@@ -113,7 +114,7 @@ def test_wandb_is_told_every_step_once_and_a_restart_goes_on_in_the_same_run(
     run(tmp_path, dataclasses.replace(SHORT, loggers=("wandb",)), held_out=HELD_OUT)
     assert wandb.starts[1]["id"] == start["id"]
     run(tmp_path, dataclasses.replace(SHORT, loggers=("wandb",)), held_out=HELD_OUT)
-    assert len(wandb.starts) == 2, "a finished run has nothing to tell"
+    assert len(wandb.starts) == 2, "a finished run has nothing to log"
 
 
 def test_tensorboard_has_every_step(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_tensorboard_has_every_step(tmp_path: Path) -> None:
 
 
 def _records(data: bytes) -> list[bytes]:
-    """Of TensorFlow's record format: length (8 bytes), its checksum (4), the record, its checksum (4)."""
+    """TensorFlow's record format: length (8 bytes), its checksum (4), the record, its checksum (4)."""
     records = []
     while data:
         length = int.from_bytes(data[:8], "little")

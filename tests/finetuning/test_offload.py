@@ -1,4 +1,4 @@
-"""remat="offload": what the backward pass needs of each layer waits in the host's memory."""
+"""remat="offload" keeps the layer inputs that the backward pass needs in host memory."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from lark_jax.preflight.requests import ENVIRONMENT
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra 'preflight')")
-def test_the_inputs_of_all_layers_and_nothing_else_lie_in_the_memory_of_a_tpus_host() -> None:
+def test_the_host_memory_of_a_tpu_contains_the_inputs_of_all_layers_and_nothing_else() -> None:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("memory_spaces.py"))],
         env={**os.environ, **ENVIRONMENT},

@@ -104,7 +104,7 @@ def test_gradients_below_the_limit_are_not_scaled() -> None:
     np.testing.assert_array_equal(*updates)
 
 
-def test_decay_leaves_biases_and_norms_alone() -> None:
+def test_weight_decay_skips_biases_and_norms() -> None:
     names = ("embed_tokens.weight", "layers.self_attn.q_proj.bias", "layers.input_layernorm.weight", "norm.weight")
     parameters = {name: jnp.zeros(1) for name in (*names, "layers.self_attn.q_norm.weight", "lm_head.weight")}
     decayed = {name for name, decays in decay_mask(parameters).items() if decays}

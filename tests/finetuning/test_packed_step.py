@@ -24,7 +24,8 @@ from lark_jax.students.attention import blockwise as blockwise_attention
 from lark_jax.students.attention import dispatch as attention
 from lark_jax.students.attention import splash as splash_attention
 from lark_jax.students.attention import triton as triton_attention
-from lark_jax.students.attention.dispatch import BACKENDS, Backend, no_refusal
+from lark_jax.students.attention.contract import Backend
+from lark_jax.students.attention.dispatch import BACKENDS
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.sharded import ShardedStudent
 
@@ -40,9 +41,7 @@ def several_blocks_in_a_row_and_the_tpu_kernel_as_plain_jax(monkeypatch: pytest.
     monkeypatch.setattr(blockwise_attention, "LARGEST_BLOCK", 32)
     monkeypatch.setattr(splash_attention, "LARGEST_BLOCK_BY_ROW", ((math.inf, 128),))
     kernels = {"splash": splash_attention.splash_attention, "triton": triton_attention.triton_attention}
-    interpreted = {
-        name: Backend(functools.partial(kernel, interpret=True), no_refusal) for name, kernel in kernels.items()
-    }
+    interpreted = {name: Backend(functools.partial(kernel, interpret=True)) for name, kernel in kernels.items()}
     monkeypatch.setattr(attention, "BACKENDS", {**BACKENDS, **interpreted})
 
 

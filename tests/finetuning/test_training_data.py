@@ -1,8 +1,10 @@
+"""Batches, weights and micro-batches of a training set."""
+
 import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import PAD_ID, random_examples, random_trajectory
 
@@ -28,7 +30,7 @@ def test_every_epoch_uses_every_example_once_and_ends_with_a_short_batch(
     assert num_examples < 10 or epochs[0] != epochs[1]
 
 
-def test_order_depends_on_seed_epoch_and_step_alone() -> None:
+def test_order_depends_only_on_seed_epoch_and_step() -> None:
     examples = random_examples(1, 20, 2)
     data, same, other = TrainingSet(examples, 8, 5), TrainingSet(examples, 8, 5), TrainingSet(examples, 8, 6)
     late_first = [same.batch(step) for step in (9, 3, 0)]
@@ -89,7 +91,7 @@ def test_mean_losses_are_means_over_the_target_tokens_of_each_member() -> None:
         assert loss == pytest.approx(sum(values) / len(values), rel=1e-12)
 
 
-def test_a_loss_that_is_not_finite_is_that_of_its_member_alone() -> None:
+def test_a_loss_that_is_not_finite_affects_only_its_member() -> None:
     data = TrainingSet(random_examples(3, 3, 2), 6, 0)
     (micro,) = data.micro_batches(data.batch(0), tokens_per_batch=10_000, data_shards=1, pad_id=PAD_ID)
     cross_entropy_bt = np.ones(micro.tokens_bt.shape, np.float32)
@@ -97,7 +99,72 @@ def test_a_loss_that_is_not_finite_is_that_of_its_member_alone() -> None:
     assert {member for member, loss in micro.mean_losses(cross_entropy_bt).items() if not np.isfinite(loss)} == {4}
 
 
-def test_hash_sees_tokens_weights_names_and_order() -> None:
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 1 << 30),
+    num_examples=st.integers(1, 40),
+    batch_size=st.integers(1, 16),
+    budget=st.integers(1, 1_000),
+    devices=st.sampled_from([1, 2, 8]),
+)
+def test_an_epoch_of_packed_rows_has_the_members_and_weights_of_single_rows(
+    seed: int, num_examples: int, batch_size: int, budget: int, devices: int
+) -> None:
+    data = TrainingSet(random_examples(seed, num_examples, 1), batch_size, seed)
+    seen: list[int] = []
+    for step in range(data.steps_per_epoch):
+        batch = data.batch(step)
+        arguments = {"tokens_per_batch": budget, "data_shards": devices, "pad_id": PAD_ID}
+        totals = []
+        for cut in (data.micro_batches, data.packed_micro_batches):
+            micro_batches = tuple(cut(batch, **arguments))
+            totals.append(sum(micro.token_weights_bt.sum(dtype=np.float64) for micro in micro_batches))
+            members = [np.unique(micro.members_bt[micro.members_bt >= 0]) for micro in micro_batches]
+            assert sorted(np.concatenate(members).tolist()) == sorted(batch.members)
+        assert totals[1] == pytest.approx(totals[0], rel=1e-12)
+        seen += batch.members
+    assert sorted(seen) == list(range(num_examples))
+
+
+@given(seed=st.integers(0, 1 << 30), budget=st.integers(1, 1_000), devices=st.sampled_from([1, 2, 8]))
+@settings(max_examples=20)
+def test_segments_hold_whole_trajectories_and_padding_is_segment_zero(seed: int, budget: int, devices: int) -> None:
+    examples = random_examples(seed, 6, 2)
+    data = TrainingSet(examples, 12, seed)
+    for micro in data.packed_micro_batches(data.batch(0), tokens_per_batch=budget, data_shards=devices, pad_id=PAD_ID):
+        assert micro.segment_ids_bt is not None
+        for row in range(len(micro.tokens_bt)):
+            segments_t = micro.segment_ids_bt[row]
+            last = segments_t.max()
+            inputs = int(np.count_nonzero(segments_t))
+            assert (np.diff(segments_t[:inputs]) >= 0).all()
+            assert sorted(set(segments_t[:inputs].tolist())) == list(range(1, last + 1))
+            padding = (micro.tokens_bt, micro.targets_bt, micro.token_weights_bt, micro.members_bt)
+            assert [set(array[row, inputs:].tolist()) for array in padding] == (
+                [set()] * 4 if inputs == len(segments_t) else [{PAD_ID}, {PAD_ID}, {0.0}, {-1}]
+            )
+            for segment in range(1, last + 1):
+                of_segment = segments_t == segment
+                (member,) = set(micro.members_bt[row, of_segment].tolist()) - {-1}
+                rendered = examples[member].rendered
+                sequence = [*rendered.prompt_tokens.tolist(), *rendered.target_tokens.tolist()]
+                assert micro.tokens_bt[row, of_segment].tolist() == sequence[:-1]
+                assert micro.targets_bt[row, of_segment].tolist() == sequence[1:]
+                is_target = micro.members_bt[row, of_segment] == member
+                assert is_target.tolist() == [False] * (len(rendered.prompt_tokens) - 1) + [True] * len(
+                    rendered.target_tokens
+                )
+
+
+def test_packing_depends_only_on_the_step() -> None:
+    examples = random_examples(4, 10, 3)
+    one, other = TrainingSet(examples, 8, 5), TrainingSet(examples, 8, 5)
+    arguments = {"tokens_per_batch": 300, "data_shards": 2}
+    late_first = [one.packed_plans(one.batch(step), **arguments) for step in (5, 1, 3)]
+    assert late_first == [other.packed_plans(other.batch(step), **arguments) for step in (5, 1, 3)]
+
+
+def test_the_hash_depends_on_tokens_weights_names_and_order() -> None:
     examples = random_examples(4, 3, 1)
     first = examples[0]
     reweighted = dataclasses.replace(first, weight=first.weight + 1e-12)

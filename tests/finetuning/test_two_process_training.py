@@ -1,4 +1,4 @@
-"""Two real processes train one student: they follow one process, and a signal to one of them stops both in one step."""
+"""Two real processes train one student like one process does, and a signal to one stops both after the same step."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_none_is_lost
     assert [process.wait(timeout=120) for process in both] == [143, 143]
     logged = metrics.read_bytes()
     stopped_after = logged.count(b"\n")
-    assert 4 <= stopped_after < TOTAL_STEPS, "over before it could be stopped"
+    assert 4 <= stopped_after < TOTAL_STEPS, "finished before it could be stopped"
     assert max(int(path.name) for path in (tmp_path / "run" / CHECKPOINTS).iterdir()) == stopped_after
 
     both = start_both(tmp_path / "run", tmp_path / "cache")

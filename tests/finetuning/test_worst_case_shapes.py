@@ -1,11 +1,11 @@
-"""The largest micro-batches: no training set of a pool's trajectories takes a larger one, and some take these."""
+"""No training set from a pool needs a larger micro-batch than the worst case, and some need exactly that."""
 
 import numpy as np
 import pytest
 
 from lark_jax.config import FinetuneConfig
 from lark_jax.finetuning.data import Example, TrainingSet
-from lark_jax.finetuning.worst_case_shapes import MicroBatchShape, largest_micro_batches
+from lark_jax.finetuning.worst_case_shapes import MicroBatchShape, worst_case_shapes
 from lark_jax.rendering.chat import RenderedTrajectory
 
 
@@ -14,13 +14,13 @@ def config_with(packing: bool, tokens_per_batch: int, batch_size: int) -> Finetu
 
 
 def example_of(length: int) -> Example:
-    """A trajectory with `length` inputs; what its tokens are does not matter here."""
+    """A trajectory with `length` inputs; its tokens do not matter here."""
     tokens = np.zeros(length + 1, np.int32)
     return Example(RenderedTrajectory("p", "c", tokens[:1], tokens[1:], truncated=False), weight=1.0)
 
 
 def shapes_of(lengths: list[int], config: FinetuneConfig, devices: int) -> set[MicroBatchShape]:
-    """That a run on trajectories of these lengths takes in its first epoch."""
+    """The shapes in the first epoch of a run on trajectories of these lengths."""
     data = TrainingSet(tuple(map(example_of, lengths)), config.batch_size, seed=0)
     plans_of = data.packed_plans if config.packing else data.plans
     return {
@@ -32,12 +32,12 @@ def shapes_of(lengths: list[int], config: FinetuneConfig, devices: int) -> set[M
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_no_selection_takes_longer_rows_or_more_tokens(packing: bool, devices: int) -> None:
+def test_no_selection_needs_longer_rows_or_more_tokens(packing: bool, devices: int) -> None:
     rng = np.random.default_rng()
     for _ in range(30):
         pool = np.minimum(rng.lognormal(5.5, 1.0, 60).astype(int) + 2, 4_000)
         config = config_with(packing, int(rng.integers(500, 6_000)), int(rng.integers(1, 40)))
-        largest = largest_micro_batches(pool.tolist(), config, devices)
+        largest = worst_case_shapes(pool.tolist(), config, devices)
         selected = rng.choice(np.sort(pool)[: rng.integers(1, 61)], rng.integers(1, 61))
         taken = shapes_of(selected.tolist(), config, devices)
         assert max(shape.length for shape in taken) <= largest[0].length
@@ -48,19 +48,19 @@ def test_no_selection_takes_longer_rows_or_more_tokens(packing: bool, devices: i
     ("lengths", "tokens_per_batch", "batch_size", "largest"),
     [
         ([2_000, 100], 32_768, 64, [(16, 2_048)]),
-        ([2_000, 100], 32_768, 5, [(8, 2_048)]),  # five trajectories need no more rows
+        ([2_000, 100], 32_768, 5, [(8, 2_048)]),  # five trajectories need at most eight rows
         ([5_000, 700], 8_192, 64, [(1, 5_120), (8, 704)]),  # 5,632 tokens
-        ([9_000], 8_192, 64, [(1, 9_088)]),  # a trajectory alone may exceed the budget
+        ([9_000], 8_192, 64, [(1, 9_088)]),  # a single trajectory may exceed the budget
     ],
 )
-def test_one_trajectory_a_row(
+def test_one_trajectory_per_row(
     lengths: list[int], tokens_per_batch: int, batch_size: int, largest: list[tuple[int, int]]
 ) -> None:
     config = config_with(False, tokens_per_batch, batch_size)
-    assert list(largest_micro_batches(lengths, config, 1)) == largest
+    assert list(worst_case_shapes(lengths, config, 1)) == largest
     taken = set().union(*(shapes_of([length] * batch_size, config, 1) for length in lengths))
     longest = max(shape.length for shape in taken)
-    assert longest == largest[0][1], "reached by a run on trajectories of one length"
+    assert longest == largest[0][1], "a run on trajectories of one length needs it"
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_one_trajectory_a_row(
 )
 def test_packed(length: int, tokens_per_batch: int, largest: list[tuple[int, int]]) -> None:
     config = config_with(True, tokens_per_batch, 64)
-    assert list(largest_micro_batches([length], config, 1)) == largest
+    assert list(worst_case_shapes([length], config, 1)) == largest
 
 
-def test_a_run_takes_packed_rows_that_are_longer_than_its_longest_trajectory_needs() -> None:
-    """All a little longer than half of the shortest row: only twice as long a row holds three of them."""
+def test_packed_rows_may_be_longer_than_the_longest_trajectory_needs() -> None:
+    """All are a little longer than half of the shortest row; a row of twice that length holds three."""
     lengths = [608] + [330] * 63
     config = config_with(True, 8_192, 64)
     longest = max(shape.length for shape in shapes_of(lengths, config, 1))
     assert longest > 608
-    (foretold, *_) = largest_micro_batches(lengths, config, 1)
-    assert foretold.length >= longest
+    (predicted, *_) = worst_case_shapes(lengths, config, 1)
+    assert predicted.length >= longest

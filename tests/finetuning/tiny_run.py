@@ -10,6 +10,7 @@ from flax import nnx
 
 from lark_jax.config import FinetuneConfig, MeshConfig
 from lark_jax.finetuning import CHECKPOINTS, Example, FinetuneResult, finetune, weighted_examples
+from lark_jax.finetuning.finished_run import RECORD
 from lark_jax.rendering.chat import RenderedTrajectory
 from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students.architecture import Architecture, RopeScaling
@@ -89,8 +90,9 @@ def run(
 
 
 def copy_with_checkpoint(source: Path, target: Path, step: int) -> None:
-    """`target` looks as `source` did when it was killed at some moment after the checkpoint of `step`."""
+    """Makes `target` look like `source` when it was killed some time after the checkpoint of `step`."""
     shutil.copytree(source, target)
+    (target / RECORD).unlink()
     for checkpoint in (target / CHECKPOINTS).iterdir():
         if int(checkpoint.name) > step:
             shutil.rmtree(checkpoint)

@@ -17,7 +17,7 @@ import pytest
 from lark_jax.config import ColumnsConfig, PoolConfig
 from lark_jax.errors import ConfigError, PoolError
 from lark_jax.pool import Pool, load_pool, read_pool
-from lark_jax.pool.hub import is_hub_id, local_source
+from lark_jax.pool.sources import is_hub_id, local_source
 
 SYSTEM = "Think step by step."
 TEACHERS, ROLLOUTS, PROBLEMS = ("deepseek-r1-0528", "qwq"), 3, 5
@@ -141,7 +141,7 @@ def test_every_file_of_a_hub_snapshot_that_is_not_read_is_named(tmp_path: Path) 
     pool = read_pool(tmp_path)
     assert len(pool.trajectories) == 30
     assert pool.files_left_out == (
-        "README.md (no pool file)",
+        "README.md (not a pool file)",
         "selected_by_rsr/rsr-min_for_student.json (pool.exclude)",
     )
 
@@ -160,11 +160,11 @@ def test_teacher_and_rollout_come_from_the_file_name(tmp_path: Path, name: str, 
     assert len({trajectory.candidate_id for trajectory in pool.trajectories}) == 6
 
 
-def test_a_file_name_that_does_not_say_the_teacher_is_refused(tmp_path: Path) -> None:
-    """Not taken for rollout 2507 of a teacher called qwen3."""
+def test_a_file_name_without_the_teacher_is_refused(tmp_path: Path) -> None:
+    """It is not rollout 2507 of a teacher called qwen3."""
     write_lists(tmp_path, "{teacher}_gen{rollout}.json")
     (tmp_path / "qwen3_2507.json").write_text("[]")
-    with pytest.raises(PoolError, match=r"qwen3_2507\.json: the name does not say teacher.*config\.pool\.file_names"):
+    with pytest.raises(PoolError, match=r"qwen3_2507\.json: the name does not give teacher.*config\.pool\.file_names"):
         read_pool(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_lists_whose_items_name_their_problems_need_not_be_aligned(tmp_path: Pat
     assert {problem: len(group) for problem, group in pool.by_problem().items()} == {"3": 2, "1": 2, "2": 1}
 
 
-def test_one_damaged_item_spoils_no_other(tmp_path: Path) -> None:
+def test_one_damaged_item_does_not_affect_the_others(tmp_path: Path) -> None:
     folder = write_lists(tmp_path)
     path = folder / "qwq" / "gen0.json"
     items = json.loads(path.read_text())
@@ -231,7 +231,7 @@ def test_columns_of_other_names_are_read_by_their_mapping(tmp_path: Path) -> Non
         assert dict(found.meta) == {"x": 1}
 
 
-def test_a_column_that_gives_way_to_a_mapped_one_stays_in_meta(tmp_path: Path) -> None:
+def test_a_column_replaced_by_a_mapped_one_is_kept_in_meta(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [records()[0] | {"answer": "wrong", "gold": "right"}])
     (found,) = load_pool(PoolConfig(str(path), columns=ColumnsConfig(answer="gold"))).trajectories
     assert found.answer == "right"
@@ -272,7 +272,7 @@ def test_only_correct_leaves_out_wrong_records_and_lists_them(tmp_path: Path) ->
     assert len(load_pool(PoolConfig(str(path))).trajectories) == 30
 
 
-def test_under_the_filter_a_record_that_nobody_judged_is_bad(tmp_path: Path) -> None:
+def test_under_the_filter_a_record_without_a_verdict_is_bad(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [records()[0] | {"correct": True}, records()[1]])
     with pytest.raises(PoolError, match=r"a\.jsonl:2: record .*: field correct: missing; config\.pool\.only_correct"):
         load_pool(PoolConfig(str(path), only_correct=True))
@@ -280,7 +280,7 @@ def test_under_the_filter_a_record_that_nobody_judged_is_bad(tmp_path: Path) -> 
     assert [record.location for record in pool.skipped] == [f"{path}:2"]
 
 
-def test_a_filter_that_leaves_nothing_says_so(tmp_path: Path) -> None:
+def test_a_filter_that_leaves_nothing_is_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [r | {"correct": False} for r in records()])
     with pytest.raises(PoolError, match=r"no valid record; the first of 30 left out: field correct: false"):
         load_pool(PoolConfig(str(path), only_correct=True))
@@ -303,7 +303,7 @@ def test_repeated_answers_are_reported_left_out_or_refused_as_configured(tmp_pat
         load_pool(PoolConfig(str(path), duplicate_answers="error", on_bad_record="skip"))
 
 
-def test_the_same_answer_to_two_problems_is_no_repetition(tmp_path: Path) -> None:
+def test_the_same_answer_to_two_problems_is_not_a_repetition(tmp_path: Path) -> None:
     items = [r | {"messages": [*r["messages"][:2], {"role": "assistant", "content": "4"}]} for r in records()[:5]]
     assert load_pool(PoolConfig(str(write_jsonl(tmp_path / "a.jsonl", items)))).duplicates == ()
 
@@ -332,7 +332,7 @@ def test_splits_saved_by_datasets_are_read_by_name(tmp_path: Path) -> None:
     assert len(load_pool(PoolConfig(str(tmp_path / "saved"), split="extra")).trajectories) == 2
 
 
-def test_only_a_name_that_is_nothing_here_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_name_without_a_local_path_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Umean").mkdir()
     assert not is_hub_id("Umean/RSR_data")  # a folder Umean is here: a typing error, not a download
@@ -368,8 +368,8 @@ def test_a_hub_dataset_is_announced_fetched_and_read(
 
 def test_a_hub_dataset_that_is_not_cached_is_refused_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(PoolError, match=r"nobody/nothing: no such file or folder.*HF_HUB_OFFLINE is set"):
-        local_source("nobody/nothing")
+    with pytest.raises(PoolError, match=r"no-such-owner/nothing: no such file or folder.*HF_HUB_OFFLINE is set"):
+        local_source("no-such-owner/nothing")
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
@@ -385,11 +385,11 @@ def test_texts_are_read_when_asked_for_and_candidates_share_their_prompt(tmp_pat
         pool.trajectories[30]
     by_ids = pool.by_ids()
     assert by_ids["3", "qwq.gen1"].response == answer("qwq", 1, 3)
-    assert ("3", "nobody") not in by_ids
+    assert ("3", "unknown") not in by_ids
     assert [t.candidate_id for t in pool.by_problem()["4"]][:2] == ["deepseek-r1-0528.gen0", "deepseek-r1-0528.gen1"]
 
 
-def test_texts_lie_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_in_an_unnamed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
@@ -399,7 +399,7 @@ def test_texts_lie_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.
     assert pool.trajectories[7].response == records()[7]["messages"][-1]["content"]
 
 
-def test_a_pool_that_nobody_holds_frees_its_file_at_once(tmp_path: Path) -> None:
+def test_a_deleted_pool_frees_its_file_at_once(tmp_path: Path) -> None:
     pool = read_pool(write_lists(tmp_path))
     assert pool.trajectories[0].response
     held = weakref.ref(pool.trajectories)
@@ -412,7 +412,7 @@ def test_a_pool_that_nobody_holds_frees_its_file_at_once(tmp_path: Path) -> None
 
 
 def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
-    """The benchmark's own measurement, in its process, of a pool with 30 million characters."""
+    """The measurement of scripts/bench_pool.py, on a pool of 30 million characters."""
     script = Path(__file__).resolve().parents[2] / "scripts" / "bench_pool.py"
     arguments = [f"--folder={tmp_path / 'pool'}", "--problems=15", "--characters=60000"]
     output = subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -422,10 +422,10 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     assert (found["peak_gib"] - found["peak_gib_before"]) * 2**30 < 0.5 * found["characters"]
 
 
-def test_no_room_for_the_texts_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_for_the_texts_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
-    with pytest.raises(PoolError, match=r"cannot keep the pool's texts there: No space left on device; set TMPDIR"):
+    with pytest.raises(PoolError, match=r"cannot store the pool's texts here: No space left on device; set TMPDIR"):
         read_pool(write_lists(tmp_path))

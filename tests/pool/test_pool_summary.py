@@ -1,4 +1,4 @@
-"""The summary counts what is there and names what a run would skip; its exit status says whether a run would stop."""
+"""The summary counts the records and names what a run would skip; its exit status tells whether a run would stop."""
 
 import json
 import os
@@ -69,7 +69,9 @@ def test_counts_are_those_of_the_file(pool: Path, tmp_path: Path) -> None:
     assert duplicate["location"] == f"{pool}:{len(good) + 1}"
 
 
-def test_bad_records_are_shown_with_their_place_and_stop_a_run(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_records_are_shown_with_their_location_and_stop_a_run(
+    pool: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(pool)]) == 1
     text = capsys.readouterr().out
     assert "1 bad records:\n" in text

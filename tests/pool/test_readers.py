@@ -178,7 +178,7 @@ BAD_RECORDS = {
     ),
     "empty content": (with_messages({"role": "user", "content": ""}, ASSISTANT), "field messages[0].content: empty"),
     "blank answer": (record(response=" \n"), "field messages[2].content: empty"),
-    "reasoning beside content": (
+    "reasoning next to content": (
         with_messages(USER, ASSISTANT | {"reasoning_content": "2 + 2"}),
         "field messages[1].reasoning_content: unknown",
     ),
@@ -215,7 +215,7 @@ def test_a_bad_record_is_named_by_its_ids(jsonl):
 
 
 BAD_LINES = {
-    "cut off": (json.dumps(record()).encode()[:60], "is not valid JSON"),
+    "cut off": (json.dumps(record()).encode()[:60], "the line may be cut off"),
     "not JSON": (b"problem_id,candidate_id", "is not valid JSON"),
     "not UTF-8": (json.dumps(record(response="caf@")).encode().replace(b"@", b"\xe9"), "is not UTF-8 at byte"),
     "NaN": (json.dumps(record(gold=float("nan"))).encode(), "NaN is not a JSON number"),
@@ -295,7 +295,9 @@ def test_other_kinds_of_file_are_refused_with_the_supported_ones(tmp_path, name)
 
 def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path):
     assert "no such file" in one_line_error(tmp_path / "missing.jsonl")
-    assert "no pool in this folder" in one_line_error(tmp_path)
+    message = one_line_error(tmp_path)
+    assert "no pool in this folder" in message
+    assert "it is empty" in message
 
 
 def test_utf16_is_refused_as_a_file(tmp_path):

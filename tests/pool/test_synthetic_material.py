@@ -86,7 +86,7 @@ def test_the_base_student_has_seen_some_teachers_rarely_and_some_never(material:
     assert not {"checking", "exploring", "notation"} & set(styles)
 
 
-def test_transformers_reads_the_tokenizer_as_its_file_says(material: Path, pool: Pool) -> None:
+def test_transformers_reads_the_tokenizer_as_written_in_its_file(material: Path, pool: Pool) -> None:
     loaded = AutoTokenizer.from_pretrained(material / "student")
     file = Tokenizer.from_file(str(material / "student" / "tokenizer.json"))
     texts = [message.content for row in pool.trajectories for message in row.messages]

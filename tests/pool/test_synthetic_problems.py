@@ -90,5 +90,5 @@ def test_a_split_that_is_used_up_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("lark_jax.pool.synthetic.problems._NAMES", ("Ana",))
     monkeypatch.setattr("lark_jax.pool.synthetic.problems._UNITS", ("eggs",))
     monkeypatch.setattr("lark_jax.pool.synthetic.problems._MOST_DRAWS", 2_000)
-    with pytest.raises(ConfigError, match=r"config\.synthetic: the test split has no further problem of level 1"):
+    with pytest.raises(ConfigError, match=r"config\.synthetic: the test split has no more problems of level 1"):
         generate_problems(0, 1_000, "test")

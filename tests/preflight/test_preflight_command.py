@@ -80,7 +80,7 @@ def test_one_that_does_not_fit_gets_a_setting_that_was_compiled(tmp_path: Path) 
 
 
 @needs_libtpu
-def test_one_that_cannot_fit_is_told_so(tmp_path: Path) -> None:
+def test_one_that_cannot_fit_is_reported(tmp_path: Path) -> None:
     done = preflight(tmp_path, "qwen2.5-72b", "--topology=v5e-4", "--lengths=512:4")
     assert done.returncode == 1, done.stderr
     assert "No setting makes it fit" in done.stdout
@@ -105,7 +105,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, flags: tuple[str, ...], messag
 
 
 @needs_libtpu
-def test_a_mesh_that_the_slice_or_the_student_does_not_have_is_refused(tmp_path: Path) -> None:
+def test_a_mesh_or_kernel_that_does_not_suit_the_slice_is_refused(tmp_path: Path) -> None:
     done = preflight(tmp_path, "tiny", "--topology=v5e-4", "--lengths=512:4", "--config.mesh.tensor=3")
     assert done.returncode == 2
     assert "config.mesh" in done.stderr
@@ -126,7 +126,7 @@ def test_a_missing_compiler_is_named_with_the_command_that_installs_it(tmp_path:
 @pytest.mark.skipif(not has_cuda, reason="JAX's CUDA plugin is not installed (the extra 'gpu')")
 @pytest.mark.slow
 @pytest.mark.parametrize("card", ["a100-40gb", "a100-80gb", "h100", "h200", "b200"])
-def test_cards_that_are_not_there(tmp_path: Path, card: str) -> None:
+def test_cards_that_this_machine_does_not_have(tmp_path: Path, card: str) -> None:
     out = tmp_path / "findings.json"
     done = preflight(tmp_path, "qwen2.5-7b", f"--topology={card}:8", "--lengths=32767:8", f"--out={out}")
     assert done.returncode == 0, done.stderr

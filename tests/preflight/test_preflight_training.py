@@ -136,7 +136,7 @@ def test_flops_are_three_forward_passes_and_what_is_computed_again(monkeypatch: 
     assert flops["attention"] == pytest.approx(4 * forward - attention_flops(ARCHITECTURE, 32_768))
 
 
-def test_requests_are_of_the_largest_micro_batches_on_the_mesh_of_the_run() -> None:
+def test_requests_are_of_the_worst_case_shapes_on_the_mesh_of_the_run() -> None:
     split = training_requests(experiment_with(tensor=2), ARCHITECTURE, TOPOLOGY, FULLER)
     assert [(r.data, r.tensor, r.rows_per_device, r.length) for r in split] == [(4, 2, 1, 20_096), (4, 2, 4, 8_064)]
     whole = training_requests(experiment_with(), ARCHITECTURE, TOPOLOGY, FULLER)

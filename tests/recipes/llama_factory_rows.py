@@ -1,4 +1,4 @@
-"""What LLaMA-Factory makes of a selection's folder, for its own virtualenv: FOLDER STUDENT DATASET OUT."""
+"""The rows that LLaMA-Factory reads from a selection; runs in its virtualenv. FOLDER STUDENT DATASET OUT."""
 
 import json
 import sys

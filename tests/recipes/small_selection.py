@@ -1,4 +1,4 @@
-"""A small random student and a weighted selection of a synthetic pool, as another trainer would be given them."""
+"""A small random student and a weighted selection of a synthetic pool, as input of other trainers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class Material:
     max_length: int  # tokens; cuts the longest trajectories
 
     def arguments(self, rows: int, accumulate: int, out: Path) -> list[str]:
-        """Of the TRL recipe."""
+        """Arguments of the TRL recipe."""
         paths = [f"--selection={self.selection}", f"--student={self.student}", f"--out={out}"]
         return [*paths, f"--rows={rows}", f"--accumulate={accumulate}", f"--max_length={self.max_length}"]
 

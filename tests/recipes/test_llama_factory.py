@@ -1,4 +1,4 @@
-"""LLaMA-Factory's own loader reads a selection as it is. It needs a virtualenv of its own: LLAMAFACTORY_PYTHON."""
+"""LLaMA-Factory's own loader reads a selection unchanged. It needs its own virtualenv: LLAMAFACTORY_PYTHON."""
 
 import json
 import os

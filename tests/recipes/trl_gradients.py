@@ -1,4 +1,4 @@
-"""The gradients that the TRL recipe takes; as a program, those of one process among two: OUT ARGUMENTS."""
+"""The gradients of the TRL recipe; as a program, those of one of two processes: OUT ARGUMENTS."""
 
 import importlib.util
 import sys
@@ -22,7 +22,7 @@ def load_recipe() -> ModuleType:
 
 
 class Recorder(TrainerCallback):
-    """Gradients by HF name, as the optimizer is about to see them."""
+    """Records gradients by HF name, as the optimizer gets them."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, np.ndarray]] = []
@@ -34,7 +34,7 @@ class Recorder(TrainerCallback):
 
 
 def recorded(arguments: list[str], **others: Any) -> tuple[Recorder, Any]:
-    """Trains as the recipe's command does, without clipping; the gradients of every step, and the trainer."""
+    """Trains like the recipe's command, without clipping; returns the gradients of every step and the trainer."""
     recipe = load_recipe()
     trainer = recipe.weighted_trainer(recipe.parse([*arguments, "--float32", "--epochs=1"]), **others)
     trainer.args.max_grad_norm = 0.0

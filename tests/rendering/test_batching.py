@@ -1,4 +1,4 @@
-"""Batches hold every trajectory once, within their bounds, with targets one step to the right of inputs."""
+"""Batches hold every trajectory once, within their bounds, with targets shifted one step from inputs."""
 
 import itertools
 
@@ -54,19 +54,19 @@ def test_a_length_has_the_same_rows_in_every_call(lengths, others, budget, devic
 
 
 @given(st.integers(1, 200_000))
-def test_the_ladder_covers_every_length_with_bounded_padding(longest):
-    ladder = bucket_lengths(longest)
-    assert list(ladder) == sorted(set(ladder))
-    assert ladder[-1] >= longest
-    assert len(ladder) == 1 or ladder[-2] < longest
-    assert all(length % 32 == 0 for length in ladder)
-    assert all(length % 128 == 0 for length in ladder if length >= 512)
-    steps = [(low, high) for low, high in itertools.pairwise(ladder) if low >= 128]
+def test_buckets_cover_every_length_with_bounded_padding(longest):
+    buckets = bucket_lengths(longest)
+    assert list(buckets) == sorted(set(buckets))
+    assert buckets[-1] >= longest
+    assert len(buckets) == 1 or buckets[-2] < longest
+    assert all(length % 32 == 0 for length in buckets)
+    assert all(length % 128 == 0 for length in buckets if length >= 512)
+    steps = [(low, high) for low, high in itertools.pairwise(buckets) if low >= 128]
     assert all(high <= 1.25 * low for low, high in steps)
 
 
 @given(st.integers(1, 200_000), st.integers(1, 200_000))
-def test_ladders_of_two_pools_share_their_rungs(one, other):
+def test_two_pools_share_their_buckets(one, other):
     short, long = sorted([bucket_lengths(one), bucket_lengths(other)], key=len)
     assert long[: len(short)] == short
 

@@ -10,7 +10,7 @@ from jax._src.clusters import cloud_tpu_cluster
 
 from lark_jax.config import DistributedConfig
 from lark_jax.errors import ConfigError
-from lark_jax.runtime.clusters import ALONE, Place, find_place, require_free_port
+from lark_jax.runtime.clusters import ALONE, ProcessPlace, find_place, require_free_port
 
 Environment = Callable[[Mapping[str, str]], None]
 LAUNCHERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "JAX_", "CUDA_VISIBLE")
@@ -51,40 +51,40 @@ def eight_gpus(visible: int = 8) -> dict[str, str]:
 AUTO = DistributedConfig()
 
 
-def find(config: DistributedConfig = AUTO) -> Place:
+def find(config: DistributedConfig = AUTO) -> ProcessPlace:
     return find_place(config, os.environ)
 
 
-def test_without_a_launcher_a_process_is_alone(environment: Environment) -> None:
+def test_without_a_launcher_there_is_one_process(environment: Environment) -> None:
     environment({})
     assert find() == ALONE
 
 
-def test_explicit_fields_are_taken_and_leave_devices_to_the_user(environment: Environment) -> None:
+def test_explicit_fields_are_used_and_leave_devices_to_the_user(environment: Environment) -> None:
     environment(srun(0, 0, 0, "2", 2))
     count = random.randrange(2, 100)
     config = DistributedConfig(coordinator="host:1234", num_processes=count, process_id=count - 1)
-    assert find(config) == Place(count - 1, count, "host:1234", None)
+    assert find(config) == ProcessPlace(count - 1, count, "host:1234", None)
 
 
-def test_one_explicit_process_is_alone(environment: Environment) -> None:
+def test_one_explicit_process_is_a_single_one(environment: Environment) -> None:
     environment({})
     assert find(DistributedConfig(coordinator="host:1234", num_processes=1, process_id=0)) == ALONE
 
 
-def test_never_is_alone_whatever_the_launcher_says(environment: Environment) -> None:
+def test_never_means_one_process_whatever_launched_it(environment: Environment) -> None:
     environment(srun(1, 1, 0, "2", 2))
     assert find(DistributedConfig(start="never")) == ALONE
     config = DistributedConfig(start="never", coordinator="host:1", num_processes=2, process_id=1)
     assert find(config) == ALONE
 
 
-def test_a_single_task_within_a_large_allocation_is_alone(environment: Environment) -> None:
+def test_a_single_task_within_a_large_allocation_is_one_process(environment: Environment) -> None:
     environment({**srun(0, 0, 0, "1", 1), "SLURM_NTASKS": "8"})
     assert find() == ALONE
 
 
-def test_the_script_of_a_batch_job_is_alone(environment: Environment) -> None:
+def test_the_script_of_a_batch_job_is_one_process(environment: Environment) -> None:
     environment({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     assert find() == ALONE
 
@@ -108,12 +108,12 @@ def test_slurm_tasks_on_a_host_divide_its_gpus(environment: Environment, tasks: 
 
 
 @pytest.mark.parametrize("visible", [1, 2])
-def test_gpus_that_slurm_has_bound_are_all_taken(environment: Environment, visible: int) -> None:
+def test_all_gpus_that_slurm_has_bound_are_used(environment: Environment, visible: int) -> None:
     environment(srun(3, 3, 0, "4", 4, **eight_gpus(visible)))
     assert find().local_devices is None
 
 
-def test_gpus_named_by_hand_are_taken(environment: Environment) -> None:
+def test_gpus_named_by_hand_are_used(environment: Environment) -> None:
     environment(srun(0, 0, 0, "2", 2, JAX_LOCAL_DEVICE_IDS="5,7", **eight_gpus()))
     assert find().local_devices == (5, 7)
 
@@ -124,7 +124,7 @@ def test_gpus_that_cannot_be_divided_evenly_are_refused(environment: Environment
         find()
 
 
-def test_open_mpi_says_who_and_where(environment: Environment) -> None:
+def test_open_mpi_gives_index_and_coordinator(environment: Environment) -> None:
     environment(
         {
             "OMPI_COMM_WORLD_SIZE": "4",
@@ -156,7 +156,7 @@ def test_open_mpi_within_a_step_of_slurm_is_open_mpi(environment: Environment, s
     assert (place.index, place.count, place.local_devices) == (3, 4, (2, 3))
 
 
-def test_a_launcher_that_does_not_say_where_to_meet_is_refused(environment: Environment) -> None:
+def test_a_launcher_without_a_coordinator_is_refused(environment: Environment) -> None:
     environment({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"})
     with pytest.raises(ConfigError, match=r"processes.*config\.distributed\.coordinator") as caught:
         find()
@@ -173,14 +173,16 @@ def test_a_tpu_slice_is_recognised(environment: Environment, monkeypatch: pytest
     assert place.coordinator.startswith("localhost:")
 
 
-def test_a_single_tpu_host_is_alone(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_tpu_host_is_one_process(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setattr(cloud_tpu_cluster.GceTpuCluster, "is_env_present", classmethod(lambda _: False))
     environment({"MEGASCALE_NUM_SLICES": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"})
     assert find() == ALONE
 
 
-def test_a_lone_pod_of_kubernetes_is_alone(environment: Environment, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_kubernetes_pod_without_a_job_is_one_process(
+    environment: Environment, recwarn: pytest.WarningsRecorder
+) -> None:
     environment({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
     assert find() == ALONE
     assert not recwarn.list
@@ -193,7 +195,7 @@ def test_a_description_that_cannot_be_used_ends_in_one_line(environment: Environ
     assert "\n" not in str(caught.value)
 
 
-def test_a_taken_port_is_refused_before_jax_crashes_on_it() -> None:
+def test_a_port_in_use_is_refused_before_jax_crashes() -> None:
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()

@@ -72,7 +72,7 @@ def test_jsonl_of_a_failing_generator_leaves_the_old_file(tmp_path: Path) -> Non
     assert names(tmp_path) == ["rows.jsonl"]
 
 
-def test_a_killed_process_leaves_the_old_file_and_its_rest_can_be_removed(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_the_old_file_and_its_leftovers_can_be_removed(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
     target.write_text("old")
     program = (
@@ -125,17 +125,17 @@ def test_a_failing_block_leaves_the_old_directory(tmp_path: Path) -> None:
 
 
 @given(JSON)
-def test_json_comes_back_as_written(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+def test_json_is_read_back_as_written(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     path = tmp_path_factory.mktemp("json") / "value.json"
     write_json(path, value)
     assert read_json(path) == value
 
 
 @given(st.text(st.characters(min_codepoint=0xD7F0, max_codepoint=0xD8FF, exclude_categories=()), min_size=1), st.text())
-def test_half_a_surrogate_pair_comes_back_as_written(
+def test_half_a_surrogate_pair_is_read_back_as_written(
     tmp_path_factory: pytest.TempPathFactory, halves: str, text: str
 ) -> None:
-    """JSON of a server may hold one, and UTF-8 cannot; lines that it can hold are written in it as ever."""
+    """A server's JSON may have one, which UTF-8 cannot represent; other lines are written in UTF-8 as usual."""
     folder = tmp_path_factory.mktemp("json")
     write_jsonl(folder / "rows.jsonl", [{"text": text}, {"text": halves, text: halves}])
     first, second = folder.joinpath("rows.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -162,7 +162,7 @@ def test_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     assert sha256_of_path(tmp_path / "file") == sha256_of_bytes(data)
 
 
-def test_hash_of_a_folder_sees_names_and_bytes_but_not_order_or_hidden_files(tmp_path: Path) -> None:
+def test_hash_of_a_folder_depends_on_names_and_bytes_but_not_on_order_or_hidden_files(tmp_path: Path) -> None:
     def folder(name: str, files: dict[str, str]) -> str:
         for file, text in files.items():
             write_text(tmp_path / name / file, text)
@@ -175,10 +175,10 @@ def test_hash_of_a_folder_sees_names_and_bytes_but_not_order_or_hidden_files(tmp
     assert folder("five", {"a": "1"}) != same
 
 
-def test_hash_of_some_files_of_a_folder_is_that_of_a_folder_with_them_alone(tmp_path: Path) -> None:
+def test_hash_of_some_files_of_a_folder_is_that_of_a_folder_with_only_these(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_text(tmp_path / name / "sub" / "a", "1")
-    write_text(tmp_path / "one" / "README", "nobody reads this")
+    write_text(tmp_path / "one" / "README", "not among the files")
     among, expected = [tmp_path / "one" / "sub" / "a"], sha256_of_path(tmp_path / "two")
     assert sha256_of_path(tmp_path / "one", among) == expected
     hashes = ContentHashes(tmp_path / "cache.json")
@@ -210,7 +210,7 @@ def test_content_hashes_read_an_unchanged_file_once(tmp_path: Path, monkeypatch:
     assert ContentHashes(tmp_path / "cache.json").of(file) == expected
 
 
-def test_hash_of_nothing_is_an_error_of_the_callers_kind(tmp_path: Path) -> None:
+def test_a_missing_path_raises_the_callers_error(tmp_path: Path) -> None:
     with pytest.raises(PoolError, match=r"pool\.jsonl: no such file or folder"):
         ContentHashes(tmp_path / "cache.json").of(tmp_path / "pool.jsonl", missing=PoolError)
 
@@ -228,7 +228,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         pytest.fail("nothing keeps a second run out")
 
 
-def test_a_folder_that_a_killed_process_was_deleting_goes_with_the_next(tmp_path: Path) -> None:
+def test_a_half_deleted_folder_is_removed_by_the_next_call(tmp_path: Path) -> None:
     for name in (".old.partial-1", ".old.partial-23", "old", ".older.partial-1"):
         (tmp_path / name / "inside").mkdir(parents=True)
     remove_directory(tmp_path / "old")

@@ -14,7 +14,7 @@ from lark_jax.runtime.pipeline import Outcome, Task, read_manifest, require_curr
 
 
 class Worker:
-    """Writes its inputs into a file, and counts how often it was asked to."""
+    """Writes its inputs into a file, and counts its calls."""
 
     def __init__(self, directory: Path, inputs: dict[str, Any]) -> None:
         self.directory = directory
@@ -83,7 +83,7 @@ def test_a_damaged_output_is_computed_again(worker: Worker, damage: str) -> None
     assert result.read_text() == expected
 
 
-def test_a_lost_output_leaves_the_scratch_that_saves_computing_it_again(worker: Worker) -> None:
+def test_a_lost_output_keeps_the_scratch_that_saves_work(worker: Worker) -> None:
     def with_scratch() -> Task:
         return dataclasses.replace(worker.task(), scratch=("part-0",))
 
@@ -117,7 +117,7 @@ def test_an_interrupted_task_finds_its_own_files_when_it_is_run_again(worker: Wo
     assert (worker.directory / "result").is_file()
 
 
-def test_files_of_an_interrupted_task_with_other_inputs_are_not_taken_over(worker: Worker) -> None:
+def test_files_of_an_interrupted_task_with_other_inputs_are_removed(worker: Worker) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_tasks([worker.task(_fail_once())])
     worker.inputs = {"seed": 2}
@@ -133,7 +133,7 @@ def test_what_changed_since_an_interrupted_run_is_named(worker: Worker, capsys: 
     assert "seed changed" in capsys.readouterr().err
 
 
-def test_files_of_somebody_else_are_never_removed(worker: Worker) -> None:
+def test_foreign_files_are_never_removed(worker: Worker) -> None:
     worker.directory.mkdir()
     (worker.directory / "thesis.tex").write_text("years of work")
     with pytest.raises(PipelineError, match="not from this program"):
@@ -199,7 +199,7 @@ def test_a_broken_manifest_says_what_to_delete(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_another_installation_is_no_matter_to_stages_that_build_on_a_task(worker: Worker) -> None:
+def test_later_stages_ignore_what_is_installed(worker: Worker) -> None:
     def task() -> Task:
         return dataclasses.replace(worker.task(), environment=("installed",))
 

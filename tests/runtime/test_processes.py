@@ -1,4 +1,4 @@
-"""Shares of work, and a single process, for which waiting and agreeing cost nothing."""
+"""Shares of work, and a single process, which decides by itself and never waits."""
 
 from pathlib import Path
 
@@ -25,13 +25,13 @@ def test_shares_are_a_partition_and_differ_by_one_at_most(items: int, count: int
     assert max(map(len, taken)) - min(map(len, taken)) <= 1
 
 
-def test_a_single_process_is_first_decides_and_waits_for_nobody() -> None:
+def test_a_single_process_is_the_first_and_never_waits() -> None:
     assert (processes.index(), processes.count(), processes.is_first(), processes.label()) == (0, 1, True, "")
     with processes.joined(ALONE, DistributedConfig()):
         processes.barrier("anything")
         assert processes.decided_by_first("anything", lambda: [1, "a"]) == [1, "a"]
     assert processes.announce_failure("anything")
-    processes.end(2)  # returns: nobody else has to hear of it
+    processes.end(2)  # returns, since there is no other process
 
 
 def test_only_the_first_process_narrates_and_every_process_warns(
@@ -61,14 +61,14 @@ def test_stages_of_one_process_are_refused_in_several_with_those_that_can_run() 
     check_stages(experiment_with(stages=("score", "select", "finetune", "evaluate", "report")), 2)
 
 
-def test_processes_are_no_part_of_what_the_report_depends_on() -> None:
-    alone = experiment_with()
+def test_the_report_does_not_depend_on_the_processes() -> None:
+    single = experiment_with()
     one_of_two = experiment_with(distributed={"coordinator": "host:1", "num_processes": 2, "process_id": 1})
-    assert alone != one_of_two
-    assert settings_of(alone) == settings_of(one_of_two)
-    assert "mesh.data" in {setting.name for setting in settings_of(alone)}
+    assert single != one_of_two
+    assert settings_of(single) == settings_of(one_of_two)
+    assert "mesh.data" in {setting.name for setting in settings_of(single)}
 
 
-def test_a_section_that_is_no_section_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_value_in_place_of_a_section_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert execute({**VALUES, "workdir": str(tmp_path), "distributed": 3}) == 2
     assert capsys.readouterr().err == "error: config.distributed: expected a section with fields, got 3\n"

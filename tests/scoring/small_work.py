@@ -15,7 +15,7 @@ from lark_jax.rendering.batching import TokenRows
 from lark_jax.rendering.chat import ChatFormat, load_chat_format
 from lark_jax.runtime.sharding import make_mesh
 from lark_jax.scoring import ScoreOptions, Workload, plan_workload
-from lark_jax.scoring.reductions import TrajectoryMeans
+from lark_jax.scoring.statistics import STATISTICS, TrajectoryMeans
 from lark_jax.students import read_architecture
 
 SIZES = SyntheticConfig(num_problems=6, num_test_problems=2, num_pretrain_problems=60, rollouts=2)
@@ -50,4 +50,4 @@ def costless_step(batch: TokenRows) -> TrajectoryMeans:
     """Means that depend on a row's tokens and on its batch, as those of a real student do by rounding."""
     weights = np.arange(1, batch.tokens_bt.shape[1] + 1)
     row_values = (batch.tokens_bt * weights).sum(-1) % 9973 / 9973 + batch.tokens_bt.sum() % 97 * 1e-6
-    return TrajectoryMeans(*(np.float32(row_values + field) for field in range(len(TrajectoryMeans._fields))))
+    return {statistic.name: np.float32(row_values + number) for number, statistic in enumerate(STATISTICS)}

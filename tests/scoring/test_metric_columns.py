@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from score_records import random_record
 
 from lark_jax.errors import PipelineError
 from lark_jax.scoring import CandidateScore, read_scores, write_scores
@@ -20,17 +21,8 @@ values = st.lists(st.floats(allow_nan=True, allow_infinity=False), min_size=8, m
 def scores(metrics: dict[str, np.ndarray] | None = None) -> list[CandidateScore]:
     rng = np.random.default_rng(1)
     return [
-        CandidateScore(
-            problem_id,
-            candidate_id,
-            "teacher",
-            5,
-            9,
-            False,
-            *rng.uniform(0.1, 0.9, 6).tolist(),
-            metrics={name: column[row] for name, column in (metrics or {}).items()},
-        )
-        for row, (problem_id, candidate_id) in enumerate(CANDIDATES)
+        random_record(rng, *candidate, metrics={name: column[row] for name, column in (metrics or {}).items()})
+        for row, candidate in enumerate(CANDIDATES)
     ]
 
 

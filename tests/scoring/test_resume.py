@@ -22,7 +22,7 @@ from lark_jax.scoring import (
     write_scores,
 )
 from lark_jax.scoring.part_files import read_finished
-from lark_jax.scoring.reductions import TrajectoryMeans
+from lark_jax.scoring.statistics import TrajectoryMeans
 
 
 class Killed(BaseException):
@@ -219,7 +219,7 @@ def test_what_cannot_be_rendered_has_its_reason_in_the_table(material: Material,
     assert [score.name for score in scores] == [trajectory.name for trajectory in material.pool.trajectories]
     assert [index for index, score in enumerate(scores) if score.status == "skipped"] == [2]
     assert "control_token" in scores[2].reason
-    assert np.isnan(scores[2].loss)
+    assert np.isnan(scores[2].statistics["loss"])
 
 
 def test_batches_stay_in_flight_while_results_are_fetched(

@@ -65,11 +65,11 @@ def test_scores_are_the_means_of_dense_float64_statistics(setting: Setting, tmp_
         residual = probs.copy()
         np.put_along_axis(residual, targets, (gold - 1)[:, None], -1)
         assert score.num_target_tokens == len(item.target_tokens)
-        np.testing.assert_allclose(score.loss, -np.log(gold).mean(), rtol=1e-5)
-        np.testing.assert_allclose(score.brier, np.square(residual).sum(-1).mean(), rtol=1e-5)
-        np.testing.assert_allclose(score.target_prob, gold.mean(), rtol=1e-5)
+        np.testing.assert_allclose(score.statistics["loss"], -np.log(gold).mean(), rtol=1e-5)
+        np.testing.assert_allclose(score.statistics["brier"], np.square(residual).sum(-1).mean(), rtol=1e-5)
+        np.testing.assert_allclose(score.statistics["target_prob"], gold.mean(), rtol=1e-5)
         np.testing.assert_allclose(
-            score.wrong_concentration, (np.square(probs).sum(-1) - gold**2).mean(), rtol=1e-4, atol=1e-9
+            score.statistics["wrong_concentration"], (np.square(probs).sum(-1) - gold**2).mean(), rtol=1e-4, atol=1e-9
         )
 
 
@@ -82,7 +82,7 @@ def test_clipped_ranks_are_exact_but_for_near_ties(setting: Setting, tmp_path: P
         rank = np.minimum(1 + (gap > 0).sum(-1), 100)
         near = int((np.abs(gap) < NEAR_TIE).sum()) - len(rank)  # without the gold token itself
         # Each near-tie can move one rank by one; the sum is of integers, of which the float32 mean is rounded.
-        assert abs(round(score.mean_clipped_rank * len(rank)) - int(rank.sum())) <= near
+        assert abs(round(score.statistics["mean_clipped_rank"] * len(rank)) - int(rank.sum())) <= near
         tokens, near_ties = tokens + len(rank), near_ties + near
     assert near_ties < tokens / 4, "so many near-ties that the comparison says little"
 
@@ -94,8 +94,8 @@ def test_raw_ranks_are_exact_but_for_near_ties(setting: Setting, tmp_path: Path)
         gap = logits - np.take_along_axis(logits, item.target_tokens[:, None], -1)
         rank = 1 + (gap > 0).sum(-1)
         near = int((np.abs(gap) < NEAR_TIE).sum()) - len(rank)
-        assert abs(round(score.mean_rank * len(rank)) - int(rank.sum())) <= near
-        assert score.mean_rank >= score.mean_clipped_rank
+        assert abs(round(score.statistics["mean_rank"] * len(rank)) - int(rank.sum())) <= near
+        assert score.statistics["mean_rank"] >= score.statistics["mean_clipped_rank"]
 
 
 def test_one_row_per_trajectory_in_pool_order(setting: Setting, tmp_path: Path) -> None:
@@ -125,8 +125,12 @@ def test_batches_shapes_and_padding_are_said(
 
 def _assert_same_scores(found: tuple[CandidateScore, ...], expected: tuple[CandidateScore, ...]) -> None:
     assert [score.name for score in found] == [score.name for score in expected]
-    np.testing.assert_allclose([s.loss for s in found], [s.loss for s in expected], rtol=1e-5)
-    np.testing.assert_allclose([s.brier for s in found], [s.brier for s in expected], rtol=1e-5)
+    np.testing.assert_allclose(
+        [s.statistics["loss"] for s in found], [s.statistics["loss"] for s in expected], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        [s.statistics["brier"] for s in found], [s.statistics["brier"] for s in expected], rtol=1e-5
+    )
 
 
 def test_what_cannot_be_rendered_is_skipped_with_its_reason_and_the_rest_is_scored(
@@ -137,7 +141,7 @@ def test_what_cannot_be_rendered_is_skipped_with_its_reason_and_the_rest_is_scor
     scores = _score(setting, tmp_path, pool=Pool((hostile, second, *rest[:6])))
     assert scores[0].status == "skipped"
     assert "control_token" in scores[0].reason
-    assert math.isnan(scores[0].loss)
+    assert math.isnan(scores[0].statistics["loss"])
     assert all(score.status == "ok" for score in scores[1:])
 
 

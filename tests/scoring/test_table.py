@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import numpy as np
@@ -7,21 +6,18 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from score_records import STATISTIC_NAMES, score_record
 
 from lark_jax.errors import SelectionError
 from lark_jax.scoring.table import SCHEMA, SKIPPED, CandidateScore, ScoreTable, read_scores, skipped_score, write_scores
 
 
-def _score(candidate_id: str = "c0", **changes) -> CandidateScore:
-    score = CandidateScore("p0", candidate_id, "teacher", 12, 345, False, 0.5, 0.25, 1.5, 2.5, 0.75, 0.125)
-    return dataclasses.replace(score, **changes)
-
-
 def _same(left: CandidateScore, right: CandidateScore) -> bool:
     """Equal in every field, NaN equal to NaN."""
-    return repr(dataclasses.replace(left, metrics={})) == repr(dataclasses.replace(right, metrics={})) and repr(
-        sorted(left.metrics.items())
-    ) == repr(sorted(right.metrics.items()))
+    return all(
+        repr(sorted(a.items()) if isinstance(a, dict) else a) == repr(sorted(b.items()) if isinstance(b, dict) else b)
+        for a, b in zip(vars(left).values(), vars(right).values(), strict=True)
+    )
 
 
 statistic = st.floats(allow_nan=True, allow_infinity=True)
@@ -33,12 +29,7 @@ candidate_scores = st.builds(
     num_prompt_tokens=st.integers(0, 2**31 - 1),
     num_target_tokens=st.integers(0, 2**31 - 1),
     truncated=st.booleans(),
-    loss=statistic,
-    brier=statistic,
-    mean_clipped_rank=statistic,
-    mean_rank=statistic,
-    target_prob=statistic,
-    wrong_concentration=statistic,
+    statistics=st.fixed_dictionaries(dict.fromkeys(STATISTIC_NAMES, statistic)),
     status=st.sampled_from(["ok", "skipped"]),
     reason=st.text(),
     metrics=st.fixed_dictionaries({"naturalness": statistic, "judge": statistic}),
@@ -55,15 +46,15 @@ def test_scores_read_back_exactly_as_they_were_written(tmp_path_factory, scores)
 
 
 def test_equal_scores_are_equal_bytes(tmp_path):
-    scores = [_score(metrics={"b": 1.0, "a": 2.0}), skipped_score("p0", "c1", "teacher", "no target tokens")]
+    scores = [score_record(metrics={"b": 1.0, "a": 2.0}), skipped_score("p0", "c1", "teacher", "no target tokens")]
     write_scores(tmp_path / "first.parquet", scores)
-    scores[0] = _score(metrics={"a": 2.0, "b": 1.0})
+    scores[0] = score_record(metrics={"a": 2.0, "b": 1.0})
     write_scores(tmp_path / "second.parquet", scores)
     assert (tmp_path / "first.parquet").read_bytes() == (tmp_path / "second.parquet").read_bytes()
 
 
 def test_columns_are_those_of_the_contract_and_metrics_come_last(tmp_path):
-    write_scores(tmp_path / "scores.parquet", [_score(metrics={"zeta": 1.0, "alpha": 2.0})])
+    write_scores(tmp_path / "scores.parquet", [score_record(metrics={"zeta": 1.0, "alpha": 2.0})])
     assert pq.read_schema(tmp_path / "scores.parquet").names == [
         "problem_id",
         "candidate_id",
@@ -88,18 +79,18 @@ def test_statistics_of_a_skipped_candidate_are_null_in_the_file_and_nan_in_pytho
     write_scores(tmp_path / "scores.parquet", [skipped_score("p0", "c0", "teacher", "prompt too long")])
     assert pq.read_table(tmp_path / "scores.parquet").column("loss").to_pylist() == [None]
     (score,) = read_scores(tmp_path / "scores.parquet")
-    assert math.isnan(score.loss)
+    assert math.isnan(score.statistics["loss"])
     assert (score.status, score.reason) == (SKIPPED, "prompt too long")
 
 
 def test_a_metric_may_not_take_the_name_of_a_fixed_column(tmp_path):
     with pytest.raises(ValueError, match="'loss'"):
-        write_scores(tmp_path / "scores.parquet", [_score(metrics={"loss": 1.0})])
+        write_scores(tmp_path / "scores.parquet", [score_record(metrics={"loss": 1.0})])
 
 
 def _table(**columns: pa.Array) -> pa.Table:
     """A valid table of one row with some columns replaced."""
-    values = {name: pa.array([getattr(_score(), name)], SCHEMA.field(name).type) for name in SCHEMA.names}
+    values = dict(zip(SCHEMA.names, ScoreTable.of([score_record()]).table.columns, strict=True))
     return pa.table(values | columns)
 
 
@@ -135,7 +126,7 @@ def test_a_missing_file_and_a_file_that_is_not_parquet_are_refused_by_name(tmp_p
 
 def test_codes_number_texts_by_first_appearance_also_over_chunks():
     names = ["b", "a", "b", "c", "a", "d", "b"]
-    rows = [_score(f"c{row}", problem_id=name) for row, name in enumerate(names)]
+    rows = [score_record(name, f"c{row}") for row, name in enumerate(names)]
     whole = ScoreTable.of(rows).table
     expected = [list(dict.fromkeys(names)).index(name) for name in names]
     for pieces in ([whole], [whole.slice(0, 2), whole.slice(2, 3), whole.slice(5)]):
@@ -144,10 +135,10 @@ def test_codes_number_texts_by_first_appearance_also_over_chunks():
 
 
 def test_columns_hold_what_the_rows_hold():
-    rows = [_score("c0", metrics={"judge": 0.25}), skipped_score("p0", "c1", "teacher", "too long")]
+    rows = [score_record(metrics={"judge": 0.25}), skipped_score("p0", "c1", "teacher", "too long")]
     table = ScoreTable.of(rows)
     np.testing.assert_array_equal(table.numbers("judge"), [0.25, np.nan])
-    np.testing.assert_array_equal(table.numbers("loss"), [rows[0].loss, np.nan])
+    np.testing.assert_array_equal(table.numbers("loss"), [rows[0].statistics["loss"], np.nan])
     assert table.numbers("num_target_tokens").tolist() == [rows[0].num_target_tokens, 0]
     assert table.texts("candidate_id", [1, 0]) == ["c1", "c0"]
     assert _same(table.rows()[0], rows[0])

@@ -13,7 +13,7 @@ from lark_jax.errors import PipelineError
 from lark_jax.pool import read_pool
 from lark_jax.pool.records import Pool
 from lark_jax.rendering.batching import plan_batches
-from lark_jax.rendering.buckets import choose_ladder
+from lark_jax.rendering.buckets import choose_buckets
 from lark_jax.rendering.chat import RenderedTrajectory, load_chat_format, render_trajectories
 from lark_jax.rendering.token_counts import count_inputs
 from lark_jax.runtime import files
@@ -42,7 +42,7 @@ def padding_of(workload: Workload, lengths: list[int]) -> float:
 def test_log_normal_lengths_are_padded_within_the_bound(seed: int, spread: float, devices: int):
     draw = np.random.default_rng(seed).lognormal(7.5, spread, 3_000 * devices)
     lengths = draw.clip(16, 32_767).astype(int).tolist()
-    ladder = choose_ladder(lengths, 8_192, devices, MOST_PADDING)
+    ladder = choose_buckets(lengths, 8_192, devices, MOST_PADDING)
     plans = plan_batches(lengths, 8_192, devices, ladder)
     assert 1 - sum(lengths) / sum(plan.rows * plan.length for plan in plans) <= MOST_PADDING
     assert len({(plan.rows, plan.length) for plan in plans}) == len({plan.length for plan in plans}) <= len(ladder)
@@ -50,7 +50,7 @@ def test_log_normal_lengths_are_padded_within_the_bound(seed: int, spread: float
 
 def test_few_batches_get_few_shapes():
     lengths = np.random.default_rng().integers(100, 4_000, 20).tolist()
-    ladder = choose_ladder(lengths, 32_768, 8, MOST_PADDING)
+    ladder = choose_buckets(lengths, 32_768, 8, MOST_PADDING)
     assert len(plan_batches(lengths, 32_768, 8, ladder)) == len(ladder) == 1
 
 

@@ -1,31 +1,19 @@
 """Held-out problems: the same for every method, drawn by seed and id alone, one valid trajectory of each."""
 
-import dataclasses
-
 import numpy as np
 import pytest
+from score_records import changed, random_record
 
 from lark_jax.errors import SelectionError
 from lark_jax.scoring import CandidateScore
 from lark_jax.selection import choose_held_out
-
-STATISTICS = ("loss", "brier", "mean_clipped_rank", "mean_rank", "target_prob", "wrong_concentration")
 
 
 def table(problems: int, candidates: int, seed: int) -> list[CandidateScore]:
     """Random scores; a tenth of the candidates could not be scored."""
     rng = np.random.default_rng(seed)
     return [
-        CandidateScore(
-            problem_id=f"p{problem}",
-            candidate_id=f"c{candidate}",
-            teacher=f"t{candidate % 3}",
-            num_prompt_tokens=5,
-            num_target_tokens=9,
-            truncated=False,
-            **{name: float(rng.uniform(0.1, 0.9)) for name in STATISTICS},
-            **({"status": "ok", "reason": ""} if rng.random() < 0.9 else {"status": "skipped", "reason": "too long"}),
-        )
+        random_record(rng, f"p{problem}", f"c{candidate}", status="ok" if rng.random() < 0.9 else "skipped")
         for problem in range(problems)
         for candidate in range(candidates)
     ]
@@ -46,16 +34,14 @@ def test_as_many_problems_as_asked_for_and_one_valid_trajectory_of_each(fraction
 
 def test_scores_decide_nothing_and_the_seed_decides_all() -> None:
     scores = table(40, 6, 0)
-    others = [
-        dataclasses.replace(score, loss=score.loss * (1 + index % 7), brier=0.2) for index, score in enumerate(scores)
-    ]
+    others = [changed(score, loss=0.1 + index % 7, brier=0.2) for index, score in enumerate(scores)]
     assert ids(scores, 0.25, 3) == ids(others, 0.25, 3)
     assert ids(scores, 0.25, 3) != ids(scores, 0.25, 4)
 
 
 def test_the_draw_of_the_trajectory_is_uniform() -> None:
     """Of 900 problems with three candidates each, every candidate is drawn for about a third."""
-    scores = [dataclasses.replace(score, status="ok", reason="") for score in table(1_000, 3, 1)]
+    scores = [changed(score, status="ok") for score in table(1_000, 3, 1)]
     drawn = [candidate for _, candidate in ids(scores, 0.9, 5)]
     counts = [drawn.count(f"c{index}") for index in range(3)]
     assert sum(counts) == 900

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_references import Row
+from score_records import score_record
 
 from lark_jax.config import SelectConfig
 from lark_jax.pool import read_pool
 from lark_jax.scoring import CandidateScore
-from lark_jax.scoring.table import SCHEMA
 from lark_jax.scoring.text_rules import COLUMNS, text_indicators
 from lark_jax.selection import METHODS, SCORES, WEIGHTINGS, Method, Selection, resolve_methods, select_trajectories
 from lark_jax.selection.candidates import group_by_problem
@@ -34,30 +34,23 @@ def random_row(rng: np.random.Generator, problem: int, candidate: int, digits: i
     row: Row = {
         "problem_id": f"p{problem}",
         "candidate_id": f"c{candidate}",
-        "teacher": f"t{candidate % 3}",
-        "num_prompt_tokens": 7,
         "num_target_tokens": int(rng.integers(1, 10**digits)),
-        "truncated": False,
         "loss": round(float(rng.uniform(0.1, 3)), digits),
         "brier": round(float(rng.uniform(0, 1.5)), digits),
         "mean_clipped_rank": round(float(rng.uniform(1, 100)), digits),
-        "mean_rank": 1e4,
-        "target_prob": 0.5,
-        "wrong_concentration": 0.1,
         "status": "ok",
-        "reason": "",
         **{name: round(float(rng.uniform(-1, 1)), digits) for name in FURTHER},
     }
     if rng.random() < 1 / 6:
-        row |= rng.choice([{"status": "skipped", "reason": "x"}, {"num_target_tokens": 0}, {"loss": math.nan}])
+        row |= rng.choice([{"status": "skipped"}, {"num_target_tokens": 0}, {"loss": math.nan}])
     elif rng.random() < 1 / 6:
         row |= {"judge": math.nan, "local_naturalness": math.nan}
     return row
 
 
 def candidate_score(row: Row) -> CandidateScore:
-    fixed = {name: row[name] for name in SCHEMA.names}
-    return CandidateScore(**fixed, metrics={name: row[name] for name in FURTHER})
+    fixed = {name: value for name, value in row.items() if name not in FURTHER}
+    return score_record(**fixed, metrics={name: row[name] for name in FURTHER})
 
 
 def rows_of(pool: list[list[Row]]) -> list[CandidateScore]:

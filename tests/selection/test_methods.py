@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from score_records import score_record
 
 from lark_jax.config import SelectConfig
 from lark_jax.errors import ConfigError, SelectionError
@@ -16,11 +17,6 @@ from lark_jax.selection.scores.random_order import mixed
 METRIC_COLUMNS = ("judge", "local_naturalness", *COLUMNS)
 
 
-def _score(problem_id: str, candidate_id: str, loss: float = 1.0, **changes) -> CandidateScore:
-    score = CandidateScore(problem_id, candidate_id, "teacher", 5, 10, False, loss, 0.5, 2.0, 3.0, 0.4, 0.1)
-    return dataclasses.replace(score, **changes)
-
-
 def _picks(scores, method: str, budget: int, seed: int = 0) -> dict[str, set[str]]:
     picks: dict[str, set[str]] = {}
     for choice in select_trajectories(scores, METHODS[method], budget, seed).choices:
@@ -29,13 +25,13 @@ def _picks(scores, method: str, budget: int, seed: int = 0) -> dict[str, set[str
 
 
 def _table(num_problems: int, num_candidates: int) -> list[CandidateScore]:
-    return [_score(f"p{n}", f"c{k}") for n in range(num_problems) for k in range(num_candidates)]
+    return [score_record(f"p{n}", f"c{k}") for n in range(num_problems) for k in range(num_candidates)]
 
 
 def test_grape_takes_the_lowest_losses_with_equal_weights():
     losses = [0.7, 0.2, 0.9, 0.4]
     selection = select_trajectories(
-        [_score("p", f"c{k}", loss) for k, loss in enumerate(losses)], METHODS["grape"], 2, 0
+        [score_record("p", f"c{k}", loss=loss) for k, loss in enumerate(losses)], METHODS["grape"], 2, 0
     )
     assert [(c.candidate_id, c.rank, c.weight, c.score) for c in selection.choices] == [
         ("c1", 1, 0.5, -0.2),
@@ -95,7 +91,7 @@ def test_configured_methods_come_in_order_and_the_pair_comes_last():
 def test_every_score_goes_with_every_weighting(score, weighting):
     (_, method) = resolve_methods(SelectConfig(score=score, weighting=weighting))
     table = [
-        _score("p", f"c{k}", loss, metrics=dict.fromkeys(METRIC_COLUMNS, loss / 2))
+        score_record("p", f"c{k}", loss=loss, metrics=dict.fromkeys(METRIC_COLUMNS, loss / 2))
         for k, loss in enumerate([0.3, 0.9, 0.5, 1.4])
     ]
     selection = select_trajectories(table, method, 2, 0)
@@ -124,14 +120,15 @@ def test_an_unknown_name_is_refused_with_the_names_that_are_known(select, messag
 @pytest.mark.parametrize("method", ["judge", "local_naturalness", "rule_quality"])
 def test_a_missing_metric_is_refused_by_name_from_the_table_and_before_from_the_configuration(method):
     with pytest.raises(SelectionError, match=rf"add metric '{method}' to config\.score\.metrics"):
-        select_trajectories([_score("p", "c0"), _score("p", "c1")], METHODS[method], 1, 0)
+        select_trajectories([score_record("p", "c0"), score_record("p", "c1")], METHODS[method], 1, 0)
     with pytest.raises(ConfigError, match=rf"config\.score\.metrics: method '{method}' needs '{method}' among them"):
         require_metrics([METHODS["lark"], METHODS[method]], ("other",))
     require_metrics([METHODS["lark"], METHODS[method]], (method,))
 
 
 def test_a_candidate_without_a_value_of_the_metric_is_not_selected():
-    table = [_score("p", "c0", metrics={"judge": 0.5}), _score("p", "c1"), _score("p", "c2", metrics={"judge": 0.9})]
+    marks = {"c0": {"judge": 0.5}, "c1": {}, "c2": {"judge": 0.9}}
+    table = [score_record("p", candidate_id, metrics=metrics) for candidate_id, metrics in marks.items()]
     selection = select_trajectories(table, METHODS["judge"], 3, 0)
     assert [(choice.candidate_id, choice.weight) for choice in selection.choices] == [("c2", 0.5), ("c0", 0.5)]
     assert selection.counts.invalid_candidates == 1

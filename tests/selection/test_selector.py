@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import jax
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from score_records import changed, score_record
 
 from lark_jax.errors import SelectionError
 from lark_jax.scoring.table import SKIPPED, CandidateScore, read_scores, skipped_score, write_scores
@@ -24,8 +24,7 @@ INVALID = [
 
 
 def _score(problem_id: str, candidate_id: str, loss: float, brier: float, **changes) -> CandidateScore:
-    score = CandidateScore(problem_id, candidate_id, f"t-{candidate_id}", 5, 10, False, loss, brier, 2.0, 3.0, 0.4, 0.1)
-    return dataclasses.replace(score, **changes)
+    return score_record(problem_id, candidate_id, teacher=f"t-{candidate_id}", loss=loss, brier=brier, **changes)
 
 
 def _random_table(rng: np.random.Generator, sizes: list[int]) -> list[CandidateScore]:
@@ -35,29 +34,26 @@ def _random_table(rng: np.random.Generator, sizes: list[int]) -> list[CandidateS
         for k in range(size):
             loss, brier = rng.uniform(0.05, 3.0), rng.uniform(0.01, 1.2)
             if k and rng.random() < 0.2:
-                loss, brier = table[-1].loss, table[-1].brier
+                loss, brier = (table[-1].statistics[name] for name in ("loss", "brier"))
             table.append(_score(f"p{n}", f"c{k}", loss, brier))
             if rng.random() < 0.2:
-                table[-1] = dataclasses.replace(table[-1], **rng.choice(INVALID))
+                table[-1] = changed(table[-1], **rng.choice(INVALID))
     return table
+
+
+def _is_valid(score: CandidateScore) -> bool:
+    finite = math.isfinite(score.statistics["loss"]) and math.isfinite(score.statistics["brier"])
+    return finite and score.status == "ok" and score.num_target_tokens > 0
 
 
 def _lark_reference(table: list[CandidateScore], budget: int) -> dict[tuple[str, str], float]:
     """Weights of Algorithm 1 with the degenerate cases, problem by problem, in float64; chosen ones only."""
     weights = {}
     for problem_id in dict.fromkeys(score.problem_id for score in table):
-        usable = [
-            s
-            for s in table
-            if s.problem_id == problem_id
-            and s.status == "ok"
-            and s.num_target_tokens > 0
-            and math.isfinite(s.loss)
-            and math.isfinite(s.brier)
-        ]
-        total = sum(s.loss for s in usable)
-        rate = sum(s.brier for s in usable) / total if usable else 0.0
-        g_hat = [s.loss / total * (2 * s.brier / s.loss - rate) for s in usable]
+        usable = [score for score in table if score.problem_id == problem_id and _is_valid(score)]
+        losses, briers = ([score.statistics[name] for score in usable] for name in ("loss", "brier"))
+        rate = sum(briers) / sum(losses) if usable else 0.0
+        g_hat = [loss / sum(losses) * (2 * brier / loss - rate) for loss, brier in zip(losses, briers, strict=True)]
         ranked = sorted(range(len(usable)), key=lambda k: (-g_hat[k], k))
         top = ranked[:budget]
         margins = [g_hat[k] - g_hat[ranked[budget]] for k in top] if len(ranked) > budget else [0.0]
@@ -140,7 +136,7 @@ def test_an_invalid_candidate_changes_nothing_but_the_counts(method, invalid):
         return {name: rng.uniform(0, 1) for name in ("judge", "local_naturalness", *COLUMNS)}
 
     table = [_score("p", f"c{k}", rng.uniform(0.1, 2), rng.uniform(0.1, 1), metrics=metrics()) for k in range(5)]
-    bad = dataclasses.replace(_score("p", "bad", 0.001, 1.9, metrics=metrics()), **invalid)
+    bad = changed(_score("p", "bad", 0.001, 1.9, metrics=metrics()), **invalid)
     expected = select_trajectories(table, METHODS[method], 2, seed=0).choices
     selection = select_trajectories([bad, *table], METHODS[method], 2, seed=0)
     assert [(c.candidate_id, c.rank) for c in selection.choices] == [(c.candidate_id, c.rank) for c in expected]
@@ -170,8 +166,7 @@ def test_method_scores_follow_the_rows_of_the_table_and_agree_with_the_choices()
     scores = method_scores(shuffled, METHODS["lark"], seed=0)
     by_name = {row.name: score for row, score in zip(shuffled, scores, strict=True)}
     for row in shuffled:
-        valid = row.status == "ok" and row.num_target_tokens > 0 and math.isfinite(row.loss + row.brier)
-        assert math.isfinite(by_name[row.name]) == valid
+        assert math.isfinite(by_name[row.name]) == _is_valid(row)
     for choice in select_trajectories(shuffled, METHODS["lark"], 3, seed=0).choices:
         assert by_name[f"{choice.problem_id}/{choice.candidate_id}"] == choice.score
 

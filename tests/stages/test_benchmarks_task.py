@@ -87,7 +87,7 @@ def test_missing_files_and_unreachable_datasets_are_found_before_the_run(own: Pa
     check_paths(experiment(tmp_path, f"own={own}"))
     with pytest.raises(ConfigError, match=r"config\.evaluate\.benchmarks: .*nowhere\.json: no such file"):
         check_paths(experiment(tmp_path, f"own={tmp_path / 'nowhere.json'}"))
-    with pytest.raises(EvaluationError, match="no-such-owner/set: not to be had from the Hugging Face hub"):
+    with pytest.raises(EvaluationError, match="no-such-owner/set: not available on the Hugging Face hub"):
         check_paths(experiment(tmp_path, "own=no-such-owner/set"))
 
 

@@ -1,16 +1,17 @@
-"""What each run of an experiment is trained on, and what all of them are measured on."""
+"""The training set of each run of an experiment, and the held-out set that all runs share."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+from score_records import random_record
 
 from lark_jax.config import Experiment, SyntheticConfig, experiment_from_mapping
 from lark_jax.errors import PipelineError
 from lark_jax.pool import read_pool
 from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.runtime.pipeline import MANIFEST, Outcome, Task, run_tasks
-from lark_jax.scoring import CandidateScore, write_scores
+from lark_jax.scoring import write_scores
 from lark_jax.stages.finetune import TrainingData, finetune_tasks, training_data
 from lark_jax.stages.layout import STUDENT, Layout
 from lark_jax.stages.score import STATISTICS
@@ -46,7 +47,7 @@ def score_at_random(experiment: Experiment, layout: Layout) -> None:
     """A finished score stage, without a student."""
     rng = np.random.default_rng(0)
     scores = [
-        CandidateScore(t.problem_id, t.candidate_id, t.teacher, 5, 9, False, *rng.uniform(0.1, 0.9, 6).tolist())
+        random_record(rng, t.problem_id, t.candidate_id, teacher=t.teacher)
         for t in read_pool(experiment.pool.path, "error").trajectories
     ]
 
@@ -65,7 +66,7 @@ def data_of_all_runs(experiment: Experiment) -> list[TrainingData]:
     return [training_data(experiment, layout, chat, run) for run in layout.runs]
 
 
-def test_all_runs_are_measured_on_the_same_trajectories_of_problems_that_none_is_trained_on(
+def test_all_runs_share_held_out_trajectories_of_problems_that_none_is_trained_on(
     material: Path, tmp_path: Path
 ) -> None:
     of_runs = data_of_all_runs(experiment_with(material, tmp_path, held_out_fraction=0.25))
@@ -80,13 +81,13 @@ def test_all_runs_are_measured_on_the_same_trajectories_of_problems_that_none_is
         assert sum(example.weight for example in data.examples) == pytest.approx(len(data.examples))
 
 
-def test_nothing_is_held_out_unless_asked_for(material: Path, tmp_path: Path) -> None:
+def test_nothing_is_held_out_by_default(material: Path, tmp_path: Path) -> None:
     for data in data_of_all_runs(experiment_with(material, tmp_path)):
         assert data.held_out == ()
         assert len({example.rendered.problem_id for example in data.examples}) == PROBLEMS
 
 
-def test_the_held_out_set_is_among_the_inputs_of_the_stage(material: Path, tmp_path: Path) -> None:
+def test_the_inputs_of_the_stage_include_the_held_out_set(material: Path, tmp_path: Path) -> None:
     experiment = experiment_with(material, tmp_path, held_out_fraction=0.25)
     layout = Layout.of(experiment)
     data_of_all_runs(experiment)

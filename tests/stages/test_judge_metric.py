@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from score_records import score_record
 from scripted_server import Asked, Reply, ScriptedServer, chat_answer, json_reply, serving
 
 from lark_jax.config import Experiment, experiment_from_mapping
@@ -26,7 +27,7 @@ from lark_jax.recipe import paper_recipe
 from lark_jax.run import without_stages
 from lark_jax.runtime.files import write_jsonl
 from lark_jax.runtime.pipeline import Outcome, Task, read_manifest, run_tasks
-from lark_jax.scoring import CandidateScore, write_scores
+from lark_jax.scoring import write_scores
 from lark_jax.scoring.metric_columns import read_metric
 from lark_jax.stages import check_paths, plan_tasks, warn_blocked_stages
 from lark_jax.stages.judge import JUDGE
@@ -311,8 +312,7 @@ def without_a_student(task: Task) -> Task:
         return task
 
     def forward(directory: Path) -> Outcome:
-        numbers = [0.5] * 6
-        scores = [CandidateScore(f"p{i // 2}", f"c{i % 2}", "t", 5, 9, False, *numbers) for i in range(2)]
+        scores = [score_record(f"p{i // 2}", f"c{i % 2}") for i in range(2)]
         write_scores(directory / STATISTICS, scores)
         return Outcome({})
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from score_records import random_record, score_record
 
 from lark_jax.config import SCORE_METRICS, Experiment, ScoreConfig, experiment_from_mapping
 from lark_jax.errors import ConfigError, PipelineError
@@ -17,7 +18,7 @@ from lark_jax.pool import Pool, read_pool
 from lark_jax.pool.store import StoredTrajectories
 from lark_jax.runtime.files import write_jsonl
 from lark_jax.runtime.pipeline import Outcome, Task, read_manifest, require_current, run_tasks
-from lark_jax.scoring import CandidateScore, read_scores, write_scores
+from lark_jax.scoring import read_scores, write_scores
 from lark_jax.scoring.metric_columns import MetricColumns
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.metric_task import Metric, MetricResult, metric_task
@@ -61,9 +62,9 @@ def tasks_of(experiment: Experiment) -> list[Task]:
 
     def forward(directory: Path) -> Outcome:
         pool, rng = read_pool(experiment.pool.path, "error"), np.random.default_rng()
-        ids = [(t.problem_id, t.candidate_id, t.teacher, 5, 9, False) for t in pool.trajectories]
-        write_scores(directory / STATISTICS, [CandidateScore(*i, *rng.uniform(0.1, 0.9, 6).tolist()) for i in ids])
-        return Outcome({"trajectories": len(ids)}, notes={"tokenizer": "abc"})
+        scores = [random_record(rng, t.problem_id, t.candidate_id, teacher=t.teacher) for t in pool.trajectories]
+        write_scores(directory / STATISTICS, scores)
+        return Outcome({"trajectories": len(scores)}, notes={"tokenizer": "abc"})
 
     return [dataclasses.replace(statistics, run=forward, everywhere=False), *others]
 
@@ -151,7 +152,7 @@ def test_statistics_of_equal_bytes_are_joined_again_where_their_manifest_says_so
         statistics, *others = tasks_of(experiment)
 
         def forward(directory: Path) -> Outcome:
-            write_scores(directory / STATISTICS, [CandidateScore("p0", "c0", "t", 5, 9, False, *[0.5] * 6)])
+            write_scores(directory / STATISTICS, [score_record()])
             return outcome
 
         return [dataclasses.replace(statistics, inputs=lambda: {"number": number}, run=forward), *others]

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from score_records import random_record, score_record
 
 from lark_jax.config import experiment_from_mapping
 from lark_jax.runtime.environment import code_hash
 from lark_jax.runtime.files import read_json, write_jsonl
 from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome, Task, read_manifest, run_tasks
-from lark_jax.scoring import CandidateScore, write_scores
+from lark_jax.scoring import write_scores
 from lark_jax.selection import METHODS, read_training_set, select_trajectories
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.score_table import SCORES
@@ -59,11 +60,7 @@ def scored(layout: Layout, max_length: int) -> Task:
     def write(directory: Path) -> Outcome:
         write_scores(
             directory / SCORES,
-            [
-                CandidateScore(f"p{p}", f"c{c}", "teacher", 5, 9, False, *rng.uniform(0.1, 0.9, 6).tolist())
-                for p in range(PROBLEMS)
-                for c in range(CANDIDATES)
-            ],
+            [random_record(rng, f"p{p}", f"c{c}") for p in range(PROBLEMS) for c in range(CANDIDATES)],
         )
         return Outcome(counts={}, notes={**SCORED, "max_length": max_length, "dtype": "float32", "throughput": 3})
 
@@ -100,7 +97,7 @@ def test_scores_of_equal_bytes_that_were_made_otherwise_are_selected_from_again(
 
 def test_a_problem_without_a_choice_is_listed_with_its_own_reason() -> None:
     table = [
-        CandidateScore(problem, "c", "teacher", 5, 9, False, loss, *[0.5] * 5, metrics={"judge": mark})
+        score_record(problem, loss=loss, metrics={"judge": mark})
         for problem, loss, mark in [("judged", 0.5, 0.7), ("unjudged", 0.5, math.nan), ("unscored", math.nan, 0.7)]
     ]
     method = METHODS["judge"]

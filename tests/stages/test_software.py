@@ -5,11 +5,11 @@ from pathlib import Path
 
 from lark_jax.config import experiment_from_mapping
 from lark_jax.runtime import environment
+from lark_jax.runtime.environment import software_of
 from lark_jax.runtime.files import write_json
 from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.report import gather
-from lark_jax.stages.software import software_of
 
 
 def test_one_version_is_one_row() -> None:

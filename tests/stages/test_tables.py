@@ -112,14 +112,14 @@ def test_the_command_joins_runs(workdir: Path, tmp_path: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (["{empty}"], "no evaluated student in this working directory"),
-        (["{small}", "small={small}"], "the name 'small' is that of"),
+        (["{small}", "small={small}"], "is already called 'small'; write NAME="),
     ],
 )
 def test_what_cannot_be_joined_is_named(
     arguments: list[str], message: str, workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [text.format(empty=tmp_path / "empty", small=workdir) for text in arguments]
-    assert table_one.main([*paths, f"--out={tmp_path / 'out'}"]) == table_one.EXIT_USER_ERROR
+    assert table_one.main([*paths, f"--out={tmp_path / 'out'}"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -144,7 +144,7 @@ def test_students_that_were_asked_differently_are_not_joined(
     correct = rng.random((len(SEEDS), 12, SAMPLES)) < 0.3
     evaluate(tmp_path / where, "rsr_B3", correct, tuple(f"p{index}" for index in range(12)), **asked)
     paths = [str(path) for path in dict.fromkeys((workdir, tmp_path / where))]
-    assert table_one.main([*paths, f"--out={tmp_path / 'out'}"]) == table_one.EXIT_USER_ERROR
+    assert table_one.main([*paths, f"--out={tmp_path / 'out'}"]) == 2
     first, other = workdir / "evaluate" / "base", tmp_path / where / "evaluate" / "rsr_B3"
     assert f"{first} and {other} do not compare: {values};" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Analytic FLOPs against a count by hand, against the matrix products that are really traced, and against XLA's own."""
+"""Analytic FLOPs against a count by hand and against XLA's own."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ QWEN_7B = Architecture(
     attention_bias=True,
     qk_norm=False,
 )
-# Wide enough that what is not a matrix product hardly counts.
+# Wide enough that matrix products dominate.
 SMALL = dataclasses.replace(
     QWEN_7B,
     vocab_size=640,
@@ -66,19 +66,8 @@ def test_qwen2_5_7b_has_the_published_number_of_parameters():
     assert parameter_count(QWEN_7B) == 7_615_616_512  # the sum over Qwen/Qwen2.5-7B's safetensors
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("norms_or_biases", [True, False])
-def test_parameters_are_those_of_the_decoder(tied: bool, norms_or_biases: bool):
-    architecture = dataclasses.replace(
-        SMALL, num_layers=3, tie_word_embeddings=tied, attention_bias=norms_or_biases, qk_norm=not norms_or_biases
-    )
-    decoder = nnx.eval_shape(lambda: Decoder(architecture, rngs=nnx.Rngs(0)))
-    held = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
-    assert parameter_count(architecture) == held
-
-
-def test_an_adapter_has_the_parameters_of_the_decoders_and_spares_the_gradients_of_the_weights():
-    """By hand: attention thrice, the products with weights twice, those with A and B thrice."""
+def test_an_adapter_has_the_parameters_of_the_decoder_and_spares_the_gradients_of_the_weights():
+    """By hand: attention three times, the products with weights twice, those with A and B three times."""
     lora, length = Lora(8, 16.0, ("k_proj", "o_proj", "down_proj")), 1_000
     factors = [
         math.prod(shape) for name, shape in shapes_of(abstract_decoder(QWEN_7B, lora=lora)).items() if is_factor(name)
@@ -94,10 +83,10 @@ def test_an_adapter_has_the_parameters_of_the_decoders_and_spares_the_gradients_
     assert training_flops(QWEN_7B, length, "attention", lora) == pytest.approx(without_remat + weights + adapter)
 
 
-@given(st.integers(1, 5_000))
-def test_causal_attention_costs_what_its_tokens_cost_one_by_one(length: int):
-    one_by_one = sum(2 * 2 * 28 * 28 * 128 * (token + 1) for token in range(length))
-    assert attention_flops(QWEN_7B, length) == one_by_one
+@given(st.integers(1, 5_000), st.one_of(st.none(), st.integers(1, 6_000)))
+def test_causal_attention_costs_what_its_tokens_cost_one_by_one(length: int, window: int | None):
+    one_by_one = sum(2 * 2 * 28 * 28 * 128 * min(token + 1, window or length) for token in range(length))
+    assert attention_flops(dataclasses.replace(QWEN_7B, sliding_window=window), length) == one_by_one
 
 
 @pytest.mark.parametrize("length", [96, 160])

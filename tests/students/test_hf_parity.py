@@ -5,6 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from hf_families import FAMILIES
 
 from lark_jax.students import load_student
 from lark_jax.students.architecture import RopeScaling
@@ -13,9 +15,8 @@ from lark_jax.students.decoder import Decoder
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-LENGTH = 600  # long enough that a wrong rotary frequency or scaling shows
+LENGTH = 600  # long enough that a wrong rotary frequency or scaling shows, and windows of 75 slide
 TOLERANCE = 2e-4
-FAMILIES = ("qwen2-tied", "qwen2-untied", "qwen3", "llama3", "llama-linear", "mistral")
 
 
 def reference_logits(folder, tokens, dtype="float32"):
@@ -40,13 +41,21 @@ def test_fp32_logits_equal_those_of_transformers(family, make_checkpoint):
     np.testing.assert_allclose(logits, reference, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["llama3", "llama-linear"])
-def test_parity_would_fail_without_rope_scaling(family, make_checkpoint):
+@pytest.mark.parametrize(
+    ("family", "without"),
+    [
+        ("llama3", {"rope_scaling": RopeScaling()}),
+        ("llama-linear", {"rope_scaling": RopeScaling()}),
+        ("mistral-window", {"sliding_window": None}),
+        ("mistral-window", {"sliding_window": 74}),
+    ],
+)
+def test_parity_would_fail_without_rope_scaling_or_window(family, without, make_checkpoint):
     student, architecture = load_student(make_checkpoint(family), dtype="float32")
     tokens = jnp.asarray(random_tokens(architecture, rows=1))
-    scaled = student.logits(tokens)
-    student.architecture = dataclasses.replace(architecture, rope_scaling=RopeScaling())
-    assert np.abs(np.asarray(student.logits(tokens) - scaled)).max() > 100 * TOLERANCE
+    other = Decoder(dataclasses.replace(architecture, **without), rngs=nnx.Rngs(0))
+    nnx.update(other, nnx.state(student, nnx.Param))
+    assert np.abs(np.asarray(other.logits(tokens) - student.logits(tokens))).max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])

@@ -1,4 +1,4 @@
-"""Problems and answers as pool records: what the base student is brought up on, the pool, and the benchmark."""
+"""Problems and answers as pool records: the pre-training corpus, the pool, and the benchmark."""
 
 import random
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from lark_jax.pool.synthetic import teachers
 from lark_jax.pool.synthetic.problems import Problem, generate_problems
 
 INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
-# The base student knows the task in one plain style, has seen two of the teachers now and then, three never.
+# The base student knows the task in one plain style, has rarely seen two of the teachers, and never the other three.
 PRETRAINING_STYLES: Mapping[str, teachers.Style] = MappingProxyType(
     {"plain": teachers.plain, "terse": teachers.terse, "verbose": teachers.verbose}
 )

@@ -1,4 +1,4 @@
-"""Arithmetic word problems of graded difficulty: a quantity changes one to four times, and what is left is asked for.
+"""Arithmetic word problems of graded difficulty: a quantity changes one to four times; how much is left.
 
 A problem belongs to exactly one split, decided by the hash of its text. Splits are therefore disjoint whatever the
 seeds and counts are.
@@ -12,7 +12,7 @@ from lark_jax.errors import ConfigError
 
 SPLITS = ("pretrain", "pool", "test")
 _BUCKETS = ("pretrain",) * 8 + ("pool", "test")
-_MOST_DRAWS = 10_000  # without a new text, before the split counts as used up
+_MOST_DRAWS = 10_000  # without a new text, after which the split counts as used up
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ LEVELS = (
     Level(num_steps=3, largest_operand=20, largest_result=90, operators="+-*/"),
     Level(num_steps=4, largest_operand=50, largest_result=200, operators="+-*/"),
 )
-# Levels of successive problems. The base student is brought up on easy ones mostly.
+# Levels of successive problems. The base student is pre-trained mostly on easy ones.
 _LEVEL_CYCLES = {"pretrain": (1, 2, 3, 1, 2, 4, 1, 2, 3, 5), "pool": (1, 2, 3, 4, 5), "test": (1, 2, 3, 4, 5)}
 
 _NAMES = ("Ana", "Ben", "Dora", "Emil", "Ines", "Jan", "Kira", "Leo", "Mia", "Nils", "Omar", "Rosa")
@@ -97,7 +97,7 @@ def _draw_unseen(rng: random.Random, problem_id: str, level: int, split: str, se
         if split_of(problem.text) == split and problem.text not in seen:
             return problem
     raise ConfigError(
-        f"config.synthetic: the {split} split has no further problem of level {level} after {len(seen)} problems; "
+        f"config.synthetic: the {split} split has no more problems of level {level} after {len(seen)} problems; "
         "ask for fewer"
     )
 

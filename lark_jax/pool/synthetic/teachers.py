@@ -1,4 +1,4 @@
-"""Five teachers who solve the same problems correctly, each in a style of its own.
+"""Five teachers who solve the same problems correctly, each in its own style.
 
 A style is a function `(problem, rng) -> answer text`; `rng` varies the wording only. Every answer ends with the
 correct result in `\\boxed{}`, and boxes nothing else.
@@ -18,7 +18,7 @@ _GLYPHS = {"+": "⊕", "-": "⊖", "*": "⊗", "/": "⊘"}
 
 
 def plain(problem: Problem, rng: random.Random) -> str:
-    """What the base student is mostly brought up on: one equation per sentence. None of the teachers writes so."""
+    """The main style of pre-training: one equation per sentence. None of the teachers writes like this."""
     link = rng.choice((" ", " Then ", " Next, "))
     close = rng.choice(("The answer is", "So the answer is", "This gives"))
     return link.join(f"{_equation(step)}." for step in problem.steps) + f" {close} {_boxed(problem)}."
@@ -77,7 +77,7 @@ TEACHERS: Mapping[str, Style] = MappingProxyType(
 
 
 def rollouts(problem: Problem, teacher: str, count: int, seed: int) -> tuple[str, ...]:
-    """`count` answers of one teacher to one problem, pairwise different where the style has enough wordings."""
+    """`count` answers of one teacher to one problem, pairwise different if the style has enough wordings."""
     rng = random.Random(f"{seed}/{problem.problem_id}/{teacher}")
     answers: list[str] = []
     for _ in range(count):

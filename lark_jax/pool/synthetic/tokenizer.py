@@ -21,8 +21,8 @@ CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """At most `VOCAB_SIZE` tokens: the special ones, all 256 bytes, then merges of `texts`; digits stay single.
 
-    Text is split as Qwen2 splits it: `AutoTokenizer` puts Qwen2's rules in force for every model of that type,
-    whatever tokenizer.json says, while other readers of the file follow the file.
+    Text is split as Qwen2 splits it: `AutoTokenizer` applies Qwen2's rules to every model of that type,
+    whatever tokenizer.json says, while other readers follow the file.
     """
     tokenizer: Tokenizer = Qwen2Tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(

@@ -17,7 +17,7 @@ def write_synthetic(config: SyntheticConfig, seed: int, out_dir: str | Path) -> 
     """Writes pool.jsonl, pretrain.jsonl (pool records), arithmetic.jsonl and the folder `student`.
 
     `student` holds config.json, tokenizer.json and tokenizer_config.json: everything but the weights.
-    The tokenizer is trained on the pre-training text alone, so that it does not know the teachers' notation.
+    The tokenizer is trained only on the pre-training text, so that it does not know the teachers' notation.
 
     Raises:
       ConfigError: a split has fewer distinct problems than `config` asks for.

@@ -1,1 +1,1 @@
-"""Causal grouped-query attention behind one function, with several kernels."""
+"""Causal grouped-query attention: one function, several kernels."""

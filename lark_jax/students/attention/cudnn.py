@@ -3,42 +3,39 @@
 import functools
 
 import jax
-import jax.numpy as jnp
-from jax.lax import Precision
 
 from lark_jax.errors import ConfigError
-from lark_jax.students.attention.blockwise import pad_time
+from lark_jax.students.attention.contract import HALF_PRECISION, Backend, pad_time
 
 LARGEST_HEAD_DIM = 128  # 256 on Hopper and newer, where no student of ours needs it
 HEAD_DIM_MULTIPLE = 8
 TIME_MULTIPLE = 2  # the backward pass refuses odd lengths
 
 
-def cudnn_refusal(dtype: jnp.dtype, head_dim: int, packed: bool) -> str | None:
-    """Why cuDNN cannot compute this attention; None: it can."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"computes in bfloat16 or float16, not {dtype}"
-    if head_dim > LARGEST_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE:
-        return f"needs a head_dim that is a multiple of {HEAD_DIM_MULTIPLE} up to {LARGEST_HEAD_DIM}, not {head_dim}"
-    return "does not honour segment ids" if packed else None
-
-
 def cudnn_attention(
     q_bthd: jax.Array,
     k_bskd: jax.Array,
     v_bskd: jax.Array,
-    segment_ids_bt: jax.Array | None,
-    precision: Precision,
+    *,
+    segment_ids: jax.Array | None,
+    scale: float | None,
+    window: int | None,
 ) -> jax.Array:
-    """See `attention.attend`. Needs the CUDA plugin, but no device: it compiles ahead of time, too.
+    """See `dispatch.attend`. Needs the CUDA plugin, but no device: it also compiles ahead of time. Scores are fp32.
 
     Raises:
       ConfigError: this JAX has no cuDNN.
     """
-    del segment_ids_bt, precision  # refused before; scores are fp32 sums of bf16 or fp16 products
+    del segment_ids  # not supported
     time = q_bthd.shape[1]
     q_bthd, k_bskd, v_bskd = (pad_time(x, TIME_MULTIPLE) for x in (q_bthd, k_bskd, v_bskd))
-    flash = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    flash = functools.partial(
+        jax.nn.dot_product_attention,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),  # JAX does not count the query itself
+        implementation="cudnn",
+    )
     try:
         return flash(q_bthd, k_bskd, v_bskd)[:, :time]
     except RuntimeError as error:
@@ -47,3 +44,11 @@ def cudnn_attention(
         raise ConfigError(
             "attention backend 'cudnn': this JAX has no cuDNN; install lark_jax[gpu], or set attention to 'blockwise'"
         ) from error
+
+
+CUDNN = Backend(
+    cudnn_attention,
+    dtypes=HALF_PRECISION,
+    head_dims=range(HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM + 1, HEAD_DIM_MULTIPLE),
+    supports_segments=False,
+)

@@ -1,46 +1,29 @@
-"""Causal grouped-query attention behind one function, with a registry of backends."""
+"""Causal grouped-query attention: one function, `attend`, and the choice among its backends."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
-from jax.lax import Precision
 
 from lark_jax.errors import ConfigError
-from lark_jax.students.attention.blockwise import blockwise_attention
-from lark_jax.students.attention.cudnn import cudnn_attention, cudnn_refusal
-from lark_jax.students.attention.dense import dense_attention
-from lark_jax.students.attention.splash import splash_attention, splash_refusal
-from lark_jax.students.attention.triton import triton_attention, triton_refusal
+from lark_jax.students.attention.blockwise import BLOCKWISE
+from lark_jax.students.attention.contract import DENSE, AttentionSpec, Backend
+from lark_jax.students.attention.cudnn import CUDNN
+from lark_jax.students.attention.splash import SPLASH
+from lark_jax.students.attention.triton import TRITON
 
 # Measured on a CPU (4 heads of 32, forward and backward): about equal here, dense 2x slower at 512, 6x at 2,048.
 LONGEST_DENSE_ROW = 256
 LONGEST_DENSE_ROW_BESIDE_KERNELS = 128  # one block of a kernel
 AMPERE = 8.0  # the first compute capability with cuDNN's flash kernels
-# By platform, as `jax.default_backend()` names it: the first that can compute something is taken.
+# By platform, as `jax.default_backend()` names it: the first one that can compute what is asked for is chosen.
 KERNELS: Mapping[str, Sequence[str]] = {"gpu": ("cudnn", "triton"), "tpu": ("splash",)}
-
-# q_bthd, k_bskd, v_bskd, segment_ids_bt, precision -> out_bthd
-Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Precision], jax.Array]
-
-
-def no_refusal(dtype: jnp.dtype, head_dim: int, packed: bool) -> None:
-    """The refusal of a backend that computes everything."""
-    del dtype, head_dim, packed
-
-
-class Backend(NamedTuple):
-    attention: Attention
-    refusal: Callable[[jnp.dtype, int, bool], str | None]  # dtype, head_dim, with segment ids? -> why not, or None
-
-
 BACKENDS: Mapping[str, Backend] = {
-    "dense": Backend(dense_attention, no_refusal),
-    "blockwise": Backend(blockwise_attention, no_refusal),
-    "cudnn": Backend(cudnn_attention, cudnn_refusal),
-    "triton": Backend(triton_attention, triton_refusal),
-    "splash": Backend(splash_attention, splash_refusal),
+    "dense": DENSE,
+    "blockwise": BLOCKWISE,
+    "cudnn": CUDNN,
+    "triton": TRITON,
+    "splash": SPLASH,
 }
 
 
@@ -50,86 +33,75 @@ def attend(
     v_bskd: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    scale: float | None = None,
+    window: int | None = None,
     backend: str | None = None,
 ) -> jax.Array:
-    """softmax(q k' / sqrt(head_dim)) v over the keys that each query may see.
+    """softmax(scale q k') v over the keys that each query may see.
 
     Args:
       q_bthd: [batch, time, num_heads, head_dim]; query head h reads key head h // (num_heads / num_kv_heads).
       k_bskd: [batch, time, num_kv_heads, head_dim].
       v_bskd: as `k_bskd`.
       segment_ids: int [batch, time]; tokens of different segments do not see each other. A segment is contiguous.
-        None: one segment a row.
+        None: one segment per row.
+      scale: None: 1 / sqrt(head_dim).
+      window: a query sees itself and the `window` - 1 keys before it, as with HF's `sliding_window`. None: all before.
       backend: a key of `BACKENDS`; None: `default_backend` for this machine. On several TPU devices the Pallas kernel
-        runs inside `shard_map` only, since the compiler cannot partition it; with `check_vma=False`, since the kernel
-        does not say over which axes its results vary.
+        runs only inside `shard_map`, since the compiler cannot partition it; with `check_vma=False`, since the kernel
+        does not declare over which axes its results vary.
 
     Returns:
       [batch, time, num_heads, head_dim] in the dtype of `q_bthd`; scores and softmax are fp32.
 
     Raises:
-      ValueError: unknown backend, or one that cannot compute this (dtype, head_dim, segment ids).
+      ValueError: unknown backend, or one that cannot compute this (dtype, head_dim, segment ids, window, scale); or
+        `scale` or `window` is not positive.
       ConfigError: the backend is not installed.
     """
+    for name, value in (("scale", scale), ("window", window)):
+        if value is not None and value <= 0:
+            raise ValueError(f"attention {name}={value}: expected a positive number")
     _, time, _, head_dim = q_bthd.shape
-    packed = segment_ids is not None
+    spec = AttentionSpec(q_bthd.dtype, head_dim, segment_ids is not None, window, scale).for_rows_of(time)
     if backend is None:
-        backend = default_backend(time, _platform(), q_bthd.dtype, head_dim, packed=packed)
-    refusal = _backend(backend).refusal(q_bthd.dtype, head_dim, packed)
+        backend = default_backend(time, _platform(), spec)
+    refusal = _backend(backend).refusal(spec)
     if refusal is not None:
-        able = (name for name, other in BACKENDS.items() if other.refusal(q_bthd.dtype, head_dim, packed) is None)
+        able = (name for name, other in BACKENDS.items() if other.refusal(spec) is None)
         raise ValueError(f"attention backend {backend!r} {refusal}; these can: {', '.join(able)}")
     with jax.named_scope(f"attention_{backend}"):
         attention = BACKENDS[backend].attention
-        return attention(q_bthd, k_bskd, v_bskd, segment_ids, matmul_precision(q_bthd.dtype))
+        return attention(q_bthd, k_bskd, v_bskd, segment_ids=segment_ids, scale=scale, window=spec.window)
 
 
-def default_backend(length: int, platform: str, dtype: jnp.dtype, head_dim: int, *, packed: bool = False) -> str:
-    """For rows of `length` tokens.
-
-    Args:
-      platform: "cpu", "gpu" or "tpu".
-      packed: rows have segment ids.
-    """
+def default_backend(length: int, platform: str, spec: AttentionSpec) -> str:
+    """The backend for rows of `length` tokens on `platform`: "cpu", "gpu" or "tpu"."""
     for kernel in KERNELS.get(platform, ()):
-        if BACKENDS[kernel].refusal(jnp.dtype(dtype), head_dim, packed) is None:
+        if BACKENDS[kernel].refusal(spec.for_rows_of(length)) is None:
             return "dense" if length <= LONGEST_DENSE_ROW_BESIDE_KERNELS else kernel
     return "dense" if length <= LONGEST_DENSE_ROW else "blockwise"
 
 
-def describe_backend(
-    backend: str | None,
-    lengths: Sequence[int],
-    platform: str,
-    dtype: jnp.dtype,
-    head_dim: int,
-    *,
-    packed: bool = False,
-) -> str:
-    """One line on what `attend` will use for rows of these lengths.
+def describe_backend(backend: str | None, lengths: Sequence[int], platform: str, spec: AttentionSpec) -> str:
+    """One line that names what `attend` will use for rows of these lengths.
 
     Args:
       backend: as in `attend`.
-      packed: rows have segment ids.
+      lengths: may be empty where they are not known yet.
 
     Raises:
       ConfigError: `backend` cannot run on this platform, or not for this student.
     """
     if backend is not None:
-        _check_runs_here(backend, platform, jnp.dtype(dtype), head_dim, packed)
+        _check_runs_here(backend, platform, spec.for_rows_of(max(lengths, default=math.inf)))
         return f"attention: {backend}"
     rows_of: dict[str, list[int]] = {}
     for length in sorted(lengths):
-        name = default_backend(length, platform, dtype, head_dim, packed=packed)
-        rows_of.setdefault(name, []).append(length)
-    kind = "packed rows" if packed else "rows"
+        rows_of.setdefault(default_backend(length, platform, spec), []).append(length)
+    kind = "packed rows" if spec.packed else "rows"
     uses = [f"{name} ({kind} of {_interval(rows)} tokens)" for name, rows in rows_of.items()]
     return f"attention: {', '.join(uses)}"
-
-
-def matmul_precision(dtype: jnp.dtype) -> Precision:
-    """fp32 inputs are multiplied as fp32 on every platform (GPUs would take TF32, TPUs bfloat16)."""
-    return Precision.HIGHEST if dtype == jnp.float32 else Precision.DEFAULT
 
 
 def _backend(name: str) -> Backend:
@@ -144,7 +116,7 @@ def kernel_platform(device: jax.Device) -> str:
         return device.platform
     try:
         return "gpu" if float(device.compute_capability) >= AMPERE else "cpu"
-    except ValueError:  # not NVIDIA's
+    except ValueError:  # not an NVIDIA GPU
         return "cpu"
 
 
@@ -158,11 +130,11 @@ def _platform() -> str:
     return "cpu" if platform == "tpu" and partitioned_by_the_compiler else platform
 
 
-def _check_runs_here(backend: str, platform: str, dtype: jnp.dtype, head_dim: int, packed: bool) -> None:
+def _check_runs_here(backend: str, platform: str, spec: AttentionSpec) -> None:
     home = next((where for where, kernels in KERNELS.items() if backend in kernels), platform)
     if home != platform:
         raise ConfigError(f"attention backend {backend!r} runs on {home}, not on {platform}; use 'auto' or 'blockwise'")
-    refusal = _backend(backend).refusal(dtype, head_dim, packed)
+    refusal = _backend(backend).refusal(spec)
     if refusal is not None:
         raise ConfigError(f"attention backend {backend!r} {refusal}; use 'auto' or 'blockwise'")
 

@@ -1,11 +1,12 @@
 """Causal attention by JAX's Pallas kernel for TPUs ("splash"), forward and backward; keys are not repeated.
 
-Blocks above the diagonal are never visited. Scores and softmax are fp32; products are taken in the input's dtype.
+The kernel skips blocks that no query sees: those above the diagonal and, with a window, those before it. Scores and
+softmax are fp32; products take their operands in the input's dtype.
 """
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     CausalMask,
+    LocalMask,
     MultiHeadMask,
     SegmentIds,
     make_splash_mha,
 )
-from jax.lax import Precision
 
-from lark_jax.students.attention.blockwise import pad_time
+from lark_jax.students.attention.contract import Backend, pad_time, scaled
 from lark_jax.students.remat import ATTENTION
 
 BLOCK_MULTIPLE = 128  # lanes of a vector register
@@ -33,67 +34,65 @@ LARGEST_BLOCK_BY_ROW = ((8_192, 512), (math.inf, 1_024))
 Pullback = Any  # what `jax.vjp` returns: a pytree
 
 
-def splash_refusal(dtype: jnp.dtype, head_dim: int, packed: bool) -> str | None:
-    """Why this kernel cannot compute this attention; None: it can."""
-    del head_dim, packed  # any head_dim compiles; segment ids are honoured
-    return None if dtype == jnp.bfloat16 else f"computes in bfloat16, not {dtype}"
-
-
 def splash_attention(
     q_bthd: jax.Array,
     k_bskd: jax.Array,
     v_bskd: jax.Array,
-    segment_ids_bt: jax.Array | None,
-    precision: Precision,
     *,
+    segment_ids: jax.Array | None,
+    scale: float | None,
+    window: int | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `attention.attend`. Any length; the last block is padded.
+    """See `dispatch.attend`. Any length; the last block is padded.
 
     Args:
       interpret: run the kernel's program as plain JAX, on any platform (tests; slow).
     """
-    del precision  # bfloat16 has one
-    time = q_bthd.shape[1]
+    time, head_dim = q_bthd.shape[1], q_bthd.shape[3]
     block = _block_size(time)
-    q_bthd = (q_bthd.astype(jnp.float32) / math.sqrt(q_bthd.shape[-1])).astype(q_bthd.dtype)
-    # Padding lies after every real token: real queries never see it.
+    q_bthd = scaled(q_bthd.astype(jnp.float32), scale, head_dim).astype(q_bthd.dtype)
     q_bhtd, k_bksd, v_bksd = (jnp.swapaxes(pad_time(x, block), 1, 2) for x in (q_bthd, k_bskd, v_bskd))
-    segment_ids_bt = None if segment_ids_bt is None else pad_time(segment_ids_bt, block)
-    out_bhtd = _attention(block, interpret, q_bhtd, k_bksd, v_bksd, segment_ids_bt)
+    segment_ids = None if segment_ids is None else pad_time(segment_ids, block)
+    out_bhtd = _attention(_Plan(block, window, interpret), q_bhtd, k_bksd, v_bksd, segment_ids)
     return jnp.swapaxes(out_bhtd, 1, 2)[:, :time]
 
 
-# The kernel has a derivative of its own. Under `jax.checkpoint` it would run forward again, though what it keeps has a
-# name that the policy saves (seen with JAX 0.10.2); behind this one it does not.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+SPLASH = Backend(splash_attention, dtypes=(jnp.dtype(jnp.bfloat16),))
+
+
+class _Plan(NamedTuple):
+    block: int
+    window: int | None
+    interpret: bool
+
+
+# The kernel has a derivative of its own. Under `jax.checkpoint` it would run forward again, though the policy saves the
+# name of what it keeps (seen with JAX 0.10.2); inside this derivative it does not.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    block: int,
-    interpret: bool,
+    plan: _Plan,
     q_bhtd: jax.Array,
     k_bksd: jax.Array,
     v_bksd: jax.Array,
     segment_ids_bt: jax.Array | None,
 ) -> jax.Array:
-    return _run_kernel(block, interpret, q_bhtd, k_bksd, v_bksd, segment_ids_bt)
+    return _run_kernel(plan, q_bhtd, k_bksd, v_bksd, segment_ids_bt)
 
 
 def _forward(
-    block: int,
-    interpret: bool,
+    plan: _Plan,
     q_bhtd: jax.Array,
     k_bksd: jax.Array,
     v_bksd: jax.Array,
     segment_ids_bt: jax.Array | None,
 ) -> tuple[jax.Array, Pullback]:
-    run = functools.partial(_run_kernel, block, interpret, segment_ids_bt=segment_ids_bt)
+    run = functools.partial(_run_kernel, plan, segment_ids_bt=segment_ids_bt)
     return jax.vjp(run, q_bhtd, k_bksd, v_bksd)
 
 
-def _backward(
-    block: int, interpret: bool, pullback: Pullback, d_out_bhtd: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    del block, interpret
+def _backward(plan: _Plan, pullback: Pullback, d_out_bhtd: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    del plan
     return (*pullback(d_out_bhtd), None)
 
 
@@ -101,22 +100,22 @@ _attention.defvjp(_forward, _backward)
 
 
 def _run_kernel(
-    block: int,
-    interpret: bool,
+    plan: _Plan,
     q_bhtd: jax.Array,
     k_bksd: jax.Array,
     v_bksd: jax.Array,
     segment_ids_bt: jax.Array | None,
 ) -> jax.Array:
-    # One mask serves every head.
-    mask = MultiHeadMask([_Causal((q_bhtd.shape[2],) * 2)])
+    shape = (q_bhtd.shape[2],) * 2
+    # JAX does not count the query itself.
+    mask = _Causal(shape) if plan.window is None else _Local(shape, (plan.window - 1, 0), offset=0)
     kernel = make_splash_mha(
-        mask,
-        block_sizes=_block_sizes(block),
+        MultiHeadMask([mask]),  # one mask for every head
+        block_sizes=_block_sizes(plan.block),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=ATTENTION,
-        interpret=interpret,
+        interpret=plan.interpret,
     )
 
     def one_row(q_htd: jax.Array, k_ksd: jax.Array, v_ksd: jax.Array, segment_ids_t: jax.Array | None) -> jax.Array:
@@ -127,16 +126,29 @@ def _run_kernel(
 
 
 class _Causal(CausalMask):
-    """The kernel builder looks into every block; those off the diagonal are known without comparing positions."""
+    """The kernel builder looks into every block; most are known without comparing positions."""
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        queries, keys = index
-        shape = (queries.stop - queries.start, keys.stop - keys.start)
-        if keys.stop <= queries.start + 1:
-            return np.ones(shape, np.bool_)
-        if keys.start >= queries.stop:
-            return np.zeros(shape, np.bool_)
-        return super().__getitem__(index)
+        known = _known_block(*index, before=self.shape[1])
+        return super().__getitem__(index) if known is None else known
+
+
+class _Local(LocalMask):
+    """As `_Causal`."""
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        known = _known_block(*index, before=self.window_size[0] or 0)
+        return super().__getitem__(index) if known is None else known
+
+
+def _known_block(queries: slice, keys: slice, before: int) -> np.ndarray | None:
+    """The mask of a block that is visible as a whole or not at all; queries see themselves and `before` more keys."""
+    shape = (queries.stop - queries.start, keys.stop - keys.start)
+    if keys.stop <= queries.start + 1 and keys.start >= queries.stop - 1 - before:
+        return np.ones(shape, np.bool_)
+    if keys.start >= queries.stop or keys.stop <= queries.start - before:
+        return np.zeros(shape, np.bool_)
+    return None
 
 
 def _block_sizes(block: int) -> BlockSizes:
@@ -152,7 +164,7 @@ def _block_sizes(block: int) -> BlockSizes:
 
 
 def _block_size(time: int) -> int:
-    """What pads the row least, and of those the largest block."""
+    """The largest of the blocks that pad the row least."""
     largest = next(block for longest_row, block in LARGEST_BLOCK_BY_ROW if time <= longest_row)
     smallest = min(largest // 2, time)
     blocks = [block for block in range(BLOCK_MULTIPLE, largest + 1, BLOCK_MULTIPLE) if block >= smallest]

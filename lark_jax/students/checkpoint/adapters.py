@@ -42,6 +42,6 @@ def _fresh(name: str, shape: tuple[int, ...], seed: int) -> jax.Array:
     if name.endswith(FACTOR_B):
         return jnp.zeros(shape, jnp.float32)
     bound = 1 / math.sqrt(shape[-1])
-    # The name and not its place among others: a layer's adapter does not depend on which others there are.
+    # From the name, not the index: a layer's adapter does not depend on which other layers have one.
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -34,7 +34,7 @@ GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 _PEFT_PREFIX = "base_model.model."  # PEFT's wrapper around the model
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Everything beside the weights that loading a model or its tokenizer can need; weights of other formats stay behind.
+# What loading a model or its tokenizer can need in addition to the weights; weights in other formats are not copied.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 
 
@@ -46,18 +46,18 @@ def export_student(
     end_of_turn_id: int | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Writes `model` into `out_dir` in the form of the checkpoint `source` that it was loaded from.
+    """Writes `model` into `out_dir` in the format of the checkpoint `source` that it was loaded from.
 
     Tensors keep the source's names, dtypes and distribution over files; configuration, tokenizer and chat template
-    are byte-identical copies where no argument below says otherwise. `out_dir` appears whole or not at all; host
-    memory holds one file's tensors. An adapter is merged: W + scaling B A, from the source's own W, computed in float32
-    and rounded once; all other tensors then keep the source's bytes.
+    are byte-identical copies unless an argument below changes them. `out_dir` is written atomically; host memory holds
+    one file's tensors. An adapter is merged: W + scaling B A, from the source's own W, computed in float32 and rounded
+    once; all other tensors then keep the source's bytes.
 
     Args:
       model: decoder of the source's architecture; with an adapter, one that was trained on this source.
       source: folder or hub id.
-      out_dir: replaced when it exists.
-      end_of_turn_id: added to `eos_token_id` of `generation_config.json`, so that generation stops at the turn's end.
+      out_dir: replaced if it exists.
+      end_of_turn_id: added to `eos_token_id` of `generation_config.json`, so that generation ends with the turn.
       chat_template: Jinja text that the student was trained with, written as `chat_template.jinja` in place of every
         template of the source. None keeps the source's.
 
@@ -78,12 +78,12 @@ def export_student(
 
 
 def export_adapter(model: Decoder, base: str, out_dir: str | Path) -> None:
-    """Writes the adapter of `model` into `out_dir` as PEFT reads it, in float32.
+    """Writes the adapter of `model` into `out_dir` in PEFT's format, in float32.
 
     Args:
       model: a decoder with an adapter.
-      base: folder or hub id of the checkpoint beside which the adapter is loaded.
-      out_dir: replaced when it exists.
+      base: folder or hub id of the checkpoint that the adapter was trained on.
+      out_dir: replaced if it exists.
 
     Raises:
       ValueError: `model` has no adapter.
@@ -105,14 +105,16 @@ def save_new_student(model: Decoder, config_folder: str | Path, out_dir: str | P
     Args:
       model: decoder of the architecture that `config_folder/config.json` describes.
       config_folder: folder with `config.json` and tokenizer files, which are copied.
-      out_dir: replaced when it exists.
+      out_dir: replaced if it exists.
 
     Raises:
       CheckpointError: `config.json` describes another architecture.
     """
     config_folder, out_dir = Path(config_folder), Path(out_dir)
     if read_architecture(config_folder) != model.architecture:
-        raise CheckpointError(f"{config_folder}/config.json: describes another architecture than the student to save")
+        raise CheckpointError(
+            f"{config_folder}/config.json: describes an architecture that differs from the student to save"
+        )
     parameters = flatten_parameters(nnx.state(model, nnx.Param))
     slots = hf_slots(model.architecture)
     tensors = {key: _to_host(parameters[slot.name], slot.layer) for key, slot in slots.items()}
@@ -125,7 +127,7 @@ def _check_export(model: Decoder, checkpoint: CheckpointFiles, out_dir: Path) ->
     if out_dir.resolve() == checkpoint.folder.resolve():
         raise CheckpointError(f"{out_dir}: is the source checkpoint; export into another folder")
     if read_architecture(checkpoint.folder) != model.architecture:
-        raise CheckpointError(f"{checkpoint.folder}: has another architecture than the student to export")
+        raise CheckpointError(f"{checkpoint.folder}: has an architecture that differs from the student to export")
     check_keys(checkpoint.shapes(), model.architecture, checkpoint.folder)
 
 
@@ -142,7 +144,7 @@ def _tensors_of(file: Path, checkpoint: CheckpointFiles, model: Decoder) -> Iter
 
 
 def _stored_values(model: Decoder) -> Callable[[TensorHeader, Slot], np.ndarray]:
-    """What becomes of a tensor of the source, in its dtype."""
+    """Function that returns the values to store for a tensor of the source, in its dtype."""
     parameters, lora = flatten_parameters(nnx.state(model, nnx.Param)), model.lora
 
     def trained(header: TensorHeader, slot: Slot) -> np.ndarray:
@@ -160,7 +162,7 @@ def _stored_values(model: Decoder) -> Callable[[TensorHeader, Slot], np.ndarray]
 
 
 def _peft_config(lora: Lora, base: str) -> dict[str, Any]:
-    """What PEFT needs to know; whatever else it knows has its default there."""
+    """PEFT's configuration; all other fields keep their defaults."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -197,7 +199,7 @@ def _copy_companions(source: Path, directory: Path) -> None:
 
 
 def _write_generation_config(directory: Path, end_of_turn_id: int | None) -> None:
-    """Adds the end-of-turn token to those at which generation stops, and changes nothing else."""
+    """Adds the end-of-turn token to the stop tokens, and changes nothing else."""
     if end_of_turn_id is None:
         return
     file = directory / GENERATION_CONFIG
@@ -205,13 +207,13 @@ def _write_generation_config(directory: Path, end_of_turn_id: int | None) -> Non
     known = values.get("eos_token_id", _read_object(directory / "config.json").get("eos_token_id"))
     known_ids = [] if known is None else known if isinstance(known, list) else [known]
     values["eos_token_id"] = [*known_ids, *([] if end_of_turn_id in known_ids else [end_of_turn_id])]
-    # It says that the file repeats config.json, which transformers 4 takes as leave to rebuild it from there.
+    # Marks the file as derived from config.json; transformers 4 would then rebuild it from there.
     values.pop("_from_model_config", None)
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _replace_chat_templates(directory: Path, chat_template: str) -> None:
-    """Leaves `chat_template` as the only one: which of several a library prefers differs between libraries."""
+    """Makes `chat_template` the only one: libraries differ in which of several they prefer."""
     for name in TEMPLATE_FOLDERS:
         shutil.rmtree(directory / name, ignore_errors=True)
     (directory / "chat_template.json").unlink(missing_ok=True)  # the older form, of processors
@@ -220,7 +222,7 @@ def _replace_chat_templates(directory: Path, chat_template: str) -> None:
     if "chat_template" in config:
         del config["chat_template"]
         config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    # newline="": the template's own line ends, on every system.
+    # newline="": keep the template's own line endings on every system.
     (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8", newline="")
 
 

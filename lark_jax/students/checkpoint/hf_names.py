@@ -1,4 +1,4 @@
-"""The rename table between HF's tensor names and ours. A bijection: one HF tensor is one layer of one parameter."""
+"""The mapping between HF's tensor names and ours. A bijection: one HF tensor is one layer of one parameter."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ class Slot:
 
 
 def hf_slots(architecture: Architecture) -> dict[str, Slot]:
-    """HF key -> slot, for every tensor that a checkpoint of `architecture` must have."""
+    """HF key -> slot, for every tensor of a checkpoint of `architecture`."""
     return slots_of(parameter_shapes(architecture))
 
 
@@ -48,15 +48,15 @@ def is_ignored(key: str) -> bool:
 
 
 def is_repeated_head(key: str, architecture: Architecture) -> bool:
-    """Some exporters write the tied head a second time; it must then equal the embedding."""
+    """Whether `key` is a tied head that the exporter wrote in addition to the embedding, which it must equal."""
     return architecture.tie_word_embeddings and key == HEAD_KEY
 
 
 def check_keys(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, where: object) -> None:
-    """Compares the tensors of a checkpoint, name -> shape, with those that `architecture` needs.
+    """Compares the tensors of a checkpoint, name -> shape, with those of `architecture`.
 
     Raises:
-      CheckpointError: naming every kind of fault at once: missing, unexpected and wrongly shaped tensors.
+      CheckpointError: lists all missing, unexpected and wrongly shaped tensors at once.
     """
     slots = hf_slots(architecture)
     unexpected = [

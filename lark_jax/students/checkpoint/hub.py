@@ -1,4 +1,4 @@
-"""Student path -> local folder, fetched from the hub where it is named by its id."""
+"""Student path or hub id -> local folder."""
 
 import functools
 import re
@@ -14,9 +14,9 @@ TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")  # named temp
 
 
 def loaded_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a student's folder that decide what it says: weights, configuration, tokenizer; sorted.
+    """The files of a student's folder that determine its output: weights, configuration, tokenizer; sorted.
 
-    All files where there are no safetensors: an engine may read weights in another form, and this program none.
+    All files if there are no safetensors: an engine may read weights in another format.
     """
     templates = (f"{name}/*.jinja" for name in TEMPLATE_FOLDERS)
     found = {file for pattern in (*_PATTERNS, *templates) for file in folder.glob(pattern) if file.is_file()}
@@ -26,13 +26,13 @@ def loaded_files(folder: Path) -> tuple[Path, ...]:
 
 
 def local_folder(path_or_hub_id: str | Path) -> Path:
-    """`path_or_hub_id` itself where it is a folder; else the hub's snapshot of it, downloaded when not yet cached.
+    """`path_or_hub_id` itself if it is a folder; else the hub's snapshot of it, downloaded unless it is cached.
 
-    Only configuration, safetensors and tokenizer files are fetched, into Hugging Face's usual cache; `HF_HUB_OFFLINE=1`
-    forbids downloads.
+    Only configuration, safetensors and tokenizer files are downloaded, into Hugging Face's usual cache;
+    `HF_HUB_OFFLINE=1` forbids downloads.
 
     Raises:
-      CheckpointError: neither a folder nor a hub id (a `Path` never is one), or the snapshot cannot be had.
+      CheckpointError: neither a folder nor a hub id (a `Path` never is one), or the snapshot is not available.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -45,7 +45,7 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
     return _snapshot(hub_id)
 
 
-@functools.cache  # stages hash and load one and the same snapshot, also when the hub gets another one meanwhile
+@functools.cache  # stages hash and load the same snapshot even if the hub changes in between
 def _snapshot(hub_id: str) -> Path:
     try:
         return snapshot(hub_id, _PATTERNS)

@@ -1,13 +1,15 @@
-"""HF checkpoint folder -> decoder whose parameters lie on the devices of a mesh.
+"""HF checkpoint folder -> decoder with its parameters on the devices of a mesh.
 
-A process reads the rows that its own devices hold, once and in the order of the files. Beside the parameters it holds
-what is read ahead and what is under way to devices, each within a budget.
+A process reads the rows that its own devices hold, once and in file order. In addition to the parameters it holds what
+is read ahead and what is in transfer to devices, each within a budget.
 """
 
 import contextlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,6 @@ from lark_jax.students.checkpoint.hf_names import (
 )
 from lark_jax.students.checkpoint.hub import local_folder
 from lark_jax.students.checkpoint.placement import Piece, Target, destination_for, pieces
-from lark_jax.students.checkpoint.reading_ahead import read_ahead
 from lark_jax.students.checkpoint.safetensors_folder import CheckpointFiles, TensorReader, open_checkpoint
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.parameters import abstract_decoder, parameter_shapes, replace_parameters
@@ -41,6 +42,9 @@ _TRANSFER_BYTES = 128 << 20
 _NUM_READERS = 4  # enough to keep a disk or a network file system busy
 _QUIET_SECONDS = 10.0
 _ROWS_PER_COMPARISON = 1_024
+
+Item = TypeVar("Item")
+Fetched = TypeVar("Fetched")
 
 
 def load_student(
@@ -53,15 +57,15 @@ def load_student(
     parameter_axes: Sequence[str] = (DATA, TENSOR),
     attention_backend: str | None = None,
 ) -> tuple[Decoder, Architecture]:
-    """Loads a Qwen2, Qwen3, Llama or Mistral checkpoint.
+    """Loads a checkpoint of a supported family, see `families.FAMILIES`.
 
     Args:
       path_or_hub_id: folder with `config.json` and safetensors files, or a Hugging Face hub id.
-      mesh: parameters are laid out over it by `sharding.PARAMETER_SPECS`; None: whole, on the default device.
+      mesh: parameters are sharded over it by `sharding.PARAMETER_SPECS`; None: whole, on the default device.
       dtype: of the computation.
       param_dtype: of the parameters; None: `dtype`.
       remat: see `Decoder`.
-      parameter_axes: the mesh axes that split parameters; they are whole along the others. (): on every device.
+      parameter_axes: the mesh axes that shard parameters; they are replicated along the others.
       attention_backend: see `Decoder`.
 
     Raises:
@@ -84,10 +88,10 @@ def load_student(
 
 
 def lossless_dtype(folder: Path, dtype: DTypeLike) -> np.dtype:
-    """The narrowest dtype of parameters for a computation in `dtype` with the values that loading in `dtype` gives.
+    """The narrowest parameter dtype that gives a computation in `dtype` the same values as parameters in `dtype`.
 
-    That of the checkpoint where `dtype` holds each of its values, as float32 does those of bfloat16: weights are then
-    widened where they are used, a layer at a time. Else `dtype`.
+    The checkpoint's dtype if `dtype` represents all its values, as float32 does for bfloat16: weights are then widened
+    where they are used, a layer at a time. Else `dtype`.
 
     Raises:
       CheckpointError: see `open_checkpoint`.
@@ -98,7 +102,7 @@ def lossless_dtype(folder: Path, dtype: DTypeLike) -> np.dtype:
 
 
 def _plan(checkpoint: CheckpointFiles, architecture: Architecture, targets: Mapping[str, Target]) -> list[Piece]:
-    """What this process reads, in the order of the files."""
+    """The pieces that this process reads, in file order."""
     slots = hf_slots(architecture)
     order = {file: index for index, file in enumerate(checkpoint.files)}
     headers = sorted((checkpoint.tensors[key] for key in slots), key=lambda header: (order[header.file], header.offset))
@@ -124,27 +128,58 @@ def _read_parameters(
             budget=_READ_AHEAD_BYTES,
             num_threads=_NUM_READERS,
         )
-        with contextlib.closing(fetched):  # no thread reads any more when the files are closed
+        with contextlib.closing(fetched):  # threads stop before the files are closed
             for piece, values in fetched:
                 transfers.add(destinations[piece.target.name].store(piece, values), piece.host_bytes)
                 bar.update(piece.nbytes)
     return jax.block_until_ready({name: destination.finish() for name, destination in destinations.items()})
 
 
+def read_ahead(
+    items: Iterable[Item],
+    fetch: Callable[[Item], Fetched],
+    *,
+    size: Callable[[Item], int],
+    budget: int,
+    num_threads: int,
+) -> Generator[tuple[Item, Fetched], None, None]:
+    """Yields every item with the result of `fetch`, in the order of `items`; threads fetch ahead.
+
+    Items that are fetched or being fetched, but not yet yielded, have a total `size` of at most `budget`, or are a
+    single larger one. The first error of `fetch` is raised and ends the iteration.
+    """
+    waiting: deque[tuple[Item, int, Future[Fetched]]] = deque()
+    held = 0
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read_ahead")
+    try:
+        for item in items:
+            while waiting and held + size(item) > budget:
+                first, first_size, future = waiting.popleft()
+                yield first, future.result()
+                held -= first_size
+            waiting.append((item, size(item), pool.submit(fetch, item)))
+            held += size(item)
+        while waiting:
+            first, _, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 class _Transfers:
-    """Host-to-device transfers under way, each of which holds its host memory: at most `budget` bytes together."""
+    """Host-to-device transfers in flight, each holding its host memory: at most `budget` bytes in total."""
 
     def __init__(self, budget: int) -> None:
         self._budget, self._held = budget, 0
-        self._under_way: deque[tuple[jax.Array, int]] = deque()
+        self._in_flight: deque[tuple[jax.Array, int]] = deque()
 
     def add(self, transfer: jax.Array | None, host_bytes: int) -> None:
         if transfer is None:
             return
-        self._under_way.append((transfer, host_bytes))
+        self._in_flight.append((transfer, host_bytes))
         self._held += host_bytes
         while self._held > self._budget:
-            oldest, size = self._under_way.popleft()
+            oldest, size = self._in_flight.popleft()
             jax.block_until_ready(oldest)
             self._held -= size
 
@@ -156,7 +191,7 @@ def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None, axes: Sequen
 
 
 def _check_repeated_head(checkpoint: CheckpointFiles, architecture: Architecture) -> None:
-    """A tied checkpoint may repeat its embedding under the head's name, but not differ from it."""
+    """A tied checkpoint may repeat its embedding under the head's name; the two must be equal."""
     if not is_repeated_head(HEAD_KEY, architecture) or HEAD_KEY not in checkpoint.tensors:
         return
     head, embedding = checkpoint.tensors[HEAD_KEY], checkpoint.tensors[EMBEDDING_KEY]

@@ -1,7 +1,7 @@
-"""Where the rows of HF tensors go: which part of a parameter the local devices hold, and how it gets there.
+"""Placement of HF tensors: which part of a parameter the local devices hold, and how it gets there.
 
-Every parameter is seen as [layers, rows, columns]: one that is not stacked has one layer, a vector one column. A mesh
-splits rows and columns, never layers.
+Every parameter is treated as [layers, rows, columns]: one layer if it is not stacked, one column if it is a vector. A
+mesh shards rows and columns, never layers.
 """
 
 import functools
@@ -18,14 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lark_jax.students.checkpoint.safetensors_folder import TensorHeader, TensorReader
 
-_PAGE_BYTES = 4_096  # more than XLA asks of memory that it is to use where it lies
-_ROW_MULTIPLE = 128  # whole tiles of a TPU's memory are written without shifting rows
+_PAGE_BYTES = 4_096  # more alignment than XLA needs to use host memory without a copy
+_ROW_MULTIPLE = 128  # writes whole tiles of a TPU's memory
 _DEVICE = "device"
 
 
 @dataclass(frozen=True)
 class Block:
-    """The rows and columns of a parameter that one or several local devices hold."""
+    """Rows and columns of a parameter that one or several local devices hold."""
 
     rows: range
     columns: range
@@ -47,7 +47,7 @@ class Target:
 
     @functools.cached_property
     def blocks(self) -> Mapping[jax.Device, Block]:
-        """Local device -> what it holds, in the order of device ids."""
+        """Local device -> its block, in the order of device ids."""
         parts = self.sharding.devices_indices_map(self.shape)
         local = sorted(self.sharding.addressable_devices, key=operator.attrgetter("id"))
         return {device: self._block(parts[device]) for device in local}
@@ -56,7 +56,7 @@ class Target:
         ranges = [range(*one.indices(size)) for one, size in zip(part, self.shape, strict=True)]
         layers = ranges.pop(0) if self.stacked else range(1)
         if len(layers) != self.num_layers:
-            raise ValueError(f"{self.name}: {self.sharding} splits layers, which are read one by one")
+            raise ValueError(f"{self.name}: {self.sharding} splits layers; layers are read one by one")
         rows, *columns = ranges
         return Block(rows, *(columns or [range(1)]))
 
@@ -66,7 +66,7 @@ class Target:
 
     @property
     def row_ranges(self) -> tuple[range, ...]:
-        """The rows that any local device holds: equally long ranges, none of them twice."""
+        """The distinct row ranges of local devices, all of the same length."""
         return tuple(dict.fromkeys(block.rows for block in self.blocks.values()))
 
 
@@ -74,8 +74,8 @@ class Target:
 class Piece:
     """Rows of one HF tensor that are read at once: `rows`, counted from the start of each of the target's row ranges.
 
-    Rows are read whole, also where devices hold only some of their columns: what could be skipped is shorter than what
-    the operating system reads ahead.
+    Rows are read whole, even if devices hold only some of their columns: a skipped part would be shorter than what the
+    operating system reads ahead.
     """
 
     header: TensorHeader
@@ -90,13 +90,13 @@ class Piece:
 
     @property
     def host_bytes(self) -> int:
-        """Bound on the host memory that a piece takes on its way: as it was read, and as devices hold it."""
+        """Bound on a piece's host memory: as it was read, and as devices hold it."""
         row_bytes = sum(len(block.columns) for block in set(self.target.blocks.values())) * self.target.dtype.itemsize
         return self.nbytes + len(self.rows) * row_bytes
 
 
 def pieces(header: TensorHeader, target: Target, layer: int, piece_bytes: int) -> Iterator[Piece]:
-    """The part of a tensor that local devices hold, in pieces of at most `piece_bytes`, or of one row per range."""
+    """The part of a tensor that local devices hold, in pieces of at most `piece_bytes` or of one row per range."""
     num_rows = len(target.row_ranges[0])
     step = max(1, piece_bytes // max(1, len(target.row_ranges) * header.row_bytes))
     step -= step % _ROW_MULTIPLE if step > _ROW_MULTIPLE else 0
@@ -108,17 +108,17 @@ class Destination(Protocol):
     """Memory that becomes a parameter."""
 
     def fetch(self, piece: Piece, reader: TensorReader) -> Any:
-        """Reads a piece; called by several threads at once."""
+        """Reads a piece; called from several threads."""
 
     def store(self, piece: Piece, fetched: Any) -> jax.Array | None:
-        """Takes what `fetch` returned; called by one thread. Returns the transfer that holds host memory, if any."""
+        """Stores what `fetch` returned; called from one thread. Returns the transfer that holds host memory, if any."""
 
     def finish(self) -> jax.Array:
-        """The parameter; nothing may be stored any more."""
+        """The parameter; `store` must not be called afterwards."""
 
 
 class HostDestination:
-    """Host memory that the CPU's arrays use where it lies: files are read straight into the parameter.
+    """Host memory that the CPU's arrays use without a copy: files are read directly into the parameter.
 
     Attributes:
       memory: local block -> its values, in the shape of a shard.
@@ -147,8 +147,8 @@ class HostDestination:
 
     def finish(self) -> jax.Array:
         target = self._target
-        # XLA may use this memory, but does not own it: a donated array is copied instead of being written over, and
-        # devices that hold the same block can share it.
+        # XLA uses this memory but does not own it: it copies a donated array instead of overwriting it, and devices
+        # with the same block can share it.
         shards = [jax.device_put(self.memory[block], device, may_alias=True) for device, block in target.blocks.items()]
         return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
 
@@ -158,7 +158,7 @@ class HostDestination:
 
 
 class DeviceDestination:
-    """Device memory that is filled piece by piece, in place, on all local devices at once."""
+    """Device memory that is filled in place, piece by piece, on all local devices at once."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -215,7 +215,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.A
 
 @functools.cache
 def _writer(mesh: Mesh) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
-    """(target, update, starts) -> target with `update` written at `starts`, in place, on every device by itself."""
+    """(target, update, starts) -> target with `update` written at `starts`, in place, on each device separately."""
     along, everywhere = PartitionSpec(_DEVICE), PartitionSpec()
 
     def write(target: jax.Array, update: jax.Array, starts: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""The safetensors files of one HF checkpoint folder: which file holds which tensor, and where in it.
+"""The safetensors files of an HF checkpoint folder: which file holds which tensor, and at what offset.
 
-The safetensors library checks each header against the file; content is read with `preadv`, not through a memory map,
-so that a file which shrinks meanwhile is an error and not a crash.
+The safetensors library checks each header against the file. Content is read with `preadv`, not through a memory map, so
+that a file that shrinks in the meantime raises an error instead of crashing the process.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _DTYPES: Mapping[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says about one tensor before any of its data is read. Content is row-major, from byte `offset` on."""
+    """One tensor's entry in a file's header. Content is row-major and starts at byte `offset`."""
 
     key: str
     file: Path
@@ -59,7 +59,7 @@ class TensorHeader:
 
 
 class TensorReader:
-    """Reads tensors of `files`, each opened once. Threads may share a reader; close it, or use it in `with`.
+    """Reads tensors of `files`, each opened once. Threads may share a reader. A context manager.
 
     Raises:
       CheckpointError: a file cannot be opened.
@@ -77,7 +77,7 @@ class TensorReader:
         self.close()
 
     def read_rows(self, header: TensorHeader, start: int, out: np.ndarray) -> None:
-        """Fills `out`, C-contiguous and of the tensor's dtype, with the rows from `start` on; reads their bytes only.
+        """Fills `out`, C-contiguous and in the tensor's dtype, with the rows from `start` on; reads only their bytes.
 
         Raises:
           CheckpointError: the file cannot be read, or ends before the last of these rows.
@@ -90,7 +90,7 @@ class TensorReader:
         if num_missing:
             raise CheckpointError(
                 f"{header.file}: ended {num_missing:,} bytes early while tensor {header.key} was read; "
-                "it was cut after it was opened: copy or download it again"
+                "it was truncated after it was opened; copy or download it again"
             )
 
 
@@ -117,8 +117,8 @@ def open_checkpoint(folder: Path) -> CheckpointFiles:
     """Reads the headers of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
     Raises:
-      CheckpointError: no weights, weights of another kind, a shard that is absent, truncated or not as the index
-        says, a tensor stored twice, or a dtype other than float32, float16 and bfloat16.
+      CheckpointError: no weights, weights in another format, a shard that is missing, truncated or contradicts the
+        index, a tensor stored twice, or a dtype other than float32, float16 and bfloat16.
     """
     if (folder / SINGLE_FILE).is_file():
         file = folder / SINGLE_FILE
@@ -184,7 +184,7 @@ def _open(file: Path) -> safe_open:
 
 
 def _header_table(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data starts, and the header that `_open` has checked: the library tells everything but offsets."""
+    """Where the data starts, and the header, which `_open` has checked; the library does not give offsets."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(_PREFIX_BYTES), "little")
         return _PREFIX_BYTES + size, json.loads(stream.read(size))
@@ -214,7 +214,7 @@ def _no_weights_message(folder: Path) -> str:
     pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     if pickled:
         return (
-            f"{folder}: {pickled[0].name} is a pickle, which can run code when it is read, and is not opened; convert "
-            f"it to {SINGLE_FILE} (transformers: load it and call save_pretrained)"
+            f"{folder}: {pickled[0].name} is a pickle, which can run code when it is loaded, and is not opened; "
+            f"convert it to {SINGLE_FILE} (transformers: load it and call save_pretrained)"
         )
     return f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}"

@@ -1,6 +1,6 @@
-"""Program for another process: errors of one attention backend on this machine's default device, one JSON line a case.
+"""Program for another process: errors of attention backends on this machine's default device, one JSON line per case.
 
-Usage: python attention_errors.py cudnn
+Usage: python attention_errors.py cudnn triton
 """
 
 import json
@@ -9,44 +9,27 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention_reference import random_inputs, reference
+from attention_base import CASES, inputs_of, output_and_gradients, published_cases, reference, supported_cases
 
-from lark_jax.students.attention.dispatch import attend
-
-CASES = ((1, 1, 1, 64), (7, 4, 1, 128), (129, 7, 1, 64), (383, 8, 2, 128), (513, 4, 4, 80), (1_025, 14, 2, 64))
+from lark_jax.students.attention.dispatch import BACKENDS
 
 
-def main(backend: str) -> None:
-    for dtype in (jnp.bfloat16, jnp.float16):
-        for case in CASES:
-            errors = errors_of(backend, dtype, *case)
-            described = {"platform": jax.default_backend(), "dtype": dtype.__name__, "case": case}
-            print(json.dumps(described | errors | {"epsilon": float(jnp.finfo(dtype).eps)}))
-
-
-def errors_of(backend, dtype, *case):
-    """Largest error of the output against float64, and of the gradients against float32 blockwise, relative."""
-    rounded = [x.astype(dtype) for x in random_inputs(*case, scale=1.0)]
-    exact = [x.astype(jnp.float32) for x in rounded]
-    out = jax.jit(lambda *qkv: attend(*qkv, backend=backend))(*rounded)
-
-    def gradients(backend, qkv):
-        def loss(*qkv):
-            return (attend(*qkv, backend=backend).astype(jnp.float32) ** 2).sum()
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv)
-
-    pairs = zip(gradients(backend, rounded), gradients("blockwise", exact), strict=True)
-    return {
-        "out": relative_error(out, reference(*rounded)),
-        "gradient": max(relative_error(ours, expected) for ours, expected in pairs),
-    }
+def main(backends: list[str]) -> None:
+    for backend in backends:
+        for case in supported_cases(backend, (*CASES, *published_cases(1_025))):
+            for dtype in ("bfloat16", "float16"):
+                inputs = inputs_of(case, dtype)
+                found = output_and_gradients(BACKENDS[backend].attention, case)(*inputs)
+                expected = reference(*inputs, scale=case.scale, window=case.window)
+                out, *gradients = (relative_error(*pair) for pair in zip(found, expected, strict=True))
+                described = {"platform": jax.default_backend(), "backend": backend, "dtype": dtype, "case": str(case)}
+                errors = {"out": out, "gradient": max(gradients), "epsilon": float(jnp.finfo(dtype).eps)}
+                print(json.dumps(described | errors))
 
 
 def relative_error(ours, expected):
-    ours, expected = np.asarray(ours, np.float64), np.asarray(expected, np.float64)
-    return float(np.abs(ours - expected).max() / (np.abs(expected).max() + 1e-2))
+    return float(np.abs(np.asarray(ours, np.float64) - expected).max() / (np.abs(expected).max() + 1e-2))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -1,4 +1,6 @@
-"""Attention behind shared prefixes against float64 softmax over lists of keys, query by query."""
+"""Attention after shared prefixes against float64 softmax over lists of keys, query by query."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ ROWS, TIME, PREFIX, HEADS, KV_HEADS, HEAD_DIM = 6, 150, 21, 6, 2, 10
 
 
 @pytest.mark.parametrize("most_scores", [1, 40_000, 1 << 24], ids=["query by query", "43 queries", "at once"])
+@pytest.mark.parametrize(("scale", "window"), [(None, None), (0.2, 17)])
 def test_each_query_sees_its_prefix_itself_and_its_segment_before_it(
-    most_scores: int, monkeypatch: pytest.MonkeyPatch
+    most_scores: int, scale: float | None, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefix_attention, "MOST_SCORES", most_scores)
     rng = np.random.default_rng()
@@ -26,15 +29,16 @@ def test_each_query_sees_its_prefix_itself_and_its_segment_before_it(
     layout = RowLayout(*(jnp.asarray(x, jnp.int32) for x in (prefixes, lengths, segments)))
     shared = SharedKeys(jnp.asarray(shared_k, jnp.float32), jnp.asarray(shared_v, jnp.float32))
     rows = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-    found = np.asarray(jax.jit(attend_with_prefix)(*rows, shared, layout))
+    attention = functools.partial(attend_with_prefix, scale=scale, window=window)
+    found = np.asarray(jax.jit(attention)(*rows, shared, layout))
 
     for row, token, head in zip(*(rng.integers(0, size, 200) for size in (ROWS, TIME, HEADS)), strict=True):
         kv_head = head // (HEADS // KV_HEADS)
         seen = np.flatnonzero((segments[row] == segments[row, token]) & (np.arange(TIME) <= token))
         prefix = prefixes[row], slice(0, lengths[row]), kv_head
-        keys = np.concatenate([shared_k[prefix], k[row, seen, kv_head]])
-        values = np.concatenate([shared_v[prefix], v[row, seen, kv_head]])
-        weights = np.exp(keys @ q[row, token, head] / np.sqrt(HEAD_DIM))
+        keys = np.concatenate([shared_k[prefix], k[row, seen, kv_head]])[-(window or 0) :]
+        values = np.concatenate([shared_v[prefix], v[row, seen, kv_head]])[-(window or 0) :]
+        weights = np.exp(keys @ q[row, token, head] * (scale or HEAD_DIM**-0.5))
         expected = weights @ values / weights.sum()
         np.testing.assert_allclose(found[row, token, head], expected, rtol=1e-5, atol=1e-6)
 

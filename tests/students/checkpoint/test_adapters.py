@@ -81,7 +81,7 @@ def test_an_adapter_depends_on_seed_and_names_but_not_on_devices_or_other_target
 @pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float32", 24)])
 def test_merging_rounds_once_and_leaves_other_tensors_their_bytes(dtype, bits, make_checkpoint, tmp_path) -> None:
     source = make_checkpoint("qwen2-untied", dtype=dtype, max_shard_size="50KB")
-    # What is on the devices is rounded; what is written is not.
+    # The parameters on the devices are rounded; those in the file are not.
     student, _ = load_student(source, dtype="bfloat16")
     lora = Lora(4, 6.0, ("q_proj", "down_proj"))
     adapted = with_random_b(on(student, lora, seed=3))
@@ -99,7 +99,7 @@ def test_merging_rounds_once_and_leaves_other_tensors_their_bytes(dtype, bits, m
             continue
         a, b = (factors[f"{layer}.lora_{letter}.weight"].astype(np.float64) for letter in "AB")
         exact = before[name].astype(np.float64) + 1.5 * (b @ a)
-        # Half a unit in the last place, and the rounding of the sums in float32.
+        # Half a unit in the last place, plus the rounding of the float32 sums.
         half_unit = 2.0 ** (np.floor(np.log2(np.abs(exact))) - bits)
         room = half_unit + 2.0**-21 * (np.abs(exact) + 1.5 * np.abs(b) @ np.abs(a))
         assert np.all(np.abs(value.astype(np.float64) - exact) <= room), name

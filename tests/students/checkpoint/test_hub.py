@@ -15,7 +15,7 @@ def nothing_is_resolved_yet():
     _snapshot.cache_clear()
 
 
-def test_an_existing_folder_is_taken_as_it_is(tmp_path, monkeypatch):
+def test_an_existing_folder_is_returned_unchanged(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
     assert local_folder(str(tmp_path)) == tmp_path
 
@@ -30,7 +30,7 @@ def test_a_missing_folder_is_not_mistaken_for_a_hub_id(path, monkeypatch, pytest
         local_folder(path)
 
 
-def test_what_a_student_says_is_decided_by_weights_configuration_and_tokenizer(tmp_path):
+def test_loaded_files_are_weights_configuration_and_tokenizer(tmp_path):
     loaded = ["chat_template.jinja", "config.json", "merges.txt", "model-1-of-1.safetensors", "tokenizer.json"]
     for name in (*loaded, "README.md", ".lock.json", "events.log", "training_args.bin"):
         (tmp_path / name).touch()
@@ -45,7 +45,7 @@ def test_named_chat_templates_count(tmp_path, folder):
     assert loaded_files(tmp_path) == (tmp_path / folder / "default.jinja", tmp_path / "model.safetensors")
 
 
-def test_of_a_folder_without_safetensors_every_file_counts(tmp_path):
+def test_every_file_counts_in_a_folder_without_safetensors(tmp_path):
     for name in ("config.json", "judge.gguf"):
         (tmp_path / name).touch()
     assert [file.name for file in loaded_files(tmp_path)] == ["config.json", "judge.gguf"]
@@ -88,7 +88,7 @@ def test_a_process_resolves_a_hub_id_once(tmp_path, monkeypatch):
     assert asked == ["some-org/some-student", "some-org/another"]
 
 
-def test_offline_says_so_and_downloads_nothing(monkeypatch, capsys, tmp_path):
+def test_offline_is_named_and_nothing_is_downloaded(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set and it is not in the cache"):

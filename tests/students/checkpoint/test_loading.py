@@ -1,12 +1,15 @@
 import json
 import os
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
@@ -16,6 +19,7 @@ from lark_jax.runtime.sharding import make_mesh
 from lark_jax.students import load_student, lossless_dtype
 from lark_jax.students.checkpoint import loading
 from lark_jax.students.checkpoint.hf_names import hf_slots
+from lark_jax.students.checkpoint.loading import read_ahead
 from lark_jax.students.checkpoint.placement import DeviceDestination, HostDestination
 from lark_jax.students.checkpoint.safetensors_folder import TensorReader
 from lark_jax.students.parameters import flatten_parameters
@@ -79,7 +83,7 @@ def test_parameters_that_the_mesh_does_not_divide_stay_whole(make_checkpoint):
         np.testing.assert_array_equal(value, expected[name])
 
 
-def test_every_byte_of_the_weights_is_read_once_whatever_the_layout(make_checkpoint, monkeypatch):
+def test_every_byte_of_the_weights_is_read_once_in_every_layout(make_checkpoint, monkeypatch):
     folder = make_checkpoint("qwen2-untied", **DIVISIBLE)
     num_bytes = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     read, read_rows = [], TensorReader.read_rows
@@ -118,7 +122,7 @@ def test_layouts_hold_the_same_bytes(dtype, memory, make_checkpoint, monkeypatch
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_file_cut_while_it_is_read_ends_in_one_line(memory, make_checkpoint, monkeypatch):
+def test_a_file_truncated_during_the_read_is_one_line(memory, make_checkpoint, monkeypatch):
     folder = make_checkpoint("qwen3")
     open_whole = loading.open_checkpoint
 
@@ -134,10 +138,10 @@ def test_a_file_cut_while_it_is_read_ends_in_one_line(memory, make_checkpoint, m
     ) as caught:
         load_student(folder, dtype="float32")
     assert "\n" not in str(caught.value)
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
+    assert no_reader_is_left()
 
 
-def test_an_update_of_donated_parameters_does_not_reach_what_other_devices_share(make_checkpoint):
+def test_an_update_of_donated_parameters_does_not_reach_other_devices(make_checkpoint):
     folder = make_checkpoint("qwen2-tied", **DIVISIBLE)
     student, _ = load_student(folder, mesh=make_mesh(MeshConfig()), dtype="float32", parameter_axes=())
     before = {name: np.array(value) for name, value in parameters_of(student).items()}
@@ -227,3 +231,68 @@ def test_a_checkpoint_of_several_dtypes_is_held_in_that_of_the_computation(make_
     tensors = {key: value.astype(np.float32 if key == first else jnp.bfloat16) for key, value in tensors.items()}
     save_file(tensors, folder / "model.safetensors")
     assert lossless_dtype(folder, "float32") == jnp.float32
+
+
+def no_reader_is_left():
+    return not [thread for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
+
+
+class Gauge:
+    """The size of what is fetched or being fetched and not yet taken, and its peak."""
+
+    def __init__(self):
+        self.held = self.peak = 0
+        self.lock = threading.Lock()
+
+    def add(self, amount):
+        with self.lock:
+            self.held += amount
+            self.peak = max(self.peak, self.held)
+
+
+@given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 30), st.integers(1, 5))
+@settings(max_examples=30)
+def test_items_come_in_order_and_within_the_budget(sizes, budget, num_threads):
+    gauge, items = Gauge(), list(enumerate(sizes))
+
+    def fetch(item):
+        gauge.add(item[1])
+        return item[0] * 10
+
+    taken = []
+    for item, fetched in read_ahead(items, fetch, size=lambda item: item[1], budget=budget, num_threads=num_threads):
+        gauge.add(-item[1])
+        taken.append((item, fetched))
+    assert taken == [(item, item[0] * 10) for item in items]
+    # The gauge still counts the item that was just yielded.
+    assert gauge.peak <= max([budget, *sizes]) + max(sizes, default=0)
+    assert no_reader_is_left()
+
+
+def test_items_are_fetched_at_the_same_time_while_one_is_used():
+    meeting = threading.Barrier(4, timeout=20)
+    results = read_ahead(range(4), lambda item: (item, meeting.wait())[0], size=lambda _: 1, budget=4, num_threads=4)
+    assert [fetched for _, fetched in results] == [0, 1, 2, 3]
+
+
+def test_the_first_error_is_raised_and_ends_the_iteration():
+    started = []
+
+    def fetch(item):
+        started.append(item)
+        time.sleep(0.001)
+        if item == 3:
+            raise OSError("gone")
+        return item
+
+    with pytest.raises(OSError, match="gone"):
+        list(read_ahead(range(1_000), fetch, size=lambda _: 1, budget=8, num_threads=2))
+    assert max(started) < 20
+    assert no_reader_is_left()
+
+
+def test_closing_early_leaves_no_threads():
+    results = read_ahead(range(1_000), lambda item: item, size=lambda _: 1, budget=8, num_threads=2)
+    assert next(results) == (0, 0)
+    results.close()
+    assert no_reader_is_left()

@@ -1,4 +1,4 @@
-"""What loading costs a process: host memory beside the parameters, and the bytes that it reads."""
+"""What loading costs a process: host memory in addition to the parameters, and the bytes it reads."""
 
 import json
 import socket
@@ -27,7 +27,7 @@ CONFIG = {
 }
 MB = 1_000_000
 
-# Anonymous memory is sampled by the benchmark's own code, in a process that does nothing else.
+# The benchmark's own code samples anonymous memory, in a process that does nothing else.
 MEASURE = """
 import argparse, dataclasses, json, sys
 from pathlib import Path
@@ -60,7 +60,7 @@ mesh = make_mesh(MeshConfig(tensor=tensor))
 def num_read():
     return int(Path("/proc/self/io").read_text().split()[1])
 
-load_student(folder, mesh=mesh, dtype="bfloat16")  # what is imported late has been read now
+load_student(folder, mesh=mesh, dtype="bfloat16")  # late imports have been read now
 before = num_read()
 student, architecture = load_student(folder, mesh=mesh, dtype="bfloat16")
 num_bytes = num_read() - before
@@ -103,12 +103,12 @@ def large(tmp_path_factory):
         ("DeviceDestination", "bfloat16", loading._READ_AHEAD_BYTES + loading._TRANSFER_BYTES + 150 * MB),
     ],
 )
-def test_memory_beside_the_parameters_is_bounded(memory, param_dtype, bound, large):
+def test_memory_in_addition_to_the_parameters_is_bounded(memory, param_dtype, bound, large):
     source = MEASURE.format(scripts=str(SCRIPTS), memory=memory, param_dtype=param_dtype, folder=str(large))
     done = subprocess.run([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["parameter_bytes"] > 600 * MB * (2 if param_dtype == "float32" else 1)
-    assert result["peak_bytes"] > result["parameter_bytes"] * 0.9  # the parameters are in what is measured
+    assert result["peak_bytes"] > result["parameter_bytes"] * 0.9  # the measurement includes the parameters
     assert result["peak_bytes"] - result["parameter_bytes"] < bound
 
 
@@ -128,7 +128,7 @@ def test_each_of_two_processes_reads_the_rows_of_its_own_devices(tensor, tmp_pat
     outputs = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     tensors = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
-    # The axis of eight devices splits these by rows, the other matrices by columns, of which whole rows are read.
+    # The axis of eight devices splits these by rows, the other matrices by columns; rows are read whole.
     halved = {
         1: ("o_proj", "down_proj"),
         8: ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"),

@@ -1,4 +1,4 @@
-"""What devices hold of a parameter is what is read, and it arrives byte for byte."""
+"""Each process reads what its devices hold, and it arrives byte for byte."""
 
 import dataclasses
 from pathlib import Path

@@ -1,15 +1,13 @@
-"""The algebra of packing: nothing is lost, nothing is cut, no row overflows, and rows are well filled."""
+"""Packing: every trajectory is in one row, none is cut, no row overflows, and rows are well filled."""
 
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import PAD_ID, random_examples
 
-from lark_jax.finetuning.data import TrainingSet
 from lark_jax.rendering.batching import BatchPlan
 from lark_jax.rendering.packing import (
     MOST_PADDING,
@@ -61,7 +59,7 @@ def test_rows_hold_every_member_once_and_no_two_of_them_would_fit_into_one(lengt
     assert all(one + other > capacity for one, other in itertools.combinations(filled, 2))
 
 
-def test_best_fit_refuses_a_member_that_is_longer_than_a_row() -> None:
+def test_best_fit_refuses_a_member_longer_than_a_row() -> None:
     with pytest.raises(ValueError, match="12 inputs do not fit a row of 11"):
         best_fit({0: 3, 1: 12}, 11)
 
@@ -85,7 +83,7 @@ def test_plan_holds_every_member_once_in_rows_that_do_not_overflow(
 
 @given(LENGTHS, BUDGETS, DEVICES)
 def test_never_worse_than_one_row_each(lengths: list[int], budget: int, devices: int) -> None:
-    """Against the best cutting of as many rows of full length as there are trajectories."""
+    """Compared with the best cut of one full-length row per trajectory."""
     _, row_lengths, plans = packed(lengths, budget, devices)
     alone = plan_micro_batches(dict(enumerate(lengths)), row_lengths[-1:], budget, devices)
 
@@ -117,72 +115,6 @@ def test_trajectories_a_little_longer_than_half_a_row_get_longer_rows() -> None:
     assert padding[1_024] > 0.4
     assert packed_row_lengths(padding, 1_024)[-1] == 1_024
     assert packed_row_lengths(padding, 8_192)[-1] > 1_024
-
-
-@settings(max_examples=20)
-@given(
-    seed=st.integers(0, 1 << 30),
-    num_examples=st.integers(1, 40),
-    batch_size=st.integers(1, 16),
-    budget=st.integers(1, 1_000),
-    devices=DEVICES,
-)
-def test_an_epoch_of_packed_rows_is_an_epoch_of_single_rows(
-    seed: int, num_examples: int, batch_size: int, budget: int, devices: int
-) -> None:
-    """Every member once, whole, with the same weights: what is summed is the same, in other rows."""
-    data = TrainingSet(random_examples(seed, num_examples, 1), batch_size, seed)
-    seen: list[int] = []
-    for step in range(data.steps_per_epoch):
-        batch = data.batch(step)
-        arguments = {"tokens_per_batch": budget, "data_shards": devices, "pad_id": PAD_ID}
-        totals = []
-        for cut in (data.micro_batches, data.packed_micro_batches):
-            micro_batches = tuple(cut(batch, **arguments))
-            totals.append(sum(micro.token_weights_bt.sum(dtype=np.float64) for micro in micro_batches))
-            members = [np.unique(micro.members_bt[micro.members_bt >= 0]) for micro in micro_batches]
-            assert sorted(np.concatenate(members).tolist()) == sorted(batch.members)
-        assert totals[1] == pytest.approx(totals[0], rel=1e-12)
-        seen += batch.members
-    assert sorted(seen) == list(range(num_examples))
-
-
-@given(seed=st.integers(0, 1 << 30), budget=st.integers(1, 1_000), devices=DEVICES)
-@settings(max_examples=20)
-def test_segments_hold_whole_trajectories_and_padding_is_segment_zero(seed: int, budget: int, devices: int) -> None:
-    examples = random_examples(seed, 6, 2)
-    data = TrainingSet(examples, 12, seed)
-    for micro in data.packed_micro_batches(data.batch(0), tokens_per_batch=budget, data_shards=devices, pad_id=PAD_ID):
-        assert micro.segment_ids_bt is not None
-        for row in range(len(micro.tokens_bt)):
-            segments_t = micro.segment_ids_bt[row]
-            last = segments_t.max()
-            inputs = int(np.count_nonzero(segments_t))
-            assert (np.diff(segments_t[:inputs]) >= 0).all()
-            assert sorted(set(segments_t[:inputs].tolist())) == list(range(1, last + 1))
-            padding = (micro.tokens_bt, micro.targets_bt, micro.token_weights_bt, micro.members_bt)
-            assert [set(array[row, inputs:].tolist()) for array in padding] == (
-                [set()] * 4 if inputs == len(segments_t) else [{PAD_ID}, {PAD_ID}, {0.0}, {-1}]
-            )
-            for segment in range(1, last + 1):
-                of_segment = segments_t == segment
-                (member,) = set(micro.members_bt[row, of_segment].tolist()) - {-1}
-                rendered = examples[member].rendered
-                sequence = [*rendered.prompt_tokens.tolist(), *rendered.target_tokens.tolist()]
-                assert micro.tokens_bt[row, of_segment].tolist() == sequence[:-1]
-                assert micro.targets_bt[row, of_segment].tolist() == sequence[1:]
-                is_target = micro.members_bt[row, of_segment] == member
-                assert is_target.tolist() == [False] * (len(rendered.prompt_tokens) - 1) + [True] * len(
-                    rendered.target_tokens
-                )
-
-
-def test_packing_depends_on_the_step_alone() -> None:
-    examples = random_examples(4, 10, 3)
-    one, other = TrainingSet(examples, 8, 5), TrainingSet(examples, 8, 5)
-    arguments = {"tokens_per_batch": 300, "data_shards": 2}
-    late_first = [one.packed_plans(one.batch(step), **arguments) for step in (5, 1, 3)]
-    assert late_first == [other.packed_plans(other.batch(step), **arguments) for step in (5, 1, 3)]
 
 
 def test_few_shapes_are_compiled() -> None:
