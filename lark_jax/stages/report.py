@@ -253,7 +253,3 @@ def _summary(manifest: Manifest, path: Path) -> StageSummary:
     outcome = manifest.outcome
     counts = tuple(Count(name, value) for name, value in outcome.counts.items())
     return StageSummary(manifest.name, counts, tuple(SkippedRecord(**record) for record in outcome.skipped), str(path))
-
-
-def _stage_of(task: str) -> str:
-    return task.partition("/")[0]
