@@ -5,13 +5,11 @@ from typing import Any
 
 from lark_jax.config import STAGES, Experiment, experiment_from_mapping
 from lark_jax.errors import ConfigError
-from lark_jax.preflight.check import check
+from lark_jax.preflight.check import Setup, check_scoring, check_training
 from lark_jax.preflight.cost import Assumptions
 from lark_jax.preflight.lengths import find_lengths
-from lark_jax.preflight.report import as_json, as_text
+from lark_jax.preflight.report import scoring_as_json, scoring_as_text, training_as_json, training_as_text
 from lark_jax.preflight.topologies import parse_topology
-from lark_jax.preflight.training import check_training
-from lark_jax.preflight.training_report import training_as_json, training_as_text
 from lark_jax.runtime import files
 from lark_jax.runtime.command import Arguments, Command, Flag
 from lark_jax.students import read_architecture
@@ -33,15 +31,21 @@ def run(arguments: Arguments) -> int:
             f"{student}: not a file or folder here; preflight downloads nothing: "
             "give --architecture=FOLDER with the student's config.json"
         )
-    architecture, lengths = read_architecture(student), find_lengths(experiment, flags["lengths"])
-    assumptions, name = Assumptions(compute=flags["efficiency"]), Path(student).resolve().name
+    setup = Setup(
+        student=Path(student).resolve().name,
+        architecture=read_architecture(student),
+        experiment=experiment,
+        topology=topology,
+        lengths=find_lengths(experiment, flags["lengths"]),
+        assumptions=Assumptions(compute=flags["efficiency"]),
+    )
     values: dict[str, Any] = {}
     if "score" in experiment.stages:
-        scoring = check(experiment, architecture, topology, lengths, assumptions, student_name=name)
-        print(as_text(scoring))
-        values |= as_json(scoring)
+        scoring = check_scoring(setup)
+        print(scoring_as_text(scoring))
+        values |= scoring_as_json(scoring)
     if "finetune" in experiment.stages:
-        training = check_training(experiment, architecture, topology, lengths, assumptions, student_name=name)
+        training = check_training(setup)
         print(training_as_text(training))
         values["finetune"] = training_as_json(training)
     if "float32" in (experiment.score.dtype, experiment.finetune.dtype):

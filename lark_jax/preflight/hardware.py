@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lark_jax.errors import ConfigError
 from lark_jax.students.flops import peak_flops
@@ -119,67 +119,64 @@ TPU_CHIPS: Mapping[str, TpuChip] = {
 }
 
 
-def _ampere(name: str, device_kind: str, memory_bytes: int, memory_gbs: float) -> Card:
-    return Card(
-        name=name,
-        device_kind=device_kind,
-        memory_bytes=memory_bytes,
-        memory_bandwidth=memory_gbs * 1e9,
-        link_bandwidth=300e9,
-        host_bandwidth=25e9,
-        compute_capability=8,
-        core_count=108,
-        fpus_per_core=64,
-        clock_rate_ghz=1.41,
-        l2_cache_bytes=41_943_040,
-        shared_memory_per_core=167_936,
-        shared_memory_per_block=166_912,
-    )
-
-
-def _hopper(name: str, device_kind: str, memory_bytes: int, memory_gbs: float) -> Card:
-    return Card(
-        name=name,
-        device_kind=device_kind,
-        memory_bytes=memory_bytes,
-        memory_bandwidth=memory_gbs * 1e9,
-        link_bandwidth=450e9,
-        host_bandwidth=50e9,
-        compute_capability=9,
-        core_count=132,
-        fpus_per_core=128,
-        clock_rate_ghz=1.98,
-        l2_cache_bytes=52_428_800,
-        shared_memory_per_core=233_472,
-        shared_memory_per_block=232_448,
-    )
-
-
+_A100 = Card(
+    name="a100-80gb",
+    device_kind="NVIDIA A100-SXM4-80GB",
+    memory_bytes=85_100_068_864,
+    memory_bandwidth=2039.04e9,
+    link_bandwidth=300e9,
+    host_bandwidth=25e9,
+    compute_capability=8,
+    core_count=108,
+    fpus_per_core=64,
+    clock_rate_ghz=1.41,
+    l2_cache_bytes=41_943_040,
+    shared_memory_per_core=167_936,
+    shared_memory_per_block=166_912,
+)
+_SMALL_A100 = replace(
+    _A100,
+    name="a100-40gb",
+    device_kind="NVIDIA A100-SXM4-40GB",
+    memory_bytes=42_331_013_120,
+    memory_bandwidth=1555.2e9,
+)
+_H100 = Card(
+    name="h100",
+    device_kind="NVIDIA H100 80GB HBM3",
+    memory_bytes=84_942_979_072,
+    memory_bandwidth=3352.32e9,
+    link_bandwidth=450e9,
+    host_bandwidth=50e9,
+    compute_capability=9,
+    core_count=132,
+    fpus_per_core=128,
+    clock_rate_ghz=1.98,
+    l2_cache_bytes=52_428_800,
+    shared_memory_per_core=233_472,
+    shared_memory_per_block=232_448,
+)
+_H200 = replace(
+    _H100,
+    name="h200",
+    device_kind="NVIDIA H200 141GB HBM3e",
+    memory_bytes=151_397_597_184,
+    memory_bandwidth=4800e9,
+)
+_B200 = replace(
+    _H100,
+    name="b200",
+    device_kind="NVIDIA B200",
+    memory_bytes=191_514_411_008,
+    memory_bandwidth=7672.32e9,
+    link_bandwidth=900e9,
+    compute_capability=10,
+    core_count=148,
+    clock_rate_ghz=1.965,
+    l2_cache_bytes=132_644_864,
+)
 # The SXM boards. Between hosts: one network adapter of 200 Gbit/s (A100) or 400 Gbit/s per card, as in common clusters.
-CARDS: Mapping[str, Card] = {
-    card.name: card
-    for card in (
-        _ampere("a100-40gb", "NVIDIA A100-SXM4-40GB", 42_331_013_120, 1555.2),
-        _ampere("a100-80gb", "NVIDIA A100-SXM4-80GB", 85_100_068_864, 2039.04),
-        _hopper("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, 3352.32),
-        _hopper("h200", "NVIDIA H200 141GB HBM3e", 151_397_597_184, 4800.0),
-        Card(
-            name="b200",
-            device_kind="NVIDIA B200",
-            memory_bytes=191_514_411_008,
-            memory_bandwidth=7672.32e9,
-            link_bandwidth=900e9,
-            host_bandwidth=50e9,
-            compute_capability=10,
-            core_count=148,
-            fpus_per_core=128,
-            clock_rate_ghz=1.965,
-            l2_cache_bytes=132_644_864,
-            shared_memory_per_core=233_472,
-            shared_memory_per_block=232_448,
-        ),
-    )
-}
+CARDS: Mapping[str, Card] = {card.name: card for card in (_SMALL_A100, _A100, _H100, _H200, _B200)}
 
 
 def gpu_share() -> float:

@@ -5,14 +5,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from compiler_answers import experiment_of
+from compiler_answers import experiment_of, setup_of
 from student_shapes import STUDENT_SHAPES
 
 from lark_jax.config import FinetuneConfig
+from lark_jax.preflight.check import training_requests
 from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileRequest
 from lark_jax.preflight.topologies import parse_topology
-from lark_jax.preflight.training import training_requests
 from lark_jax.students.architecture import architecture_from_config
 
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -41,7 +41,7 @@ def request_of(case: str) -> CompileRequest:
     topology = parse_topology(name)
     experiment = experiment_of("finetune", finetune=FinetuneConfig(remat=remat))
     architecture = architecture_from_config(STUDENT_SHAPES[student])
-    (request,) = training_requests(experiment, architecture, topology, Lengths((LENGTH,), "given"))
+    (request,) = training_requests(setup_of(experiment, architecture, topology, Lengths((LENGTH,), "given")))
     return request
 
 

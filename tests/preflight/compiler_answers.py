@@ -3,12 +3,21 @@
 from typing import Any
 
 from lark_jax.config import Experiment, PoolConfig, StudentConfig
+from lark_jax.preflight.check import Setup
+from lark_jax.preflight.cost import Assumptions
+from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileAnswer, Memory
+from lark_jax.preflight.topologies import Topology
+from lark_jax.students.architecture import Architecture
 
 
 def experiment_of(stage: str, **sections: Any) -> Experiment:
     student, pool = StudentConfig(path="nowhere/student"), PoolConfig(path="nowhere/pool.jsonl")
     return Experiment(workdir="runs/x", stages=(stage,), student=student, pool=pool, **sections)
+
+
+def setup_of(experiment: Experiment, architecture: Architecture, topology: Topology, lengths: Lengths) -> Setup:
+    return Setup("qwen", architecture, experiment, topology, lengths, Assumptions())
 
 
 def answer_with(memory: Memory, **fields: Any) -> CompileAnswer:

@@ -4,16 +4,15 @@ import dataclasses
 
 import pytest
 from budget_cases import libtpu_version, score_request
-from compiler_answers import answer_with, experiment_of
+from compiler_answers import answer_with, experiment_of, setup_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lark_jax.config import Experiment, MeshConfig, ScoreConfig
-from lark_jax.preflight.check import check, mesh_request, score_requests
-from lark_jax.preflight.cost import Assumptions
+from lark_jax.preflight.check import check_scoring, mesh_request, score_requests
 from lark_jax.preflight.hardware import GIB
 from lark_jax.preflight.lengths import Lengths
-from lark_jax.preflight.report import as_json, as_text
+from lark_jax.preflight.report import scoring_as_json, scoring_as_text
 from lark_jax.preflight.requests import CompileAnswer, CompileRequest, Memory, MeshAnswer, MeshRequest, mesh_in_child
 from lark_jax.preflight.topologies import parse_topology
 from lark_jax.scoring.workload import plan_pool
@@ -46,7 +45,7 @@ def test_the_programs_are_among_those_of_the_run(inputs: list[int], data: int) -
     lengths = Lengths(tuple(inputs), "drawn")
     experiment = experiment_with(tokens_per_batch=16_384)
     topology = parse_topology("v5e-32")
-    requests = score_requests(experiment, ARCHITECTURE, topology, lengths, MeshAnswer(data, 1, 32 // data))
+    requests = score_requests(setup_of(experiment, ARCHITECTURE, topology, lengths), MeshAnswer(data, 1, 32 // data))
     batches = plan_pool(inputs, 16_384, data)
     run = {(batch.rows // data, batch.length) for batch in batches}
     compiled = {(request.rows_per_device, request.length) for request in requests}
@@ -58,8 +57,8 @@ def test_the_programs_are_among_those_of_the_run(inputs: list[int], data: int) -
 def test_more_devices_along_data_make_the_batches_of_a_small_pool_smaller() -> None:
     lengths = Lengths((2_000,) * 4_000, "given")
     experiment, topology = experiment_with(), parse_topology("v5e-16")
-    few = score_requests(experiment, ARCHITECTURE, topology, lengths, MeshAnswer(1, 1, 16))
-    many = score_requests(experiment, ARCHITECTURE, topology, lengths, MeshAnswer(16, 1, 1))
+    few = score_requests(setup_of(experiment, ARCHITECTURE, topology, lengths), MeshAnswer(1, 1, 16))
+    many = score_requests(setup_of(experiment, ARCHITECTURE, topology, lengths), MeshAnswer(16, 1, 1))
     assert many[0].rows_per_device < few[0].rows_per_device
 
 
@@ -75,7 +74,7 @@ def test_hours_and_mesh_are_of_the_setting_that_fits(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("lark_jax.preflight.check.compile_in_child", compile_request)
     monkeypatch.setattr("lark_jax.preflight.check.mesh_in_child", mesh_of)
-    found = check(experiment_with(), ARCHITECTURE, topology, lengths, Assumptions(), student_name="qwen")
+    found = check_scoring(setup_of(experiment_with(), ARCHITECTURE, topology, lengths))
     assert [program.answer.memory.fits for program in found.programs] == [True, False]
     assert not found.fits
     assert found.remedy is not None
@@ -84,8 +83,8 @@ def test_hours_and_mesh_are_of_the_setting_that_fits(monkeypatch: pytest.MonkeyP
     assert found.remedy.settings == f"--config.score.tokens_per_batch={budget}"
     assert found.pool.steps == len(plan_pool(lengths.inputs, budget, 16))
     assert found.pool.steps > len(plan_pool(lengths.inputs, 32_768, 16))
-    assert as_text(found).count("This was compiled and fits, with 9.0 GiB") == 1
-    remedy = as_json(found)["remedy"]
+    assert scoring_as_text(found).count("This was compiled and fits, with 9.0 GiB") == 1
+    remedy = scoring_as_json(found)["remedy"]
     assert remedy["settings"] == found.remedy.settings
     assert len(remedy["programs"]) == len(found.remedy.answers)
 
@@ -95,8 +94,8 @@ def test_without_a_remedy_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("lark_jax.preflight.check.mesh_in_child", mesh_of)
     lengths = Lengths((24_000,) * 2_000 + (4_000,) * 20_000, "given")
     topology = parse_topology("v5e-16")
-    found = check(experiment_with(tensor=8), ARCHITECTURE, topology, lengths, Assumptions(), student_name="qwen")
-    text = as_text(found)
+    found = check_scoring(setup_of(experiment_with(tensor=8), ARCHITECTURE, topology, lengths))
+    text = scoring_as_text(found)
     assert text.count("DOES NOT FIT, by 24.00 GiB") == 2
     assert text.count("No setting makes it fit") == 1
 
@@ -112,4 +111,9 @@ def test_without_a_remedy_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_mesh_is_the_runs(student: str, tensor: int, expected: MeshAnswer) -> None:
     topology = parse_topology("v5e-16")
     architecture = score_request(student, "v5e-16").architecture
-    assert mesh_in_child(mesh_request(experiment_with(tensor=tensor), architecture, topology)) == expected
+    assert (
+        mesh_in_child(
+            mesh_request(setup_of(experiment_with(tensor=tensor), architecture, topology, Lengths((1,), "given")))
+        )
+        == expected
+    )

@@ -5,17 +5,16 @@ from collections.abc import Mapping
 
 import pytest
 from budget_cases import score_request
-from compiler_answers import answer_with, experiment_of
+from compiler_answers import answer_with, experiment_of, setup_of
 
 from lark_jax.config import REMAT_CHOICES, Experiment, FinetuneConfig, MeshConfig
-from lark_jax.preflight import training
-from lark_jax.preflight.cost import Assumptions
+from lark_jax.preflight import check
+from lark_jax.preflight.check import TrainingFindings, check_training, training_requests
 from lark_jax.preflight.hardware import GIB
 from lark_jax.preflight.lengths import Lengths
+from lark_jax.preflight.report import training_as_json, training_as_text
 from lark_jax.preflight.requests import CompileAnswer, CompileRequest, Memory
 from lark_jax.preflight.topologies import parse_topology
-from lark_jax.preflight.training import TrainingFindings, check_training, training_requests
-from lark_jax.preflight.training_report import training_as_json, training_as_text
 from lark_jax.students.flops import attention_flops, forward_flops
 
 ARCHITECTURE = score_request("qwen2.5-7b", "v5p-16").architecture
@@ -55,10 +54,8 @@ def findings_of(
             length=request.length,
         )
 
-    monkeypatch.setattr(training, "compile_in_child", compile_request)
-    found = check_training(
-        experiment_with(configured), ARCHITECTURE, TOPOLOGY, lengths, Assumptions(), student_name="qwen"
-    )
+    monkeypatch.setattr(check, "compile_in_child", compile_request)
+    found = check_training(setup_of(experiment_with(configured), ARCHITECTURE, TOPOLOGY, lengths))
     return found, asked
 
 
@@ -137,14 +134,14 @@ def test_flops_are_three_forward_passes_and_what_is_computed_again(monkeypatch: 
 
 
 def test_requests_are_of_the_worst_case_shapes_on_the_mesh_of_the_run() -> None:
-    split = training_requests(experiment_with(tensor=2), ARCHITECTURE, TOPOLOGY, FULLER)
+    split = training_requests(setup_of(experiment_with(tensor=2), ARCHITECTURE, TOPOLOGY, FULLER))
     assert [(r.data, r.tensor, r.rows_per_device, r.length) for r in split] == [(4, 2, 1, 20_096), (4, 2, 4, 8_064)]
-    whole = training_requests(experiment_with(), ARCHITECTURE, TOPOLOGY, FULLER)
+    whole = training_requests(setup_of(experiment_with(), ARCHITECTURE, TOPOLOGY, FULLER))
     assert tuple(dataclasses.replace(request, data=8, tensor=1) for request in split) == whole
 
 
 def test_packed_rows_are_as_long_as_any_selection_may_make_them() -> None:
     experiment = experiment_with()
     packing = dataclasses.replace(experiment, finetune=dataclasses.replace(experiment.finetune, packing=True))
-    requests = training_requests(packing, ARCHITECTURE, TOPOLOGY, FULLER)
+    requests = training_requests(setup_of(packing, ARCHITECTURE, TOPOLOGY, FULLER))
     assert [(r.packed, r.rows_per_device, r.length) for r in requests] == [(True, 1, 32_256), (True, 8, 4_096)]

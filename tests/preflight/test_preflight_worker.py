@@ -4,13 +4,13 @@ import dataclasses
 import json
 
 from budget_cases import score_request
-from compiler_answers import experiment_of
+from compiler_answers import experiment_of, setup_of
 
 from lark_jax.config import LORA_TARGETS, FinetuneConfig, MeshConfig
+from lark_jax.preflight.check import training_requests
 from lark_jax.preflight.lengths import Lengths
 from lark_jax.preflight.requests import CompileRequest, request_from_json
 from lark_jax.preflight.topologies import parse_topology
-from lark_jax.preflight.training import training_requests
 from lark_jax.preflight.worker import held_in_micro_batch, held_in_update, training_student
 from lark_jax.runtime.sharding import DATA, make_mesh
 from lark_jax.students.flops import adapter_parameter_count
@@ -26,7 +26,7 @@ LORA = Lora(16, 32.0, LORA_TARGETS)
 def request_with(lora_rank: int) -> CompileRequest:
     experiment = experiment_of("finetune", finetune=FinetuneConfig(lora_rank=lora_rank, lora_alpha=32.0))
     lengths = Lengths((20_000,) * 64, "given")
-    return training_requests(experiment, ARCHITECTURE, parse_topology("v5p-16"), lengths)[0]
+    return training_requests(setup_of(experiment, ARCHITECTURE, parse_topology("v5p-16"), lengths))[0]
 
 
 def test_the_request_has_the_adapter_and_survives_the_way_to_the_child() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from budget_cases import score_request
-from compiler_answers import answer_with, experiment_of
+from compiler_answers import answer_with, experiment_of, setup_of
 
 from lark_jax.config import Experiment, MeshConfig, ScoreConfig
 from lark_jax.preflight.check import score_requests
@@ -27,7 +27,7 @@ def requests_for(student: str, topology: Topology, *inputs: int) -> RequestsOf:
     def requests_of(experiment: Experiment) -> tuple[CompileRequest, ...]:
         tensor = experiment.mesh.tensor
         mesh = MeshAnswer(data=topology.num_devices // tensor, tensor=tensor, meshes=1)
-        return score_requests(experiment, architecture, topology, lengths, mesh)
+        return score_requests(setup_of(experiment, architecture, topology, lengths), mesh)
 
     return requests_of
 
