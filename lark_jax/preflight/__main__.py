@@ -49,7 +49,7 @@ def run(arguments: Arguments) -> int:
         print(training_as_text(training))
         values["finetune"] = training_as_json(training)
     if "float32" in (experiment.score.dtype, experiment.finetune.dtype):
-        print("Times take the peak rates of bfloat16: where dtype is float32, computing takes 6 to 16 times as long.\n")
+        print("Times assume the peak rates of bfloat16; with dtype float32, compute takes 6 to 16 times as long.\n")
     values["fits"] = values.get("fits", True) and ("finetune" not in values or values["finetune"]["fits"])
     if flags["out"] is not None:
         files.write_json(Path(flags["out"]), values)
@@ -57,11 +57,7 @@ def run(arguments: Arguments) -> int:
 
 
 def compiled_stages(values: dict[str, Any]) -> Experiment:
-    """The experiment with only those of its stages that preflight compiles.
-
-    Raises:
-      ConfigError: there are none, or a field is wrong.
-    """
+    """The experiment with only those of its stages that preflight compiles; raises ConfigError if there are none."""
     asked = values.get("stages", STAGES)
     words = asked.split(",") if isinstance(asked, str) else [word for item in asked for word in item.split(",")]
     stages = tuple(stage for stage in COMPILED if stage in words)

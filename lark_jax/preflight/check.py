@@ -36,13 +36,9 @@ BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is checked: an experiment on hardware, for rows of these lengths.
+    """What is checked: an experiment on hardware, for rows of these lengths."""
 
-    Attributes:
-      student: the name that reports show.
-    """
-
-    student: str
+    student: str  # the name that reports show
     architecture: Architecture
     experiment: Experiment
     topology: Topology
@@ -62,17 +58,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class ScoringFindings:
-    """The findings on scoring.
-
-    Attributes:
-      remedy: for all programs together; only if one of them does not fit.
-      pool: with the remedy if there is one.
-    """
-
     setup: Setup
     programs: tuple[Finding, ...]
-    remedy: Remedy | None
-    pool: PoolTime
+    remedy: Remedy | None  # for all programs together; only if one of them does not fit
+    pool: PoolTime  # with the remedy if there is one
 
     @property
     def fits(self) -> bool:
@@ -81,17 +70,12 @@ class ScoringFindings:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyFinding:
-    """One memory policy (`finetune.remat`), with the worst-case micro-batches compiled under it.
-
-    Attributes:
-      answers: the micro-batch with the longest rows first; `flops` and `time` are for this one.
-      flops: on one device, recomputation included.
-    """
+    """One memory policy (`finetune.remat`), with the worst-case micro-batches compiled under it."""
 
     remat: str
-    answers: tuple[CompileAnswer, ...]
-    flops: float
-    time: StepTime
+    answers: tuple[CompileAnswer, ...]  # the micro-batch with the longest rows first
+    flops: float  # of the first answer on one device, recomputation included
+    time: StepTime  # of the first answer
 
     @property
     def answer(self) -> CompileAnswer:
@@ -101,16 +85,9 @@ class PolicyFinding:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFindings:
-    """The findings on fine-tuning.
-
-    Attributes:
-      policies: in the order of `config.REMAT_CHOICES`.
-      update: the optimizer step after the last micro-batch.
-    """
-
     setup: Setup
-    policies: tuple[PolicyFinding, ...]
-    update: CompileAnswer
+    policies: tuple[PolicyFinding, ...]  # in the order of `config.REMAT_CHOICES`
+    update: CompileAnswer  # the optimizer step after the last micro-batch
 
     @property
     def configured(self) -> str:
@@ -173,11 +150,7 @@ def check_scoring(setup: Setup) -> ScoringFindings:
 
 
 def check_training(setup: Setup) -> TrainingFindings:
-    """Compiles the worst-case micro-batches under every policy, and the optimizer step.
-
-    Raises:
-      PreflightError: no compiler for this hardware is installed, or it refuses a program.
-    """
+    """Compiles the worst-case micro-batches under every policy, and the optimizer step; raises as `check_scoring`."""
     requests = training_requests(setup)
     policies = []
     for remat in REMAT_CHOICES:
@@ -196,8 +169,7 @@ def mesh_request(setup: Setup) -> MeshRequest:
 def score_requests(setup: Setup, mesh: MeshAnswer) -> tuple[CompileRequest, ...]:
     """The scoring step for the longest rows of the pool, and for those with the most tokens per step if they differ.
 
-    Args:
-      mesh: where the experiment scores; the shapes depend on its devices along `data`.
+    Shapes depend on the number of devices along `data` of `mesh`, where the experiment scores.
     """
     score = setup.experiment.score
     steps = plan_steps(setup.lengths, score.tokens_per_batch, mesh.data)

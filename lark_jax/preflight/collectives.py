@@ -23,19 +23,12 @@ _SAME_AS = {
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of communication in a step.
+    """One kind of communication in a step."""
 
-    Attributes:
-      kind: the primitive.
-      axes: mesh axes, joined by a comma.
-      times: executions per step.
-      bytes_sent: by each device in all executions, with the devices of the axis in a ring.
-    """
-
-    kind: str
-    axes: str
-    times: int
-    bytes_sent: int
+    kind: str  # the primitive
+    axes: str  # mesh axes, joined by a comma
+    times: int  # executions per step
+    bytes_sent: int  # by each device in all executions, with the devices of the axis in a ring
 
 
 def collectives_of(jaxpr: ClosedJaxpr, axis_sizes: Mapping[str, int]) -> tuple[Collective, ...]:

@@ -18,7 +18,7 @@ VOCABULARY_BLOCK = 4_096  # tokens per pass over the head
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """The shares of the makers' peak figures that a step is assumed to reach."""
+    """The shares of the vendors' peak figures that a step is assumed to reach."""
 
     compute: float = 0.5
     memory: float = 0.8

@@ -1,4 +1,4 @@
-"""Chips and cards as JAX devices. Figures are the makers' (dense bfloat16); sources are in third_party_notes."""
+"""Chips and cards as JAX devices. Figures are the vendors' (dense bfloat16); sources are in third_party_notes."""
 
 import os
 from collections.abc import Mapping
@@ -14,23 +14,14 @@ GPU_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTIO
 
 @dataclass(frozen=True)
 class Chip:
-    """One JAX device.
+    """One JAX device."""
 
-    Attributes:
-      name: as users write it.
-      device_kind: as `students.flops.PEAK_FLOPS` knows it.
-      memory_bytes: usable by programs.
-      memory_bandwidth: bytes/s between chip and its memory.
-      link_bandwidth: bytes/s from one device to its neighbours: NVLink; two links (one axis) of a TPU's torus.
-      host_bandwidth: bytes/s from one device to other hosts; the same links inside a TPU slice.
-    """
-
-    name: str
-    device_kind: str
-    memory_bytes: int
-    memory_bandwidth: float
-    link_bandwidth: float
-    host_bandwidth: float
+    name: str  # as users write it
+    device_kind: str  # as `students.flops.PEAK_FLOPS` knows it
+    memory_bytes: int  # usable by programs
+    memory_bandwidth: float  # bytes/s between chip and its memory
+    link_bandwidth: float  # bytes/s to a device's neighbours: NVLink; two links (one axis) of a TPU's torus
+    host_bandwidth: float  # bytes/s from one device to other hosts; the same links inside a TPU slice
 
     @property
     def peak_flops(self) -> float:
@@ -135,11 +126,7 @@ _A100 = Card(
     shared_memory_per_block=166_912,
 )
 _SMALL_A100 = replace(
-    _A100,
-    name="a100-40gb",
-    device_kind="NVIDIA A100-SXM4-40GB",
-    memory_bytes=42_331_013_120,
-    memory_bandwidth=1555.2e9,
+    _A100, name="a100-40gb", device_kind="NVIDIA A100-SXM4-40GB", memory_bytes=42_331_013_120, memory_bandwidth=1555.2e9
 )
 _H100 = Card(
     name="h100",
@@ -157,11 +144,7 @@ _H100 = Card(
     shared_memory_per_block=232_448,
 )
 _H200 = replace(
-    _H100,
-    name="h200",
-    device_kind="NVIDIA H200 141GB HBM3e",
-    memory_bytes=151_397_597_184,
-    memory_bandwidth=4800e9,
+    _H100, name="h200", device_kind="NVIDIA H200 141GB HBM3e", memory_bytes=151_397_597_184, memory_bandwidth=4800e9
 )
 _B200 = replace(
     _H100,

@@ -69,11 +69,7 @@ def find_lengths(experiment: Experiment, given: str | None) -> Lengths:
 
 
 def plan_steps(lengths: Lengths, tokens_per_batch: int, data_shards: int) -> tuple[Steps, ...]:
-    """The steps of a pool by shape, longest rows first.
-
-    Args:
-      data_shards: the number of devices that rows are split over.
-    """
+    """The steps of a pool by shape, longest rows first; rows are split over `data_shards` devices."""
     plans = plan_pool(lengths.inputs, tokens_per_batch, data_shards)
     counts = collections.Counter((plan.length, plan.rows // data_shards) for plan in plans)
     return tuple(Steps(rows, length, times) for (length, rows), times in sorted(counts.items(), reverse=True))
@@ -109,14 +105,10 @@ def _assumed(longest: int, reason: str) -> Lengths:
     for number in range(ASSUMED_CLASSES):
         normal = NormalDist().inv_cdf((number + 0.5) / ASSUMED_CLASSES)
         length = ASSUMED_MEAN * math.exp(ASSUMED_SPREAD * normal - ASSUMED_SPREAD**2 / 2)
-        count = _share(ASSUMED_TRAJECTORIES, number)
-        inputs += [min(longest, round(length))] * count
+        before, after = (ASSUMED_TRAJECTORIES * edge // ASSUMED_CLASSES for edge in (number, number + 1))
+        inputs += [min(longest, round(length))] * (after - before)
     return Lengths(
         tuple(inputs),
         f"assumed, since {reason}: {ASSUMED_TRAJECTORIES:,} trajectories of about {ASSUMED_MEAN:,} tokens "
         f"(log-normal, spread {ASSUMED_SPREAD}), as in the paper; give --lengths=LENGTH:COUNT,...",
     )
-
-
-def _share(total: int, number: int) -> int:
-    return total * (number + 1) // ASSUMED_CLASSES - total * number // ASSUMED_CLASSES

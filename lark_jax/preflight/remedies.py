@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 from lark_jax.config import Experiment
@@ -17,23 +18,17 @@ Compile = Callable[[CompileRequest], CompileAnswer]
 LARGEST_GPU_SHARE = 0.95  # of a card's memory; CUDA and its libraries need the rest
 SMALL_CHUNK = 1_024
 MOST_TRIES = 12
+ADJUSTED = ("score.tokens_per_batch", "score.parameters", "mesh.data", "mesh.tensor", "score.vocab_chunk")
 
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """Settings with which a run fits, if there are any.
+    """Settings with which a run fits, if there are any."""
 
-    Attributes:
-      settings: as a user writes them; empty if none were found.
-      experiment: with these settings.
-      answers: all programs of that experiment; empty if no settings were found.
-      tried: settings with which some program does not fit.
-    """
-
-    settings: str
-    experiment: Experiment
-    answers: tuple[CompileAnswer, ...]
-    tried: tuple[str, ...]
+    settings: str  # as a user writes them; empty if none were found
+    experiment: Experiment  # with these settings
+    answers: tuple[CompileAnswer, ...]  # all programs of that experiment; empty if no settings were found
+    tried: tuple[str, ...]  # settings with which some program does not fit
 
     @property
     def found(self) -> bool:
@@ -57,7 +52,9 @@ def find_remedy(
     share = int(LARGEST_GPU_SHARE * topology.chip.memory_bytes)
     if isinstance(topology.chip, Card) and all(answer.memory.total <= share for answer in answers):
         settings = f"{GPU_SHARE_VARIABLES[0]}={LARGEST_GPU_SHARE} in the environment"
-        return Remedy(settings, experiment, tuple(_with_memory(answer, share) for answer in answers), ())
+        memories = [dataclasses.replace(answer.memory, available=share) for answer in answers]
+        given = (dataclasses.replace(answer, memory=m) for answer, m in zip(answers, memories, strict=True))
+        return Remedy(settings, experiment, tuple(given), ())
     misfit = next(number for number, answer in enumerate(answers) if not answer.memory.fits)
     tried: list[str] = []
     for candidate in itertools.islice(candidates(experiment, architecture, answers[misfit], topology), MOST_TRIES):
@@ -86,11 +83,13 @@ def candidates(
     fewer_rows = [rows for rows in (answer.rows_per_device // 2, 1) if 0 < rows < answer.rows_per_device]
     budgets = [score.tokens_per_batch, *dict.fromkeys(rows * answer.length for rows in fewer_rows)]
     chunks = sorted({score.vocab_chunk, min(score.vocab_chunk, SMALL_CHUNK)}, reverse=True)
+    # Then asking for gathered parameters would change only the spelling of the setting.
+    is_gathered_already = DATA in answer.parameter_axes and score.parameters == "auto" and mesh.data == -1
     layouts = [(score.parameters, mesh.data, mesh.tensor)]
     layouts += [
         ("gathered", -1, tensor)
         for tensor in _tensor_sizes(mesh.tensor, architecture, topology)
-        if not (tensor == mesh.tensor and _is_gathered_already(experiment, answer))
+        if not (tensor == mesh.tensor and is_gathered_already)
     ]
     together = [
         dataclasses.replace(
@@ -110,38 +109,20 @@ def candidates(
 def settings_of(before: Experiment, after: Experiment) -> str:
     """The flags that turn one experiment into the other."""
     flags = []
-    if after.score.tokens_per_batch != before.score.tokens_per_batch:
-        flags.append(f"--config.score.tokens_per_batch={after.score.tokens_per_batch}")
-    if after.score.parameters != before.score.parameters:
-        flags.append(f"--config.score.parameters={after.score.parameters}")
-    if after.mesh.data != before.mesh.data:
-        flags.append(f"--config.mesh.data={after.mesh.data}")
-    if after.mesh.tensor != before.mesh.tensor:
-        # A mesh that suits scoring need not suit fine-tuning, so scoring becomes a run of its own.
-        flags.append(f"--config.mesh.tensor={after.mesh.tensor} --config.stages=score")
-    if after.score.vocab_chunk != before.score.vocab_chunk:
-        flags.append(f"--config.score.vocab_chunk={after.score.vocab_chunk}")
+    for name in ADJUSTED:
+        value = operator.attrgetter(name)
+        if value(after) != value(before):
+            flags.append(f"--config.{name}={value(after)}")
+            if name == "mesh.tensor":  # may not suit fine-tuning, so scoring becomes a run of its own
+                flags.append("--config.stages=score")
     return " ".join(flags)
 
 
 def _compile_while_they_fit(requests: Sequence[CompileRequest], compile_request: Compile) -> tuple[CompileAnswer, ...]:
     """The answers to all `requests`; empty as soon as one does not fit."""
-    answers = []
-    for request in requests:
-        answer = compile_request(request)
-        if not answer.memory.fits:
-            return ()
-        answers.append(answer)
-    return tuple(answers)
-
-
-def _with_memory(answer: CompileAnswer, available: int) -> CompileAnswer:
-    return dataclasses.replace(answer, memory=dataclasses.replace(answer.memory, available=available))
-
-
-def _is_gathered_already(experiment: Experiment, answer: CompileAnswer) -> bool:
-    """Whether asking for gathered parameters would change only the spelling of the setting."""
-    return DATA in answer.parameter_axes and experiment.score.parameters == "auto" and experiment.mesh.data == -1
+    fitting = itertools.takewhile(lambda answer: answer.memory.fits, map(compile_request, requests))
+    answers = tuple(fitting)
+    return answers if len(answers) == len(requests) else ()
 
 
 def _shards(answer: CompileAnswer) -> int:

@@ -200,7 +200,7 @@ def _pool(findings: ScoringFindings) -> str:
     duration = f"{pool.hours * 60:.1f} min" if pool.hours < 2 else f"{pool.hours:,.1f} h"
     return "\n".join(
         [
-            f"The pool: about {duration}{condition}; {pool.slowest} decides",
+            f"The pool: about {duration}{condition}; limited by {pool.slowest}",
             f"  work         {len(lengths.inputs):,} rows, {pool.tokens:,} tokens, {pool.padding:.1%} padding, "
             f"{pool.steps:,} steps of {pool.shapes} shapes",
             f"  lengths      {lengths.source}",
@@ -234,12 +234,11 @@ def _gib(size: float) -> str:
 def _policy(policy: PolicyFinding, findings: TrainingFindings) -> tuple[str, str, str]:
     name = f"{policy.remat} (configured)" if policy.remat == findings.configured else policy.remat
     fits = "FITS" if findings.fits_with(policy) else "DOES NOT FIT"
-    time = f"{policy.flops / 1e12:,.0f} TFLOP, {policy.time.seconds:.1f} s ({policy.time.slowest} decides)"
+    time = f"{policy.flops / 1e12:,.0f} TFLOP, {policy.time.seconds:.1f} s (limited by {policy.time.slowest})"
     return name, _gib(findings.peak(policy)), f"{fits}  {time}"
 
 
 def _training_verdict(findings: TrainingFindings) -> str:
-    """The policy to use, or what the run needs under the policy with the lowest peak."""
     if findings.fastest is not None:
         return f"  The fastest that fits: --config.finetune.remat={findings.fastest.remat}"
     if not findings.update.memory.fits:

@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from lark_jax.config.values import without_none
 from lark_jax.errors import PreflightError
 from lark_jax.preflight.collectives import Collective
-from lark_jax.students.architecture import Architecture, RopeScaling
+from lark_jax.students.architecture import Architecture
 from lark_jax.students.lora import Lora
 
 WORKER = "lark_jax.preflight.worker"
@@ -29,48 +31,28 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshRequest:
-    """Where a step would run.
-
-    Attributes:
-      topology: canonical name, see `topologies.parse_topology`.
-      data, tensor: the mesh; data = -1: all devices of the topology, divided by `tensor`.
-      dtype: of the parameters.
-      parameters: "replicated", "gathered" or "auto", as `config.score.parameters`.
-    """
+    """Where a step would run."""
 
     architecture: Architecture
-    topology: str
-    data: int
+    topology: str  # canonical name, see `topologies.parse_topology`
+    data: int  # -1: all devices of the topology, divided by `tensor`
     tensor: int
-    dtype: str
-    parameters: str
+    dtype: str  # of the parameters
+    parameters: str  # "replicated", "gathered" or "auto", as `config.score.parameters`
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileRequest(MeshRequest):
-    """One program: a step, its shapes and its layout, for one kind of hardware.
+    """One program: a step, its shapes and its layout, for one kind of hardware."""
 
-    Attributes:
-      step: a key of `worker.STEPS`.
-      attention: as `config.score.attention`.
-      rows_per_device: along `data`.
-      length: tokens in a row.
-      remat: as `config.finetune.remat`; unused in scoring.
-      packed: rows have segment ids (fine-tuning).
-      lora: the adapter that fine-tuning trains; None: it trains all parameters.
-    """
-
-    step: str
-    attention: str
+    step: str  # a key of `worker.STEPS`
+    attention: str  # as `config.score.attention`
     vocab_chunk: int
-    rows_per_device: int
-    length: int
-    remat: str = "none"
-    packed: bool = False
-    lora: Lora | None = None
-
-
-Request = TypeVar("Request", bound=MeshRequest)
+    rows_per_device: int  # along `data`
+    length: int  # tokens in a row
+    remat: str = "none"  # as `config.finetune.remat`; unused in scoring
+    packed: bool = False  # rows have segment ids (fine-tuning)
+    lora: Lora | None = None  # the adapter that fine-tuning trains; None: it trains all parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,42 +75,27 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class MeshAnswer:
-    """The mesh that scoring would use.
+    """The mesh that scoring would use."""
 
-    Attributes:
-      data, tensor: devices along the axes of the mesh.
-      meshes: number of equal meshes, one per host; 1: one mesh over all devices.
-    """
-
-    data: int
+    data: int  # devices along the axes of the mesh
     tensor: int
-    meshes: int
+    meshes: int  # number of equal meshes, one per host; 1: one mesh over all devices
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileAnswer(MeshAnswer):
-    """The compiled program of a request.
-
-    Attributes:
-      parameter_axes: mesh axes that parameters are split over.
-      attention: the backend that was compiled.
-      rows_per_device, length: as requested.
-      collectives: of one execution.
-      short_collectives: of one execution with rows of `short_length`, which shows what grows with the rows.
-      compile_seconds: for lowering and compiling.
-      compiler: package and version.
-    """
+    """The compiled program of a request."""
 
     memory: Memory
-    parameter_axes: tuple[str, ...]
-    attention: str
-    rows_per_device: int
+    parameter_axes: tuple[str, ...]  # mesh axes that parameters are split over
+    attention: str  # the backend that was compiled
+    rows_per_device: int  # this and the next one: as requested
     length: int
-    collectives: tuple[Collective, ...]
-    short_collectives: tuple[Collective, ...]
+    collectives: tuple[Collective, ...]  # of one execution
+    short_collectives: tuple[Collective, ...]  # with rows of `short_length`, which shows what grows with the rows
     short_length: int
-    compile_seconds: float
-    compiler: str
+    compile_seconds: float  # for lowering and compiling
+    compiler: str  # package and version
 
 
 def compile_in_child(request: CompileRequest) -> CompileAnswer:
@@ -137,15 +104,12 @@ def compile_in_child(request: CompileRequest) -> CompileAnswer:
     Raises:
       PreflightError: no compiler for this hardware is installed, it refuses the program or the mesh, or it crashed.
     """
-    return answer_from_json(_ask_child("program", request))
+    answer: CompileAnswer = from_json(CompileAnswer, _ask_child("program", request))
+    return answer
 
 
 def mesh_in_child(request: MeshRequest) -> MeshAnswer:
-    """Chooses the mesh in a separate process; compiles nothing.
-
-    Raises:
-      PreflightError: as for `compile_in_child`.
-    """
+    """Chooses the mesh in a separate process and compiles nothing; raises as `compile_in_child`."""
     return MeshAnswer(**_ask_child("mesh", request))
 
 
@@ -171,25 +135,16 @@ def _ask_child(question: str, request: MeshRequest) -> dict[str, Any]:
     return answer
 
 
-def request_from_json(values: dict[str, Any], kind: type[Request]) -> Request:
-    architecture = values["architecture"]
-    scaling = RopeScaling(**architecture["rope_scaling"])
-    values = {**values, "architecture": Architecture(**{**architecture, "rope_scaling": scaling})}
-    if values.get("lora") is not None:
-        values["lora"] = Lora(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-    return kind(**values)
-
-
-def answer_from_json(values: dict[str, Any]) -> CompileAnswer:
-    return CompileAnswer(
-        **{
-            **values,
-            "memory": Memory(**values["memory"]),
-            "parameter_axes": tuple(values["parameter_axes"]),
-            "collectives": tuple(Collective(**item) for item in values["collectives"]),
-            "short_collectives": tuple(Collective(**item) for item in values["short_collectives"]),
-        }
-    )
+def from_json(hint: Any, value: Any) -> Any:
+    """Turns a value that `json` read into the dataclass, tuple or plain value of type `hint`."""
+    hint, _ = without_none(hint)
+    if value is not None and isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        values: Any = {name: from_json(hints[name], item) for name, item in value.items()}
+        return hint(**values)
+    if typing.get_origin(hint) is tuple:
+        return tuple(from_json(typing.get_args(hint)[0], item) for item in value)
+    return value
 
 
 def _last_line(text: str) -> str:

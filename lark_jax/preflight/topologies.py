@@ -19,21 +19,14 @@ _LARGEST_NAMED_SLICE = 4096  # chips
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Equal devices in equal hosts.
+    """Equal devices in equal hosts."""
 
-    Attributes:
-      name: the canonical spelling.
-      platform: JAX's name, "tpu" or "cuda".
-      layout: TPU: chips along each dimension of the slice; NVIDIA: (hosts, cards per host).
-      memory_bytes: what JAX may use on one device.
-    """
-
-    name: str
-    platform: str
+    name: str  # the canonical spelling
+    platform: str  # JAX's name, "tpu" or "cuda"
     chip: Chip
-    layout: tuple[int, ...]
+    layout: tuple[int, ...]  # TPU: chips along each dimension of the slice; NVIDIA: (hosts, cards per host)
     devices_per_host: int
-    memory_bytes: int
+    memory_bytes: int  # what JAX may use on one device
 
     @property
     def num_devices(self) -> int:
@@ -46,20 +39,17 @@ class Topology:
     def description(self) -> dict[str, Any]:
         """Arguments of `jax.experimental.topologies.get_topology_desc`."""
         if isinstance(self.chip, Card):
-            hosts, cards = self.layout
-            target = self.chip.target_config()
             return {
                 "platform": "cuda",
                 "topology_name": self.name,
-                "topology": f"1x{hosts}x{cards}",
-                "target_config": target,
+                "topology": "x".join(map(str, (1, *self.layout))),
+                "target_config": self.chip.target_config(),
             }
         assert isinstance(self.chip, TpuChip)
-        bounds = _host_bounds(self.layout, self.devices_per_host)
         return {
             "platform": "tpu",
             "topology_name": f"{self.chip.name}:{'x'.join(map(str, self.layout))}",
-            "chips_per_host_bounds": bounds,
+            "chips_per_host_bounds": _host_bounds(self.layout, self.devices_per_host),
             **self.chip.libtpu_options,
         }
 

@@ -27,7 +27,7 @@ from lark_jax.preflight.requests import (
     Memory,
     MeshAnswer,
     MeshRequest,
-    request_from_json,
+    from_json,
 )
 from lark_jax.preflight.topologies import Topology, parse_topology
 from lark_jax.runtime.sharding import DATA, TENSOR, make_mesh
@@ -58,25 +58,18 @@ class Held(NamedTuple):
 class Step(NamedTuple):
     """What preflight compiles."""
 
-    student: Callable[[CompileRequest, Mesh, tuple[str, ...], str], ShardedStudent]  # last: the attention backend
     trace: Callable[[ShardedStudent, CompileRequest, int], jax.stages.Traced]  # last: the length of a row
     held: Callable[[ShardedStudent], Held]
 
 
-def scoring_student(
+def abstract_student(
     request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str
 ) -> ShardedStudent:
-    structure = abstract_decoder(request.architecture, request.dtype, request.dtype, attention_backend=attention)
-    return ShardedStudent.abstract(structure, mesh, parameter_axes)
-
-
-def training_student(
-    request: CompileRequest, mesh: Mesh, parameter_axes: tuple[str, ...], attention: str
-) -> ShardedStudent:
+    """Parameters have the dtype of the computation in scoring, and float32 in training."""
     options: dict[str, Any] = {"remat": request.remat, "attention_backend": attention, "lora": request.lora}
-    return ShardedStudent.abstract(
-        abstract_decoder(request.architecture, request.dtype, **options), mesh, parameter_axes
-    )
+    param_dtype = request.dtype if request.step == "score" else jnp.float32
+    structure = abstract_decoder(request.architecture, request.dtype, param_dtype, **options)
+    return ShardedStudent.abstract(structure, mesh, parameter_axes)
 
 
 def trace_score(student: ShardedStudent, request: CompileRequest, length: int) -> jax.stages.Traced:
@@ -114,28 +107,23 @@ def held_in_update(student: ShardedStudent) -> Held:
 
 
 STEPS: Mapping[str, Step] = {
-    "score": Step(scoring_student, trace_score, held_in_scoring),
-    "finetune": Step(training_student, trace_micro_batch, held_in_micro_batch),
-    "finetune_update": Step(training_student, trace_update, held_in_update),
+    "score": Step(trace_score, held_in_scoring),
+    "finetune": Step(trace_micro_batch, held_in_micro_batch),
+    "finetune_update": Step(trace_update, held_in_update),
 }
 
 
 def answer(request: CompileRequest) -> CompileAnswer:
-    """Compiles `request`.
-
-    Raises:
-      PreflightError: no compiler for this hardware is installed, or it refuses the program.
-      ConfigError: the mesh does not fit the hardware or the student, or the attention backend cannot run there.
-    """
     topology = parse_topology(request.topology)
     dtype = jnp.dtype(request.dtype)
     mesh, meshes = _mesh(request, topology)
     parameter_axes = choose_parameter_axes(request.architecture, mesh, dtype, request.parameters, topology.memory_bytes)
     attention = _attention(request, topology)
     step = STEPS[request.step]
-    student = step.student(request, mesh, parameter_axes, attention)
+    student = abstract_student(request, mesh, parameter_axes, attention)
     traced = step.trace(student, request, request.length)
-    short = step.trace(student, request, min(SHORT_LENGTH, request.length))
+    short_length = min(SHORT_LENGTH, request.length)
+    short = step.trace(student, request, short_length)
     start = time.monotonic()
     memory = _compiled_memory(traced, topology, step.held(student))
     return CompileAnswer(
@@ -149,19 +137,14 @@ def answer(request: CompileRequest) -> CompileAnswer:
         length=request.length,
         collectives=collectives_of(traced.jaxpr, mesh.shape),
         short_collectives=collectives_of(short.jaxpr, mesh.shape),
-        short_length=min(SHORT_LENGTH, request.length),
+        short_length=short_length,
         compile_seconds=time.monotonic() - start,
         compiler=_compiler(topology.platform),
     )
 
 
 def mesh_answer(request: MeshRequest) -> MeshAnswer:
-    """Chooses the mesh for `request`, as scoring would.
-
-    Raises:
-      PreflightError: no compiler for this hardware is installed, or it refuses the topology.
-      ConfigError: the mesh does not fit the hardware or the student.
-    """
+    """Chooses the mesh for `request`, as scoring would."""
     mesh, meshes = _mesh(request, parse_topology(request.topology))
     check_tensor_axis(request.architecture, mesh)
     return MeshAnswer(data=mesh.shape[DATA], tensor=mesh.shape[TENSOR], meshes=meshes)
@@ -256,8 +239,8 @@ def _compiler(platform: str) -> str:
 
 # Question -> answer to a request as JSON.
 QUESTIONS: Mapping[str, Callable[[dict[str, Any]], MeshAnswer]] = {
-    "mesh": lambda values: mesh_answer(request_from_json(values, MeshRequest)),
-    "program": lambda values: answer(request_from_json(values, CompileRequest)),
+    "mesh": lambda values: mesh_answer(from_json(MeshRequest, values)),
+    "program": lambda values: answer(from_json(CompileRequest, values)),
 }
 
 

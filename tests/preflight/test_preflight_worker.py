@@ -9,9 +9,9 @@ from compiler_answers import experiment_of, setup_of
 from lark_jax.config import LORA_TARGETS, FinetuneConfig, MeshConfig
 from lark_jax.preflight.check import training_requests
 from lark_jax.preflight.lengths import Lengths
-from lark_jax.preflight.requests import CompileRequest, request_from_json
+from lark_jax.preflight.requests import CompileRequest, from_json
 from lark_jax.preflight.topologies import parse_topology
-from lark_jax.preflight.worker import held_in_micro_batch, held_in_update, training_student
+from lark_jax.preflight.worker import abstract_student, held_in_micro_batch, held_in_update
 from lark_jax.runtime.sharding import DATA, make_mesh
 from lark_jax.students.flops import adapter_parameter_count
 from lark_jax.students.layout import bytes_per_device
@@ -32,7 +32,7 @@ def request_with(lora_rank: int) -> CompileRequest:
 def test_the_request_has_the_adapter_and_survives_the_way_to_the_child() -> None:
     request = request_with(16)
     assert request.lora == LORA
-    assert request_from_json(json.loads(json.dumps(dataclasses.asdict(request))), CompileRequest) == request
+    assert from_json(CompileRequest, json.loads(json.dumps(dataclasses.asdict(request)))) == request
     assert request_with(0).lora is None
 
 
@@ -42,7 +42,7 @@ def test_frozen_weights_are_held_in_bfloat16_and_only_the_adapter_has_moments() 
     whole = bytes_per_device(ShardedStudent.abstract(structure, mesh).parameters)  # in float32
     frozen = whole // 2
     trained = 4 * adapter_parameter_count(ARCHITECTURE, LORA) // 8
-    adapted, plain = (training_student(request_with(rank), mesh, (DATA,), "dense") for rank in (16, 0))
+    adapted, plain = (abstract_student(request_with(rank), mesh, (DATA,), "dense") for rank in (16, 0))
     assert held_in_micro_batch(adapted) == (frozen + trained, 2 * trained)
     assert held_in_update(adapted) == (trained, frozen)
     assert held_in_micro_batch(plain) == (whole, 2 * whole)
