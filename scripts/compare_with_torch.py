@@ -97,13 +97,15 @@ def score_all(rendered: Sequence[RenderedTrajectory | SkippedRecord], options: a
         from_logits[PUBLISHED] = published_statistics
     ours = {dtype: our_scorer(options.student, dtype) for dtype in ("float32", "bfloat16")}
     compared: list[Scored | SkippedRecord] = []
-    for item in terminal.progress(rendered, what="compare", total=len(rendered), unit="trajectory"):
-        if isinstance(item, SkippedRecord):
-            compared.append(item)
-            continue
-        logits = reference_logits(item)
-        scores = {name: scorer(logits, item.target_tokens) for name, scorer in from_logits.items()}
-        compared.append(Scored(item, {**scores, **{name: scorer(item) for name, scorer in ours.items()}}))
+    with terminal.progress_bar(what="compare", total=len(rendered), unit="trajectory") as bar:
+        for item in rendered:
+            bar.update()
+            if isinstance(item, SkippedRecord):
+                compared.append(item)
+                continue
+            logits = reference_logits(item)
+            scores = {name: scorer(logits, item.target_tokens) for name, scorer in from_logits.items()}
+            compared.append(Scored(item, {**scores, **{name: scorer(item) for name, scorer in ours.items()}}))
     return compared
 
 

@@ -67,9 +67,5 @@ def experiment_from_mapping(values: Mapping[str, Any]) -> Experiment:
 
 
 def require_known_field(name: str) -> None:
-    """Refuses an override, `--config.NAME=VALUE`, of a field that no experiment has.
-
-    Raises:
-      ConfigError: gives the nearest known name.
-    """
+    """Raises ConfigError, with the nearest known name, if no experiment has the field `name`."""
     require_field_of(Experiment, name)

@@ -67,11 +67,7 @@ def section_from_mapping(section: type[AnySection], values: Mapping[str, Any], p
 
 
 def section_of(section: type[AnySection], values: Mapping[str, Any]) -> AnySection:
-    """One section of an experiment's `values`, without looking at the others.
-
-    Raises:
-      ConfigError: as `section_from_mapping`.
-    """
+    """One section of an experiment's `values`, without looking at the others; raises as `section_from_mapping`."""
     name = section.prefix.rstrip(".")
     found: AnySection = converted(section, values.get(name, {}), name)
     return found

@@ -1,15 +1,14 @@
 """Entry point: `python -m lark_jax.pool PATH` or `python -m lark_jax.pool --config=configs/NAME.py`.
 
-Prints what a pool holds, and which of it a run would leave out and why. Needs no accelerator.
+Prints what a pool holds, and which records a run would leave out and why. Needs no accelerator.
 """
 
 import dataclasses
-from typing import Any
 
 from lark_jax.config import PoolConfig, StudentConfig, section_of
 from lark_jax.errors import ConfigError
 from lark_jax.pool.readers import load_pool, source_size
-from lark_jax.pool.summary import PoolSummary, as_json, as_text, summarise
+from lark_jax.pool.summary import PoolSummary, as_text, summarise
 from lark_jax.rendering.chat import load_chat_format
 from lark_jax.rendering.token_counts import summarise_tokens
 from lark_jax.runtime import files, terminal
@@ -29,9 +28,12 @@ def show(arguments: Arguments) -> int:
     elif not values.get("pool", {}).get("path"):
         raise ConfigError("which pool? give PATH or --config=FILE")
     config = section_of(PoolConfig, values)
-    summary = look_at(config, _student(values, arguments.flags["student"]))
+    student, folder = None, arguments.flags["student"]
+    if folder is not None:
+        student = section_of(StudentConfig, {"student": {**values.get("student", {}), "path": folder}})
+    summary = look_at(config, student)
     if arguments.flags["out"] is not None:
-        files.write_json(arguments.flags["out"], as_json(summary))
+        files.write_json(arguments.flags["out"], dataclasses.asdict(summary))
     print(as_text(summary))
     stops = what_stops_a_run(config, summary)
     if stops:
@@ -60,13 +62,6 @@ def look_at(config: PoolConfig, student: StudentConfig | None) -> PoolSummary:
     return dataclasses.replace(summary, tokens=tokens)
 
 
-def _student(values: dict[str, Any], folder: str | None) -> StudentConfig | None:
-    """The configured student with the tokenizer in `folder`; None: tokens are not counted."""
-    if folder is None:
-        return None
-    return section_of(StudentConfig, {"student": {**values.get("student", {}), "path": folder}})
-
-
 def what_stops_a_run(config: PoolConfig, summary: PoolSummary) -> str:
     """Which records the configuration refuses; empty if there are none."""
     found = []
@@ -80,7 +75,7 @@ def what_stops_a_run(config: PoolConfig, summary: PoolSummary) -> str:
 COMMAND = Command(
     name="lark_jax.pool",
     usage="[PATH] [--config=FILE] [--config.pool.FIELD=VALUE ...] [--student=FOLDER] [--out=FILE.json]",
-    doc="Prints what a pool holds, and which of it a run would leave out and why. PATH (a file, folder or hub id) "
+    doc="Prints what a pool holds, and which records a run would leave out and why. PATH (a file, folder or hub id) "
     "replaces config.pool.path.",
     action=show,
     flags=(

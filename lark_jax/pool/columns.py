@@ -83,7 +83,6 @@ def _of_texts(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_system(fields: dict[str, Any]) -> dict[str, Any]:
-    """The text of the column `system`, if there is one, as the first turn."""
     system, turns = fields.pop("system", None), fields[_MESSAGES]
     if system is None or system == "":
         return fields

@@ -44,7 +44,9 @@ def jsonl_records(path: Path, advance: Advance) -> Iterator[Located]:
             line = _without_mark(path, line) if number == 1 else line
             location = f"{path}:{number}"
             if len(line) > MOST_RECORD_BYTES:
-                yield Located(location, _too_long(location), index)
+                limit = f"{MOST_RECORD_BYTES >> 20} MiB"
+                reason = f"the line has more than {limit}; a file that is one JSON list is called .json"
+                yield Located(location, RecordError(reason, location), index)
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(MOST_RECORD_BYTES)
                     advance(len(line))
@@ -66,7 +68,11 @@ def json_list_records(path: Path, advance: Advance) -> Iterator[Located]:
         scanner.open_list()
         for index, (line, item) in enumerate(scanner.items()):
             location = f"{path}:{line}: item {index}"
-            yield Located(location, _as_record(item, location), index)
+            if isinstance(item, _Damage):
+                record = RecordError(f"is not valid JSON: {item}", location)
+            else:
+                record = parse_json(item, location)
+            yield Located(location, record, index)
 
 
 def parse_json(data: bytes, location: str) -> Any:
@@ -88,8 +94,6 @@ class _Damage(Exception):
 
 
 class _ListScanner:
-    """Cuts the bytes of a JSON list into the bytes of its items."""
-
     def __init__(self, path: Path, stream: IO[bytes], advance: Advance) -> None:
         self._path = path
         self._stream = stream
@@ -175,27 +179,13 @@ class _ListScanner:
         self._buffer, self._start = rest + data, 0
 
 
-def _as_record(item: bytes | _Damage, location: str) -> Any:
-    if isinstance(item, _Damage):
-        return RecordError(f"is not valid JSON: {item}", location)
-    return parse_json(item, location)
-
-
 def _without_mark(path: Path, data: bytes) -> bytes:
-    """The start of a file without its byte order mark.
-
-    Raises:
-      PoolError: it is in UTF-16 or UTF-32, where every ASCII character has a zero byte.
-    """
+    """The start of a file without its byte order mark; raises PoolError if it is in UTF-16 or UTF-32."""
+    # In these every ASCII character has a zero byte.
     if data.startswith(_WIDE_BOMS) or b"\0" in data[:4]:
         kind = "UTF-32" if data[:4].count(b"\0") > 2 or data.startswith(b"\xff\xfe\0\0") else "UTF-16"
         raise PoolError(f"{path}: is {kind}; save it as UTF-8")
     return data.removeprefix(_UTF8_BOM)
-
-
-def _too_long(location: str) -> RecordError:
-    reason = f"the line has more than {MOST_RECORD_BYTES >> 20} MiB; a file that is one JSON list is called .json"
-    return RecordError(reason, location)
 
 
 def _refuse_constant(name: str) -> None:

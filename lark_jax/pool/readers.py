@@ -4,20 +4,12 @@ import hashlib
 from pathlib import Path
 
 from lark_jax.config import PoolConfig
-from lark_jax.errors import ConfigError, PoolError, one_line
+from lark_jax.errors import PoolError, one_line
 from lark_jax.pool.columns import normaliser
 from lark_jax.pool.json_records import Advance, Located
 from lark_jax.pool.records import DuplicateAnswer, Pool, SkippedRecord, Trajectory
 from lark_jax.pool.schema import RecordError, parse_record
-from lark_jax.pool.sources import (
-    ItemCount,
-    Source,
-    SourceFile,
-    find_source,
-    local_source,
-    missing_files,
-    missing_items,
-)
+from lark_jax.pool.sources import ItemCount, Source, SourceFile, find_source, local_source, missing_files, missing_items
 from lark_jax.pool.store import TrajectoryWriter, prompt_digest
 
 
@@ -39,35 +31,22 @@ def read_pool(source: str | Path, on_bad_record: str = "error") -> Pool:
       PoolError: the source cannot be read, has no valid record, or (with "error") has a bad one.
       ConfigError: `on_bad_record` is something else.
     """
-    if on_bad_record not in ("error", "skip"):
-        raise ConfigError(f'pool.on_bad_record: {on_bad_record!r} is not allowed; use "error" or "skip"')
-    return _read(local_source(source), PoolConfig(path=str(source), on_bad_record=on_bad_record), _no_progress)
+    config = PoolConfig(path=str(source), on_bad_record=on_bad_record)
+    return _read(local_source(source), config, lambda _: None)
 
 
-def load_pool(config: PoolConfig, advance: Advance | None = None) -> Pool:
-    """`read_pool` with all settings of a configuration; `advance` is called with the bytes read.
-
-    Raises:
-      PoolError: as `read_pool`.
-    """
-    return _read(local_source(config.path), config, advance or _no_progress)
+def load_pool(config: PoolConfig, advance: Advance = lambda _: None) -> Pool:
+    """`read_pool` with all settings of a configuration; `advance` is called with the bytes read."""
+    return _read(local_source(config.path), config, advance)
 
 
 def files_read(config: PoolConfig) -> tuple[Path, ...]:
-    """The files from which `load_pool` reads records, in order.
-
-    Raises:
-      PoolError: there is no such pool.
-    """
+    """The files from which `load_pool` reads records, in order."""
     return tuple(file.path for file in find_source(local_source(config.path), config).files)
 
 
 def source_size(config: PoolConfig) -> int:
-    """Bytes that `load_pool` will read, for a progress bar.
-
-    Raises:
-      PoolError: there is no such pool.
-    """
+    """Bytes that `load_pool` will read, for a progress bar."""
     return find_source(local_source(config.path), config).size
 
 
@@ -90,8 +69,9 @@ class _Collector:
     def __init__(self, config: PoolConfig) -> None:
         self._config = config
         self._normalise = normaliser(config.columns)
-        self._consistency = _ConsistencyChecker()
-        self._repetitions = _RepetitionFinder()
+        self._locations: dict[tuple[str, str], str] = {}  # by ids
+        self._first_prompts: dict[str, tuple[bytes, str]] = {}  # problem -> digest and location
+        self._first_answers: dict[tuple[str, bytes], str] = {}  # problem and digest -> location
         self._writer = TrajectoryWriter()
         self._num_kept = 0
         self._skipped: list[SkippedRecord] = []
@@ -141,11 +121,7 @@ class _Collector:
             first = f"; the first of {len(left_out)} {kind}: {left_out[0].reason}" if left_out else ""
             raise PoolError(f"{path}: the pool has no valid record{first}; check pool.path")
         return Pool(
-            self._writer.finish(),
-            tuple(self._skipped),
-            tuple(self._filtered),
-            tuple(self._duplicates),
-            source.left_out,
+            self._writer.finish(), tuple(self._skipped), tuple(self._filtered), tuple(self._duplicates), source.left_out
         )
 
     def _take(self, trajectory: Trajectory) -> None:
@@ -158,8 +134,8 @@ class _Collector:
             self._filtered.append(SkippedRecord(*ids, trajectory.location, reason))
             return
         digest = prompt_digest(trajectory.prompt)
-        self._consistency.check(trajectory, digest)
-        duplicate = self._repetitions.find(trajectory)
+        self._check_consistency(trajectory, digest)
+        duplicate = self._duplicate(trajectory)
         if duplicate is not None:
             if self._config.duplicate_answers == "error":
                 reason = f'{_repeats(duplicate)}; config.pool.duplicate_answers="skip" leaves it out'
@@ -171,42 +147,29 @@ class _Collector:
         self._writer.add(trajectory, digest)
         self._num_kept += 1
 
-
-class _ConsistencyChecker:
-    """Refuses a record that contradicts an earlier one."""
-
-    def __init__(self) -> None:
-        self._first_of_problem: dict[str, tuple[bytes, str]] = {}
-        self._location_of: dict[tuple[str, str], str] = {}
-
-    def check(self, trajectory: Trajectory, prompt: bytes) -> None:
+    def _check_consistency(self, trajectory: Trajectory, prompt: bytes) -> None:
+        """Refuses a record that contradicts an earlier one."""
         ids = (trajectory.problem_id, trajectory.candidate_id)
-        if ids in self._location_of:
+        if ids in self._locations:
             reason = (
-                f"field candidate_id: these ids are taken by {self._location_of[ids]} (ids are compared as text); "
+                f"field candidate_id: these ids are taken by {self._locations[ids]} (ids are compared as text); "
                 "give every candidate of a problem its own"
             )
             raise RecordError(reason, trajectory.location, *ids)
         here = (prompt, trajectory.location)
-        first_prompt, first_location = self._first_of_problem.setdefault(trajectory.problem_id, here)
+        first_prompt, first_location = self._first_prompts.setdefault(trajectory.problem_id, here)
         if prompt != first_prompt:
             reason = (
                 f"field messages: the prompt differs from that of the same problem at {first_location}; "
                 "candidates of one problem must share system and user turns"
             )
             raise RecordError(reason, trajectory.location, *ids)
-        self._location_of[ids] = trajectory.location
+        self._locations[ids] = trajectory.location
 
-
-class _RepetitionFinder:
-    """Finds answers with exactly the text of an earlier one to the same problem."""
-
-    def __init__(self) -> None:
-        self._location_of: dict[tuple[str, bytes], str] = {}
-
-    def find(self, trajectory: Trajectory) -> DuplicateAnswer | None:
+    def _duplicate(self, trajectory: Trajectory) -> DuplicateAnswer | None:
+        """The record, if its answer has exactly the text of an earlier one to the same problem."""
         text = hashlib.blake2b(trajectory.response.encode(), digest_size=16).digest()
-        earlier = self._location_of.setdefault((trajectory.problem_id, text), trajectory.location)
+        earlier = self._first_answers.setdefault((trajectory.problem_id, text), trajectory.location)
         if earlier == trajectory.location:
             return None
         return DuplicateAnswer(trajectory.problem_id, trajectory.candidate_id, trajectory.location, earlier)
@@ -214,7 +177,3 @@ class _RepetitionFinder:
 
 def _repeats(duplicate: DuplicateAnswer) -> str:
     return f"the answer is word for word that of {duplicate.earlier}"
-
-
-def _no_progress(_: int) -> None:
-    """Ignores progress."""

@@ -1,5 +1,6 @@
 """The data types of a pool, which readers produce and every later stage uses."""
 
+import abc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -99,8 +100,22 @@ class HasIds(Protocol):
     def ids(self) -> Iterator[tuple[str, str]]: ...
 
 
-class Selected(Sequence[Trajectory]):
-    """Some items of another sequence, each loaded on access."""
+class LazyTrajectories(Sequence[Trajectory]):
+    """Trajectories that are loaded on access, those of a slice too."""
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Trajectory]: ...
+    def __getitem__(self, index: int | slice) -> Trajectory | Sequence[Trajectory]:
+        return Selected(self, range(len(self))[index]) if isinstance(index, slice) else self.load(index)
+
+    @abc.abstractmethod
+    def load(self, index: int) -> Trajectory: ...
+
+
+class Selected(LazyTrajectories):
+    """Some items of another sequence."""
 
     def __init__(self, items: Sequence[Trajectory], indices: Sequence[int]) -> None:
         self._items = items
@@ -109,13 +124,7 @@ class Selected(Sequence[Trajectory]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Trajectory: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Trajectory]: ...
-    def __getitem__(self, index: int | slice) -> Trajectory | Sequence[Trajectory]:
-        if isinstance(index, slice):
-            return Selected(self._items, self._indices[index])
+    def load(self, index: int) -> Trajectory:
         return self._items[self._indices[index]]
 
 

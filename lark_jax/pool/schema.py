@@ -47,7 +47,7 @@ def parse_record(record: Any, location: str) -> Trajectory:
             teacher=_teacher(record),
             messages=_messages(_required(record, "messages")),
             location=location,
-            answer=_answer(record.get("answer")),
+            answer=None if record.get("answer") is None else _text("answer", record["answer"]),
             correct=_correct(record.get("correct")),
             meta=_meta(record),
         )
@@ -130,10 +130,6 @@ def _message(field: str, value: Any) -> Message:
     return Message(role, content)
 
 
-def _answer(value: Any) -> str | None:
-    return None if value is None else _text("answer", value)
-
-
 def _correct(value: Any) -> bool | None:
     if value is not None and not isinstance(value, bool):
         raise _FieldError("correct", f"expected true, false or nothing, got {_kind(value)}")
@@ -141,13 +137,10 @@ def _correct(value: Any) -> bool | None:
 
 
 def _meta(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The record's `meta` together with its unknown fields."""
     given = record.get("meta")
     if given is not None and not isinstance(given, Mapping):
         raise _FieldError("meta", f"expected an object, got {_kind(given)}")
-    meta = {}
-    for name, value in (given or {}).items():
-        meta[name] = _json_value(f"meta.{name}", value)
+    meta = {name: _json_value(f"meta.{name}", value) for name, value in (given or {}).items()}
     for name, value in record.items():
         if name in REQUIRED_FIELDS or name in OPTIONAL_FIELDS:
             continue
@@ -185,7 +178,7 @@ def _text(field: str, value: Any) -> str:
         value.encode()  # several times faster than a search
     except UnicodeEncodeError as error:
         raise _FieldError(
-            field, f"has half of a surrogate pair at position {error.start}, which is no text; remove it"
+            field, f"has half of a surrogate pair at position {error.start}, which is not text; remove it"
         ) from None
     return value
 

@@ -22,12 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SUPPORTED = "a .jsonl, .json, .parquet or .arrow file, or a folder of them"
 # A folder of lists: the layout of the RSR paper's published pool, and the same without subfolders.
 NESTED, FLAT = "{teacher}/{rollout}.json", "{teacher}_{rollout}.json"
-_DATASETS_FILES = (
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-)  # its own files
+_DATASETS_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # its own files
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-])")
 _FLAT_ROLLOUT = r"[A-Za-z]*\d{1,3}"  # "3" or "gen3", but not the "2507" of a model's name
 
@@ -140,8 +135,7 @@ def _folder(folder: Path, config: PoolConfig) -> Source:
 
 
 def _names_in(folder: Path, exclude: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Sorted names of the data files below `folder`, and the other files there."""
-    names: list[str] = []
+    names: list[str] = []  # of data files, relative to `folder`
     left_out: list[str] = []
     for parent, folders, files in os.walk(folder, onerror=_refuse_folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -164,9 +158,6 @@ def _names_in(folder: Path, exclude: Sequence[str]) -> tuple[list[str], tuple[st
 
 def _refuse_folder(error: OSError) -> None:
     raise error
-
-
-# --- one JSON list per teacher and rollout -----------------------------------------------------------------------
 
 
 def _teacher_files(folder: Path, names: Sequence[str], pattern: str | None) -> tuple[SourceFile, ...]:
@@ -224,9 +215,6 @@ def missing_files(source: Source) -> Iterator[RecordError]:
             yield RecordError(reason, str(folder))
 
 
-# --- datasets of the hub, and what the library `datasets` saves --------------------------------------------------
-
-
 def _of_split(folder: Path, names: Sequence[str], split: str | None) -> list[str]:
     """The files of one split; splits are recognised by words in file names, as on the hub."""
     split_of = {name: found[-1] if (found := _SPLIT.findall(name)) else None for name in names}
@@ -239,7 +227,7 @@ def _of_split(folder: Path, names: Sequence[str], split: str | None) -> list[str
 
 
 def _saved_split(folder: Path, split: str | None) -> str:
-    splits = _note(folder / "dataset_dict.json", lambda note: [str(name) for name in note["splits"]])
+    splits = _note(folder / "dataset_dict.json", lambda note: list(map(str, note["splits"])))
     if split is None and len(splits) == 1:
         return splits[0]
     if split not in splits:

@@ -9,25 +9,21 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, overload
+from typing import IO
 
 from lark_jax.errors import PoolError
-from lark_jax.pool.records import Message, Selected, Trajectory
+from lark_jax.pool.records import LazyTrajectories, Message, Trajectory
 
 _ON_DISK = Path("/var/tmp")  # /tmp is memory on many machines
 _CACHED_PROMPTS = 1024  # candidates of one problem share its prompt in memory
 
 
 class TrajectoryWriter:
-    """Takes trajectories one by one; `finish` returns them as a sequence.
-
-    Raises:
-      PoolError: the texts cannot be written.
-    """
+    """Takes trajectories one by one; `finish` returns them as a sequence. Raises PoolError if there is no space."""
 
     def __init__(self) -> None:
         self._folder = scratch_folder()
@@ -51,8 +47,6 @@ class TrajectoryWriter:
 
 
 class _Texts:
-    """Texts in a file, by number."""
-
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._starts = array("q", [0])  # of every text, and of the next one
@@ -79,7 +73,7 @@ class _Texts:
         return tuple(Message(role, content) for role, content in json.loads(self.read(number)))
 
 
-class StoredTrajectories(Sequence[Trajectory]):
+class StoredTrajectories(LazyTrajectories):
     """Ids, teachers and locations in memory; an item's texts are read on access."""
 
     def __init__(self, texts: _Texts) -> None:
@@ -114,13 +108,7 @@ class StoredTrajectories(Sequence[Trajectory]):
     def __len__(self) -> int:
         return len(self._problem_ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Trajectory: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Trajectory]: ...
-    def __getitem__(self, index: int | slice) -> Trajectory | Sequence[Trajectory]:
-        if isinstance(index, slice):
-            return Selected(self, range(len(self))[index])
+    def load(self, index: int) -> Trajectory:
         response, meta = self._responses[index], self._metas[index]
         return Trajectory(
             problem_id=self._problem_ids[index],

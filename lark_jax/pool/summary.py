@@ -1,9 +1,8 @@
-"""What a pool holds and which of it a run would leave out, before an accelerator is paid for."""
+"""What a pool holds and which records a run would leave out, before an accelerator is paid for."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -78,11 +77,6 @@ def summarise(pool: Pool, advance: Callable[[int], object] = lambda _: None) -> 
         duplicates=pool.duplicates,
         files_left_out=pool.files_left_out,
     )
-
-
-def as_json(summary: PoolSummary) -> dict[str, Any]:
-    """Everything, every record listed."""
-    return asdict(summary)
 
 
 def as_text(summary: PoolSummary) -> str:

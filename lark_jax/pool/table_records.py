@@ -96,11 +96,7 @@ def _parsed_row(batch: pa.RecordBatch, row: int, location: str) -> Any:
 
 
 def check_columns(path: Path, schema: pa.Schema, mapping: Mapping[str, str], given: frozenset[str]) -> None:
-    """Refuses tables none of whose rows could be valid, before the rows are read.
-
-    Raises:
-      PoolError: names the column.
-    """
+    """Raises PoolError, which names the column, for a table none of whose rows could be valid, before rows are read."""
     names = schema.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

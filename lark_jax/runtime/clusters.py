@@ -39,11 +39,8 @@ def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Pro
     if config.start == "never":
         return ALONE
     if config.coordinator is not None and config.num_processes is not None and config.process_id is not None:
-        return (
-            ProcessPlace(config.process_id, config.num_processes, config.coordinator)
-            if config.num_processes > 1
-            else ALONE
-        )
+        place = ProcessPlace(config.process_id, config.num_processes, config.coordinator)
+        return place if place.count > 1 else ALONE
     count = _tasks_of_launcher(environment)
     if count == 1:
         return ALONE
@@ -67,11 +64,7 @@ def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Pro
 
 
 def require_free_port(coordinator: str) -> None:
-    """Refuses a coordinator address whose port is in use on this host, since JAX would crash.
-
-    Raises:
-      ConfigError: names the port.
-    """
+    """Raises ConfigError if a coordinator's port is in use on this host, since JAX would crash."""
     port = int(coordinator.rpartition(":")[2])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -89,7 +89,8 @@ class Command:
         Raises:
           ConfigError: a flag is unknown, missing or has no valid value, or the configuration file does not load.
         """
-        arguments = [_with_home(argument) for argument in arguments]
+        # A shell does not expand the `~` of --config=~/FILE.
+        arguments = [expand_home(a) if a.lstrip("-").startswith("config=") else a for a in arguments]
         argv = [self.name, *arguments]
         config_file = _value_after("config", arguments)
         parser = self._parser(argv, config_file)
@@ -103,8 +104,10 @@ class Command:
             raise ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
         if positional and not self.positional:
             raise ConfigError(f"unexpected arguments: {' '.join(positional)}; {self._see_help}")
-        found = {flag.name: _expanded(parser[flag.name].value, flag) for flag in self.flags}
+        found: dict[str, Any] = {flag.name: parser[flag.name].value for flag in self.flags}
         for flag in self.flags:
+            if flag.path and found[flag.name] is not None:
+                found[flag.name] = expand_home(found[flag.name])
             if flag.required and not found[flag.name]:
                 raise ConfigError(f"--{flag.name}: missing; usage: {self._command_line}")
         return Arguments(tuple(arguments), found, tuple(positional), values)
@@ -152,7 +155,7 @@ class Command:
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """The exit status of `action`, whatever it raises that is not a bug; the message has been printed then."""
+    """The exit status of `action`, whatever it raises that is not a bug; the message has then been printed."""
     try:
         status = action()
         sys.stdout.flush()
@@ -216,15 +219,6 @@ def _described(flag: Flag) -> list[str]:
     choices = f" One of {', '.join(flag.choices)}." if flag.choices else ""
     text = f"{flag.doc}{choices}{' (required)' if flag.required else default}"
     return [f"  --{flag.name}=VALUE", *textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)]
-
-
-def _expanded(value: Any, flag: Flag) -> Any:
-    return expand_home(value) if flag.path and value is not None else value
-
-
-def _with_home(argument: str) -> str:
-    """A shell does not expand the `~` of --config=~/FILE."""
-    return expand_home(argument) if argument.lstrip("-").startswith("config=") else argument
 
 
 def _value_after(name: str, arguments: Sequence[str]) -> str | None:

@@ -36,11 +36,7 @@ RECORDED_PACKAGES = (
 
 
 def start(compilation_cache: str | Path) -> None:
-    """Turns the persistent compilation cache on and prints the devices.
-
-    Raises:
-      ConfigError: JAX finds no device.
-    """
+    """Turns the persistent compilation cache on and prints the devices; raises ConfigError if JAX finds none."""
     jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
@@ -92,8 +88,7 @@ def _describe(devices: Sequence[jax.Device]) -> str:
 def software_of(ran: Sequence[tuple[str, Mapping[str, str]]]) -> Iterator[tuple[str, str]]:
     """(package, version) of what made an experiment's results; if versions differ, a row for each, with its tasks.
 
-    Args:
-      ran: a task's name, and package -> version from its manifest.
+    `ran` holds each task's name and, from its manifest, its package -> version.
     """
     tasks = [task for task, _ in ran]
     for package in dict.fromkeys(package for _, versions in ran for package in versions):

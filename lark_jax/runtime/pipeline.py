@@ -97,11 +97,7 @@ def _needs_to_run(task: Task, inputs: Mapping[str, Any]) -> bool:
 
 
 def _require_shared(task: Task) -> None:
-    """Waits until the first process's record is visible here: network file systems may take a while.
-
-    Raises:
-      PipelineError: it does not appear; the working directory is not shared by all hosts.
-    """
+    """Waits until the first process's record is visible here: network file systems may take a while."""
     deadline = time.monotonic() + SECONDS_TO_BE_SEEN
     while not (task.directory / STARTED).is_file():
         if time.monotonic() > deadline:
@@ -115,8 +111,7 @@ def _require_shared(task: Task) -> None:
 def require_current(task: Task) -> None:
     """Refuses to build on a task that finished with other inputs; tasks that never ran are ignored.
 
-    Raises:
-      PipelineError: names the inputs that changed and the stage to add.
+    The PipelineError names the inputs that changed and the stage to add.
     """
     existing = read_manifest(task.directory)
     if existing is None:
@@ -146,11 +141,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def require_manifest(directory: Path, stage: str) -> Manifest:
-    """The manifest of a stage that must have finished.
-
-    Raises:
-      PipelineError: it has not finished; names the stage to add.
-    """
+    """The manifest of a stage; raises PipelineError, which names the stage to add, if it has not finished."""
     manifest = read_manifest(directory)
     if manifest is None:
         raise PipelineError(f"{directory}: nothing finished here yet; add {stage!r} to config.stages")

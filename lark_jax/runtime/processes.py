@@ -67,11 +67,7 @@ def label() -> str:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has arrived; immediately if there is only one.
-
-    Raises:
-      PipelineError: a process is gone.
-    """
+    """Returns when every process has arrived; raises PipelineError if one is gone."""
     if count() == 1:
         return
     client = _client()
@@ -163,7 +159,7 @@ def announce_failure(message: str) -> bool:
         _client().key_value_set(FAILURE, failure)
         return True
     except jax.errors.JaxRuntimeError:  # there is one already, or no process is left
-        known = _known_failure()
+        known = _value_of(FAILURE)
         return known is None or known["message"] != message
 
 
@@ -226,7 +222,7 @@ def _end_with_the_others(stop: threading.Event) -> None:
     """Runs in a thread while the main one may be doing anything; files are written whole or not at all."""
     while not stop.wait(POLL_SECONDS):
         try:
-            failure = _known_failure()
+            failure = _value_of(FAILURE)
         except jax.errors.JaxRuntimeError:
             if not stop.is_set():
                 print(f"error: {_gone('when looking for failures')}", file=sys.stderr, flush=True)
@@ -241,12 +237,7 @@ def _end_with_the_others(stop: threading.Event) -> None:
 
 
 def _client() -> Any:
-    """The connection to the coordination service."""
     return distributed.global_state.client
-
-
-def _known_failure() -> dict[str, Any] | None:
-    return _value_of(FAILURE)
 
 
 def _value_of(key: str) -> Any:
@@ -261,7 +252,7 @@ def _value_of(key: str) -> Any:
 def _wait_until_informed() -> None:
     """Process 0 ends last, since the coordination service ends with it."""
     deadline = time.monotonic() + FAREWELL_SECONDS
-    failed = _known_failure()
+    failed = _value_of(FAILURE)
     expected = count() - 1 - (failed is not None and failed["process"] != 0)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         while time.monotonic() < deadline:

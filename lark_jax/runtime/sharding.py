@@ -78,9 +78,6 @@ def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[s
     Args:
       axes: mesh axes that parameters may be split over. (): every device holds all parameters; (TENSOR,): layers are
         split into columns and rows; (DATA, TENSOR): the other dimension is split over `data` too.
-
-    Raises:
-      KeyError: see `table_spec`.
     """
 
     def splits(axis: str | None, size: int) -> bool:
@@ -92,11 +89,7 @@ def parameter_spec(name: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[s
 
 
 def table_spec(name: str) -> PartitionSpec:
-    """The row of `PARAMETER_SPECS` for parameter `name`.
-
-    Raises:
-      KeyError: no row, or more than one row, matches `name`.
-    """
+    """The row of `PARAMETER_SPECS` for parameter `name`; KeyError unless exactly one matches."""
     matches = [spec for pattern, spec in PARAMETER_SPECS if re.fullmatch(pattern, name)]
     if len(matches) != 1:
         raise KeyError(f"{name}: {len(matches)} rows of PARAMETER_SPECS match, expected one")
@@ -106,7 +99,6 @@ def table_spec(name: str) -> PartitionSpec:
 def parameter_sharding(
     name: str, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] = (DATA, TENSOR)
 ) -> NamedSharding:
-    """See `parameter_spec`."""
     return NamedSharding(mesh, parameter_spec(name, shape, mesh, axes))
 
 

@@ -1,14 +1,10 @@
 """Messages to the user: narration, warnings, and progress with ETA, all on stderr."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 from tqdm import tqdm
 
 from lark_jax.runtime import processes
-
-Item = TypeVar("Item")
 
 
 def say(message: str) -> None:
@@ -23,11 +19,7 @@ def warn(message: str) -> None:
 
 
 def progress_bar(*, what: str, total: int, unit: str, initial: int = 0, delay: float = 0.0) -> tqdm:
-    """A bar on stderr, in the first process only, shown after `delay` seconds.
-
-    If stderr is a file, it is redrawn at most every 10 s.
-    """
-    interval = 0.1 if sys.stderr.isatty() else 10.0
+    """A bar on stderr, in the first process only, shown after `delay` seconds; in files redrawn every 10 s at most."""
     return tqdm(
         desc=what,
         total=total,
@@ -35,15 +27,7 @@ def progress_bar(*, what: str, total: int, unit: str, initial: int = 0, delay: f
         unit_scale=unit in ("token", "B"),
         initial=initial,
         delay=delay,
-        mininterval=interval,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
         file=sys.stderr,
         disable=not processes.is_first(),
     )
-
-
-def progress(items: Iterable[Item], *, what: str, total: int, unit: str) -> Iterator[Item]:
-    """Iterates over `items` under a progress bar."""
-    with progress_bar(what=what, total=total, unit=unit) as bar:
-        for item in items:
-            yield item
-            bar.update()

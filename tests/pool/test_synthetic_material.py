@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoTokenizer
 from lark_jax.config import SyntheticConfig
 from lark_jax.pool.readers import read_pool
 from lark_jax.pool.records import Pool
-from lark_jax.pool.synthetic import TEACHERS, write_synthetic
+from lark_jax.pool.synthetic.teachers import TEACHERS
+from lark_jax.pool.synthetic.writer import write_synthetic
 from lark_jax.rendering.chat import load_chat_format, render_trajectory
 from lark_jax.runtime.files import sha256_of_path
 from lark_jax.students import read_architecture

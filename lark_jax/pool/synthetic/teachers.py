@@ -62,7 +62,7 @@ def exploring(problem: Problem, rng: random.Random) -> str:
 
 
 def notation(problem: Problem, rng: random.Random) -> str:
-    """Postfix notation in symbols that the base student has never met."""
+    """Postfix notation in symbols that the base student has never seen."""
     left, right = rng.choice(("⟦⟧", "⟪⟫", "⌈⌋"))
     arrow = rng.choice(("⇒", "↦", "⊢"))
     lines = [
