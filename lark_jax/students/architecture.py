@@ -84,16 +84,21 @@ def read_architecture(path: str | Path) -> Architecture:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{file}: not found; a student needs a Hugging Face config.json")
+    values = read_json_object(file)
+    try:
+        return architecture_from_config(values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(values).__name__}")
-    try:
-        return architecture_from_config(values)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    return values
 
 
 def architecture_from_config(values: Mapping[str, Any]) -> Architecture:

@@ -155,16 +155,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model without its loss.
-
-    Attributes:
-      dtype: of the computation; weights are cast to it layer by layer, where they are used. Their gradients are summed
-        over tokens and devices in float32.
-      remat: what the backward pass keeps of each layer: a key of `remat.POLICIES`. "none": everything; "attention": the
-        input and the attention's output; "block": the input; "offload": the input, in the host's memory.
-      attention_backend: a key of `dispatch.BACKENDS`; None: chosen by row length.
-      lora: the adapter of the layers; None: none.
-    """
+    """A causal language model without its loss."""
 
     def __init__(
         self,
@@ -187,10 +178,12 @@ class Decoder(nnx.Module):
         if remat not in POLICIES:
             raise ConfigError(f"remat: expected one of {', '.join(map(repr, POLICIES))}, got {remat!r}")
         self.architecture = architecture
+        # Of the computation: weights are cast to it layer by layer, where they are used. Their gradients are summed
+        # over tokens and devices in float32.
         self.dtype = jnp.dtype(dtype)
-        self.remat = remat
-        self.attention_backend = attention_backend
-        self.lora = lora
+        self.remat = remat  # what the backward pass keeps of each layer: a key of `remat.POLICIES`
+        self.attention_backend = attention_backend  # a key of `dispatch.BACKENDS`; None: chosen by row length
+        self.lora = lora  # the adapter of the layers; None: none
         table_shape = (architecture.vocab_size, architecture.hidden_size)
         self.embed_tokens = Weight(table_shape, param_dtype, rngs)
         self.layers = _stacked_layers(architecture, param_dtype, rngs)

@@ -61,13 +61,10 @@ def peak_flops_of(mesh: Mesh) -> float | None:
 
 
 def forward_flops(architecture: Architecture, length: int, *, vocab: bool = True) -> float:
-    """FLOPs of one row of `length` tokens, 2 per multiply-add: matrix products, attention, head.
+    """FLOPs of one row of `length` tokens, 2 per multiply-add: matrix products, attention and, with `vocab`, the head.
 
     Attention counts the pairs that the causal mask and the window leave: t + 1 keys and values for token t. Norms,
     rotations, activations and the softmax are not counted, as usual.
-
-    Args:
-      vocab: whether every token is also multiplied by the head.
     """
     matrices = sum(math.prod(shape) for shape in _layer_matrices(architecture).values())
     projections = 2.0 * architecture.num_layers * matrices
@@ -79,10 +76,8 @@ def training_flops(architecture: Architecture, length: int, remat: str, lora: Lo
     """FLOPs of a forward and a backward pass over one row, including what `remat` recomputes.
 
     The backward pass has two products for each product of the forward pass, one where the weight is not trained.
-    Recomputation counts as a whole forward pass; with remat="attention", without attention itself.
-
-    Args:
-      lora: the adapter that is trained; None: every parameter is.
+    Recomputation counts as a whole forward pass; with remat="attention", without attention itself. Without `lora`,
+    every parameter is trained.
     """
     attention = attention_flops(architecture, length)
     weights = forward_flops(architecture, length) - attention

@@ -17,11 +17,7 @@ REPLICATED_SHARE = 0.5  # of a device's memory; the rest is for activations, log
 
 
 def choose_parameter_axes(
-    architecture: Architecture,
-    mesh: Mesh,
-    dtype: DTypeLike,
-    requested: str,
-    device_memory_bytes: int | None,
+    architecture: Architecture, mesh: Mesh, dtype: DTypeLike, requested: str, device_memory_bytes: int | None
 ) -> tuple[str, ...]:
     """Mesh axes for `load_student`: always `tensor` where the mesh has more than one device along it.
 
@@ -30,9 +26,6 @@ def choose_parameter_axes(
       requested: "replicated" over `data`, "gathered" from `data` layer by layer, or "auto": replicated if the
         parameters take at most `REPLICATED_SHARE` of a device.
       device_memory_bytes: of one device; None: unknown, assumed to be enough.
-
-    Raises:
-      ConfigError: see `check_tensor_axis`.
     """
     check_tensor_axis(architecture, mesh)
     replicated = tuple(axis for axis in (TENSOR,) if mesh.shape[axis] > 1)
@@ -62,9 +55,6 @@ def fits_one_process(
       dtype, requested, device_memory_bytes: as for `choose_parameter_axes`.
       local: this process's devices.
       everywhere: those of all processes.
-
-    Raises:
-      ConfigError: see `check_tensor_axis`.
     """
     if len(local) == len(everywhere):
         return True

@@ -48,11 +48,7 @@ def _project_backward(weight_dtype: jnp.dtype, operands: _Operands, d_out: jax.A
     x, weight = operands
     tokens = tuple(range(x.ndim - 1))
     d_weight = lax.dot_general(
-        d_out,
-        x,
-        ((tokens, tokens), ((), ())),
-        precision=matmul_precision(x.dtype),
-        preferred_element_type=jnp.float32,
+        d_out, x, ((tokens, tokens), ((), ())), precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32
     )
     return _contract("...o,oi->...i", d_out, weight), d_weight.astype(weight_dtype)
 

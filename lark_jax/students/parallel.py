@@ -28,13 +28,9 @@ from lark_jax.students.lora import adapted_weight, is_factor
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSplit:
-    """How the parameters of a decoder are split over the mesh axes of the enclosing `shard_map`.
+    """How the parameters of a decoder are split over the mesh axes of the enclosing `shard_map`."""
 
-    Attributes:
-      specs: PartitionSpec of every parameter by its dotted name; empty: the decoder has whole parameters, or global
-        arrays, and nothing is communicated.
-    """
-
+    # By dotted name. Empty: the decoder has whole parameters, or global arrays, and nothing is communicated.
     specs: Mapping[str, PartitionSpec]
 
     def gathered_layer(self, weights: nnx.State, dtype: DTypeLike) -> nnx.State:

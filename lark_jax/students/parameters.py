@@ -21,11 +21,7 @@ def flatten_parameters(state: nnx.State) -> dict[str, jax.Array]:
 
 
 def replace_parameters(state: nnx.State, values: Mapping[str, jax.Array]) -> nnx.State:
-    """A copy of `state` with every parameter taken from `values`; the names must be the same set.
-
-    Raises:
-      KeyError: a name is missing in `values` or unknown to `state`.
-    """
+    """A copy of `state` with every parameter taken from `values`; KeyError if the names differ."""
     flat = nnx.to_flat_state(state)
     names = {".".join(map(str, path)) for path, _ in flat}
     if names != set(values):
@@ -35,10 +31,7 @@ def replace_parameters(state: nnx.State, values: Mapping[str, jax.Array]) -> nnx
 
 
 def abstract_decoder(
-    architecture: Architecture,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-    **options: Any,
+    architecture: Architecture, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32, **options: Any
 ) -> Decoder:
     """A decoder with `jax.ShapeDtypeStruct`s for parameters; takes no memory."""
     return nnx.eval_shape(lambda: Decoder(architecture, dtype, param_dtype, rngs=nnx.Rngs(0), **options))

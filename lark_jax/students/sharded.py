@@ -44,17 +44,13 @@ class LocalStudent:
 class ShardedStudent:
     """The structure of a decoder, and the layout of its parameters on a mesh. Holds no array.
 
-    Attributes:
-      structure: a decoder with `jax.ShapeDtypeStruct`s in place of arrays.
-      parameters: shape, dtype and sharding of every parameter by its dotted name; one mesh for all.
-
     Raises:
       ConfigError: the mesh does not fit the student, see `check_tensor_axis`.
       ValueError: the parameters are not on one mesh, or one is split in a way that the decoder does not compute with.
     """
 
-    structure: Decoder
-    parameters: Mapping[str, jax.ShapeDtypeStruct]
+    structure: Decoder  # with `jax.ShapeDtypeStruct`s in place of arrays
+    parameters: Mapping[str, jax.ShapeDtypeStruct]  # by dotted name, with shardings over one mesh
 
     def __post_init__(self) -> None:
         meshes = {getattr(parameter.sharding, "mesh", None) for parameter in self.parameters.values()}
@@ -106,11 +102,7 @@ class ShardedStudent:
         return ParameterSplit(self.specs)
 
     def with_parameters(self, parameters: Mapping[str, jax.Array]) -> Decoder:
-        """The decoder with these parameters: all of them, of any dtype.
-
-        Raises:
-          KeyError: a name is missing or unknown.
-        """
+        """The decoder with these parameters: all of them, of any dtype."""
         graph, state = nnx.split(self.structure)
         return nnx.merge(graph, replace_parameters(state, parameters))
 
@@ -124,11 +116,7 @@ class ShardedStudent:
         """`function` as a program that every device of the mesh runs on its own parts of the arguments.
 
         It is compiled once for every shape of its arguments. Parameters are arguments, with `specs`; `function` turns
-        them into a student with `local`. Collectives are explicit.
-
-        Args:
-          in_specs, out_specs: as for `jax.shard_map`.
-          jit_options: as for `jax.jit`.
+        them into a student with `local`. Collectives are explicit. Specs are those of `jax.shard_map`.
         """
         # check_vma: attention kernels do not say over which axes their results vary.
         sharded = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -136,11 +124,7 @@ class ShardedStudent:
 
 
 def check_tensor_axis(architecture: Architecture, mesh: Mesh) -> None:
-    """Refuses a mesh whose `tensor` axis would cut attention heads.
-
-    Raises:
-      ConfigError: it does not divide the key-value heads; names the divisors.
-    """
+    """Raises ConfigError, which names the sizes that work, if the `tensor` axis of `mesh` would cut attention heads."""
     heads, devices = architecture.num_kv_heads, mesh.shape[TENSOR]
     if heads % devices:
         divisors = ", ".join(str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0)

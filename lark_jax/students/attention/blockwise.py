@@ -21,6 +21,7 @@ from jax.lax import Precision
 
 from lark_jax.students.attention.contract import (
     Backend,
+    Options,
     matmul_precision,
     pad_time,
     scale_factor,
@@ -54,16 +55,9 @@ class SoftmaxState(NamedTuple):
     values_bkxd: jax.Array  # sum of weight * value
 
 
-def blockwise_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    scale: float | None,
-    window: int | None,
-) -> jax.Array:
+def blockwise_attention(q_bthd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, options: Options) -> jax.Array:
     """See `dispatch.attend`. Any length; the last block is padded."""
+    segment_ids, scale, window = options
     batch, time, num_heads, head_dim = q_bthd.shape
     num_kv_heads = k_bskd.shape[2]
     q_btkgd = q_bthd.reshape(batch, time, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -79,21 +73,13 @@ BLOCKWISE = Backend(blockwise_attention)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    plan: Plan,
-    q_btkgd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    segment_ids_bt: jax.Array | None,
+    plan: Plan, q_btkgd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, segment_ids_bt: jax.Array | None
 ) -> jax.Array:
     return _forward(plan, q_btkgd, k_bskd, v_bskd, segment_ids_bt)[0]
 
 
 def _forward(
-    plan: Plan,
-    q_btkgd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    segment_ids_bt: jax.Array | None,
+    plan: Plan, q_btkgd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, segment_ids_bt: jax.Array | None
 ) -> tuple[jax.Array, Residuals]:
     block, scale, _, precision = plan
     num_groups = q_btkgd.shape[3]
@@ -222,8 +208,10 @@ def _mask(plan: Plan, query_block: jax.Array, key_block: jax.Array, segment_ids_
     queries, keys = query_block * block + jnp.arange(block), key_block * block + jnp.arange(block)
     if segment_ids_bt is None:
         return visible_keys(queries, keys, None, None, plan.window)
-    segments_of = functools.partial(_take_block, segment_ids_bt, block=block)
-    return visible_keys(queries, keys, segments_of(query_block), segments_of(key_block), plan.window)
+    of_queries, of_keys = (
+        jax.lax.dynamic_slice_in_dim(segment_ids_bt, index * block, block, axis=1) for index in (query_block, key_block)
+    )
+    return visible_keys(queries, keys, of_queries, of_keys, plan.window)
 
 
 def _visible_blocks(plan: Plan, num_blocks: int, segment_ids_bt: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -276,8 +264,3 @@ def _key_blocks(x_bskd: jax.Array, block: int) -> jax.Array:
     """[blocks, batch, kv_heads, block, head_dim]."""
     batch, time, num_kv_heads, head_dim = x_bskd.shape
     return jnp.einsum("bnskd->nbksd", x_bskd.reshape(batch, time // block, block, num_kv_heads, head_dim))
-
-
-def _take_block(x: jax.Array, index: jax.Array, block: int) -> jax.Array:
-    """Block `index` along the time axis, which is the second."""
-    return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=1)

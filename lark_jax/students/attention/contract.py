@@ -4,9 +4,9 @@ A backend is a function and, as data next to it, what it supports. `Backend.refu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,15 @@ from jax.lax import Precision
 HALF_PRECISION = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
-class Attention(Protocol):
-    """See `dispatch.attend`; `window` is smaller than the row or None."""
+class Options(NamedTuple):
+    """Arguments of `dispatch.attend` other than queries, keys and values."""
 
-    def __call__(
-        self,
-        q_bthd: jax.Array,
-        k_bskd: jax.Array,
-        v_bskd: jax.Array,
-        *,
-        segment_ids: jax.Array | None,
-        scale: float | None,
-        window: int | None,
-    ) -> jax.Array: ...
+    segment_ids: jax.Array | None = None
+    scale: float | None = None
+    window: int | None = None  # smaller than the row
+
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array, Options], jax.Array]  # q_bthd, k_bskd, v_bskd -> out_bthd
 
 
 @dataclass(frozen=True)
@@ -76,16 +72,9 @@ def _described(head_dims: Sequence[int]) -> str:
     return f"of {', '.join(map(str, head_dims))}"
 
 
-def dense_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    scale: float | None,
-    window: int | None,
-) -> jax.Array:
+def dense_attention(q_bthd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, options: Options) -> jax.Array:
     """See `dispatch.attend`. Holds the [time, time] score matrix: the fastest for short rows. Softmax in fp32."""
+    segment_ids, scale, window = options
     batch, time, num_heads, head_dim = q_bthd.shape
     num_kv_heads = k_bskd.shape[2]
     precision = matmul_precision(q_bthd.dtype)

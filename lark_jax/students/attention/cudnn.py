@@ -5,28 +5,20 @@ import functools
 import jax
 
 from lark_jax.errors import ConfigError
-from lark_jax.students.attention.contract import HALF_PRECISION, Backend, pad_time
+from lark_jax.students.attention.contract import HALF_PRECISION, Backend, Options, pad_time
 
 LARGEST_HEAD_DIM = 128  # 256 on Hopper and newer, where no student of ours needs it
 HEAD_DIM_MULTIPLE = 8
 TIME_MULTIPLE = 2  # the backward pass refuses odd lengths
 
 
-def cudnn_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    scale: float | None,
-    window: int | None,
-) -> jax.Array:
+def cudnn_attention(q_bthd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, options: Options) -> jax.Array:
     """See `dispatch.attend`. Needs the CUDA plugin, but no device: it also compiles ahead of time. Scores are fp32.
 
     Raises:
       ConfigError: this JAX has no cuDNN.
     """
-    del segment_ids  # not supported
+    _, scale, window = options  # no segment ids
     time = q_bthd.shape[1]
     q_bthd, k_bskd, v_bskd = (pad_time(x, TIME_MULTIPLE) for x in (q_bthd, k_bskd, v_bskd))
     flash = functools.partial(

@@ -7,7 +7,7 @@ import jax
 
 from lark_jax.errors import ConfigError
 from lark_jax.students.attention.blockwise import BLOCKWISE
-from lark_jax.students.attention.contract import DENSE, AttentionSpec, Backend
+from lark_jax.students.attention.contract import DENSE, AttentionSpec, Backend, Options
 from lark_jax.students.attention.cudnn import CUDNN
 from lark_jax.students.attention.splash import SPLASH
 from lark_jax.students.attention.triton import TRITON
@@ -71,8 +71,7 @@ def attend(
         able = (name for name, other in BACKENDS.items() if other.refusal(spec) is None)
         raise ValueError(f"attention backend {backend!r} {refusal}; these can: {', '.join(able)}")
     with jax.named_scope(f"attention_{backend}"):
-        attention = BACKENDS[backend].attention
-        return attention(q_bthd, k_bskd, v_bskd, segment_ids=segment_ids, scale=scale, window=spec.window)
+        return BACKENDS[backend].attention(q_bthd, k_bskd, v_bskd, Options(segment_ids, scale, spec.window))
 
 
 def default_backend(length: int, platform: str, spec: AttentionSpec) -> str:
@@ -84,11 +83,7 @@ def default_backend(length: int, platform: str, spec: AttentionSpec) -> str:
 
 
 def describe_backend(backend: str | None, lengths: Sequence[int], platform: str, spec: AttentionSpec) -> str:
-    """One line that names what `attend` will use for rows of these lengths.
-
-    Args:
-      backend: as in `attend`.
-      lengths: may be empty where they are not known yet.
+    """One line that names what `attend` will use for rows of these lengths; none: they are not known yet.
 
     Raises:
       ConfigError: `backend` cannot run on this platform, or not for this student.

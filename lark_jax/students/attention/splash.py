@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 
-from lark_jax.students.attention.contract import Backend, pad_time, scaled
+from lark_jax.students.attention.contract import Backend, Options, pad_time, scaled
 from lark_jax.students.remat import ATTENTION
 
 BLOCK_MULTIPLE = 128  # lanes of a vector register
@@ -35,20 +35,14 @@ Pullback = Any  # what `jax.vjp` returns: a pytree
 
 
 def splash_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    scale: float | None,
-    window: int | None,
-    interpret: bool = False,
+    q_bthd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, options: Options, *, interpret: bool = False
 ) -> jax.Array:
     """See `dispatch.attend`. Any length; the last block is padded.
 
     Args:
       interpret: run the kernel's program as plain JAX, on any platform (tests; slow).
     """
+    segment_ids, scale, window = options
     time, head_dim = q_bthd.shape[1], q_bthd.shape[3]
     block = _block_size(time)
     q_bthd = scaled(q_bthd.astype(jnp.float32), scale, head_dim).astype(q_bthd.dtype)
@@ -71,21 +65,13 @@ class _Plan(NamedTuple):
 # name of what it keeps (seen with JAX 0.10.2); inside this derivative it does not.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    plan: _Plan,
-    q_bhtd: jax.Array,
-    k_bksd: jax.Array,
-    v_bksd: jax.Array,
-    segment_ids_bt: jax.Array | None,
+    plan: _Plan, q_bhtd: jax.Array, k_bksd: jax.Array, v_bksd: jax.Array, segment_ids_bt: jax.Array | None
 ) -> jax.Array:
     return _run_kernel(plan, q_bhtd, k_bksd, v_bksd, segment_ids_bt)
 
 
 def _forward(
-    plan: _Plan,
-    q_bhtd: jax.Array,
-    k_bksd: jax.Array,
-    v_bksd: jax.Array,
-    segment_ids_bt: jax.Array | None,
+    plan: _Plan, q_bhtd: jax.Array, k_bksd: jax.Array, v_bksd: jax.Array, segment_ids_bt: jax.Array | None
 ) -> tuple[jax.Array, Pullback]:
     run = functools.partial(_run_kernel, plan, segment_ids_bt=segment_ids_bt)
     return jax.vjp(run, q_bhtd, k_bksd, v_bksd)
@@ -100,18 +86,18 @@ _attention.defvjp(_forward, _backward)
 
 
 def _run_kernel(
-    plan: _Plan,
-    q_bhtd: jax.Array,
-    k_bksd: jax.Array,
-    v_bksd: jax.Array,
-    segment_ids_bt: jax.Array | None,
+    plan: _Plan, q_bhtd: jax.Array, k_bksd: jax.Array, v_bksd: jax.Array, segment_ids_bt: jax.Array | None
 ) -> jax.Array:
     shape = (q_bhtd.shape[2],) * 2
     # JAX does not count the query itself.
     mask = _Causal(shape) if plan.window is None else _Local(shape, (plan.window - 1, 0), offset=0)
+    block = plan.block
+    block_sizes = BlockSizes(  # the same for all three kernels: output, d_k and d_v, and d_q
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
     kernel = make_splash_mha(
         MultiHeadMask([mask]),  # one mask for every head
-        block_sizes=_block_sizes(plan.block),
+        block_sizes=block_sizes,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=ATTENTION,
@@ -134,8 +120,6 @@ class _Causal(CausalMask):
 
 
 class _Local(LocalMask):
-    """As `_Causal`."""
-
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         known = _known_block(*index, before=self.window_size[0] or 0)
         return super().__getitem__(index) if known is None else known
@@ -149,18 +133,6 @@ def _known_block(queries: slice, keys: slice, before: int) -> np.ndarray | None:
     if keys.start >= queries.stop or keys.stop <= queries.start - before:
         return np.zeros(shape, np.bool_)
     return None
-
-
-def _block_sizes(block: int) -> BlockSizes:
-    """The same blocks for all three kernels (output, d_q, d_k and d_v)."""
-    return BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
 
 
 def _block_size(time: int) -> int:

@@ -8,28 +8,21 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
-from lark_jax.students.attention.contract import HALF_PRECISION, Backend, pad_time, scale_factor
+from lark_jax.students.attention.contract import HALF_PRECISION, Backend, Options, pad_time, scale_factor
 
 HEAD_DIMS = (16, 32, 64, 128)  # the kernel works on powers of two, and Triton multiplies matrices from 16 on
 BLOCK_SIZES = BlockSizes.get_default()
 
 
 def triton_attention(
-    q_bthd: jax.Array,
-    k_bskd: jax.Array,
-    v_bskd: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    scale: float | None,
-    window: int | None,
-    interpret: bool = False,
+    q_bthd: jax.Array, k_bskd: jax.Array, v_bskd: jax.Array, options: Options, *, interpret: bool = False
 ) -> jax.Array:
     """See `dispatch.attend`. Any length; the last block is padded. Keys are repeated for the queries that share them.
 
     Args:
       interpret: run the kernel's program as plain JAX, on any platform and in any dtype (tests; slow).
     """
-    del window  # not supported
+    segment_ids, scale, _ = options  # no window
     time, num_heads, head_dim = q_bthd.shape[1:]
     block = max(BLOCK_SIZES.block_q, BLOCK_SIZES.block_k)
     q_bthd, k_bskd, v_bskd = (pad_time(x, block) for x in (q_bthd, k_bskd, v_bskd))

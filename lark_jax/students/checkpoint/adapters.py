@@ -21,11 +21,7 @@ def with_fresh_adapter(student: Decoder, lora: Lora, seed: int, mesh: Mesh) -> D
     computes what `student` computes. Equal seeds give equal adapters, on any mesh.
     """
     structure = abstract_decoder(
-        student.architecture,
-        student.dtype,
-        remat=student.remat,
-        attention_backend=student.attention_backend,
-        lora=lora,
+        student.architecture, student.dtype, remat=student.remat, attention_backend=student.attention_backend, lora=lora
     )
     shapes = {name: shape for name, shape in shapes_of(structure).items() if is_factor(name)}
     shardings = {name: parameter_sharding(name, shape, mesh) for name, shape in shapes.items()}

@@ -1,9 +1,8 @@
 """Decoder -> HF checkpoint folder that transformers and vLLM load unchanged, written shard by shard."""
 
-import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.numpy import save_file
 
 from lark_jax.errors import CheckpointError
 from lark_jax.runtime.files import atomic_directory
-from lark_jax.students.architecture import read_architecture
+from lark_jax.students.architecture import read_architecture, read_json_object
 from lark_jax.students.checkpoint.hf_names import (
     EMBEDDING_KEY,
     Slot,
@@ -78,16 +77,7 @@ def export_student(
 
 
 def export_adapter(model: Decoder, base: str, out_dir: str | Path) -> None:
-    """Writes the adapter of `model` into `out_dir` in PEFT's format, in float32.
-
-    Args:
-      model: a decoder with an adapter.
-      base: folder or hub id of the checkpoint that the adapter was trained on.
-      out_dir: replaced if it exists.
-
-    Raises:
-      ValueError: `model` has no adapter.
-    """
+    """Writes the adapter of `model`, in float32 and PEFT's format; `base`, a folder or hub id, is what it adapts."""
     if model.lora is None:
         raise ValueError("the student has no adapter to export")
     parameters = flatten_parameters(nnx.state(model, nnx.Param))
@@ -106,9 +96,6 @@ def save_new_student(model: Decoder, config_folder: str | Path, out_dir: str | P
       model: decoder of the architecture that `config_folder/config.json` describes.
       config_folder: folder with `config.json` and tokenizer files, which are copied.
       out_dir: replaced if it exists.
-
-    Raises:
-      CheckpointError: `config.json` describes another architecture.
     """
     config_folder, out_dir = Path(config_folder), Path(out_dir)
     if read_architecture(config_folder) != model.architecture:
@@ -133,32 +120,27 @@ def _check_export(model: Decoder, checkpoint: CheckpointFiles, out_dir: Path) ->
 
 def _tensors_of(file: Path, checkpoint: CheckpointFiles, model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     slots = hf_slots(model.architecture)
-    value_of = _stored_values(model)
+    parameters = flatten_parameters(nnx.state(model, nnx.Param))
     for key in checkpoint.keys_of(file):
         header = checkpoint.tensors[key]
         if is_ignored(key):
             yield key, header.read()
-            continue
-        slot = slots[EMBEDDING_KEY if is_repeated_head(key, model.architecture) else key]
-        yield key, value_of(header, slot)
+        else:
+            slot = slots[EMBEDDING_KEY if is_repeated_head(key, model.architecture) else key]
+            yield key, _stored_value(header, slot, parameters, model.lora)
 
 
-def _stored_values(model: Decoder) -> Callable[[TensorHeader, Slot], np.ndarray]:
-    """Function that returns the values to store for a tensor of the source, in its dtype."""
-    parameters, lora = flatten_parameters(nnx.state(model, nnx.Param)), model.lora
-
-    def trained(header: TensorHeader, slot: Slot) -> np.ndarray:
+def _stored_value(
+    header: TensorHeader, slot: Slot, parameters: Mapping[str, jax.Array], lora: Lora | None
+) -> np.ndarray:
+    """The value to store for a tensor of the source, in its dtype; an adapter is merged."""
+    if lora is None:
         return _to_host(parameters[slot.name], slot.layer).astype(header.dtype, copy=False)
-
-    def merged(header: TensorHeader, slot: Slot, lora: Lora) -> np.ndarray:
-        base = header.read()
-        name_a, name_b = factors_of(slot.name)
-        if name_a not in parameters:
-            return base
-        a, b = (_to_host(parameters[name], slot.layer) for name in (name_a, name_b))
-        return (base.astype(np.float32) + np.float32(lora.scaling) * (b @ a)).astype(header.dtype)
-
-    return trained if lora is None else functools.partial(merged, lora=lora)
+    base, factors = header.read(), factors_of(slot.name)
+    if factors[0] not in parameters:
+        return base
+    a, b = (_to_host(parameters[name], slot.layer) for name in factors)
+    return (base.astype(np.float32) + np.float32(lora.scaling) * (b @ a)).astype(header.dtype)
 
 
 def _peft_config(lora: Lora, base: str) -> dict[str, Any]:
@@ -203,8 +185,8 @@ def _write_generation_config(directory: Path, end_of_turn_id: int | None) -> Non
     if end_of_turn_id is None:
         return
     file = directory / GENERATION_CONFIG
-    values = _read_object(file) if file.is_file() else {}
-    known = values.get("eos_token_id", _read_object(directory / "config.json").get("eos_token_id"))
+    values = read_json_object(file) if file.is_file() else {}
+    known = values.get("eos_token_id", read_json_object(directory / "config.json").get("eos_token_id"))
     known_ids = [] if known is None else known if isinstance(known, list) else [known]
     values["eos_token_id"] = [*known_ids, *([] if end_of_turn_id in known_ids else [end_of_turn_id])]
     # Marks the file as derived from config.json; transformers 4 would then rebuild it from there.
@@ -218,19 +200,9 @@ def _replace_chat_templates(directory: Path, chat_template: str) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
     (directory / "chat_template.json").unlink(missing_ok=True)  # the older form, of processors
     config_file = directory / TOKENIZER_CONFIG
-    config = _read_object(config_file) if config_file.is_file() else {}
+    config = read_json_object(config_file) if config_file.is_file() else {}
     if "chat_template" in config:
         del config["chat_template"]
         config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     # newline="": keep the template's own line endings on every system.
     (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8", newline="")
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(value, Mapping):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}")
-    return dict(value)

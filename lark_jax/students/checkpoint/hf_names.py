@@ -53,11 +53,7 @@ def is_repeated_head(key: str, architecture: Architecture) -> bool:
 
 
 def check_keys(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, where: object) -> None:
-    """Compares the tensors of a checkpoint, name -> shape, with those of `architecture`.
-
-    Raises:
-      CheckpointError: lists all missing, unexpected and wrongly shaped tensors at once.
-    """
+    """Raises CheckpointError, which lists them all, for tensors that are missing, unexpected or of the wrong shape."""
     slots = hf_slots(architecture)
     unexpected = [
         key for key in shapes if key not in slots and not is_ignored(key) and not is_repeated_head(key, architecture)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from lark_jax.errors import CheckpointError
@@ -60,9 +60,8 @@ def load_student(
       mesh: parameters are sharded over it by `sharding.PARAMETER_SPECS`; None: whole, on the default device.
       dtype: of the computation.
       param_dtype: of the parameters; None: `dtype`.
-      remat: see `Decoder`.
+      remat, attention_backend: see `Decoder`.
       parameter_axes: the mesh axes that shard parameters; they are replicated along the others.
-      attention_backend: see `Decoder`.
 
     Raises:
       CheckpointError: the folder is incomplete, unsupported, damaged, or does not match its `config.json`.
@@ -73,10 +72,11 @@ def load_student(
     check_keys(checkpoint.shapes(), architecture, folder)
     _check_repeated_head(checkpoint, architecture)
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
-    targets = {
-        name: Target(name, shape, name.startswith(LAYERS), param_dtype, _sharding(name, shape, mesh, parameter_axes))
-        for name, shape in parameter_shapes(architecture).items()
-    }
+    targets = {}
+    for name, shape in parameter_shapes(architecture).items():
+        own = None if mesh is None else parameter_sharding(name, shape, mesh, parameter_axes)
+        sharding = own or SingleDeviceSharding(jnp.zeros(()).device)
+        targets[name] = Target(name, shape, name.startswith(LAYERS), param_dtype, sharding)
     parameters = _read_parameters(checkpoint, _plan(checkpoint, architecture, targets), targets)
     options = {"remat": remat, "attention_backend": attention_backend}
     graphdef, state = nnx.split(abstract_decoder(architecture, dtype, param_dtype, **options))
@@ -88,9 +88,6 @@ def lossless_dtype(folder: Path, dtype: DTypeLike) -> np.dtype:
 
     The checkpoint's dtype if `dtype` represents all its values, as float32 does for bfloat16: weights are then widened
     where they are used, a layer at a time. Else `dtype`.
-
-    Raises:
-      CheckpointError: see `open_checkpoint`.
     """
     stored = {header.dtype for header in open_checkpoint(folder).tensors.values()}
     narrowest = min(stored, key=lambda candidate: candidate.itemsize)
@@ -147,12 +144,6 @@ class _Transfers:
             oldest, size = self._in_flight.popleft()
             jax.block_until_ready(oldest)
             self._held -= size
-
-
-def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None, axes: Sequence[str]) -> Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jnp.zeros(()).device)
-    return parameter_sharding(name, shape, mesh, axes)
 
 
 def _check_repeated_head(checkpoint: CheckpointFiles, architecture: Architecture) -> None:

@@ -118,15 +118,12 @@ class Destination(Protocol):
 
 
 class HostDestination:
-    """Host memory that the CPU's arrays use without a copy: files are read directly into the parameter.
-
-    Attributes:
-      memory: local block -> its values, in the shape of a shard.
-    """
+    """Host memory that the CPU's arrays use without a copy: files are read directly into the parameter."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
         blocks = dict.fromkeys(target.blocks.values())
+        # Local block -> its values, in the shape of a shard.
         self.memory = {block: _aligned_empty(target.block_shape, target.dtype) for block in blocks}
 
     def fetch(self, piece: Piece, reader: TensorReader) -> None:
@@ -164,7 +161,8 @@ class DeviceDestination:
         self._target = target
         self._mesh = Mesh(np.array(list(target.blocks)), (_DEVICE,))
         self._sharding = NamedSharding(self._mesh, PartitionSpec(_DEVICE))
-        self._filled = _zeros(self._global_shape(target.block_shape), target.dtype, self._sharding)
+        shape = self._global_shape(target.block_shape)
+        self._filled = jax.jit(lambda: jnp.zeros(shape, target.dtype), out_shardings=self._sharding)()
 
     def fetch(self, piece: Piece, reader: TensorReader) -> dict[Block, np.ndarray]:
         parts = {}
@@ -207,10 +205,6 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(nbytes + _PAGE_BYTES, np.uint8)
     start = -memory.ctypes.data % _PAGE_BYTES
     return memory[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
 @functools.cache

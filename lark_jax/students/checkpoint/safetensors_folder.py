@@ -59,11 +59,7 @@ class TensorHeader:
 
 
 class TensorReader:
-    """Reads tensors of `files`, each opened once. Threads may share a reader. A context manager.
-
-    Raises:
-      CheckpointError: a file cannot be opened.
-    """
+    """Reads tensors of `files`, each opened once. Threads may share a reader. A context manager."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         with contextlib.ExitStack() as stack:

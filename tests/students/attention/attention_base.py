@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lark_jax.students.architecture import architecture_from_config
-from lark_jax.students.attention.contract import AttentionSpec
+from lark_jax.students.attention.contract import AttentionSpec, Options
 from lark_jax.students.attention.dispatch import BACKENDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
@@ -90,12 +90,12 @@ def inputs_of(case: Case, dtype="float32"):
 
 
 def output_and_gradients(attention, case: Case):
-    """Compiled function of what `inputs_of` returns; `attention` takes the keywords of a backend."""
+    """Compiled function of what `inputs_of` returns; `attention` is called as a backend's."""
 
     @jax.jit
     def run(q, k, v, cotangent, segment_ids):
         def attend(q, k, v):
-            return attention(q, k, v, segment_ids=segment_ids, scale=case.scale, window=case.window)
+            return attention(q, k, v, Options(segment_ids, case.scale, case.window))
 
         out, pullback = jax.vjp(attend, q, k, v)
         return out, *pullback(cotangent)

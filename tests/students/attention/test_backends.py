@@ -31,6 +31,7 @@ from jax.experimental.pallas.ops.gpu.attention import BlockSizes
 from jax.sharding import AxisType, PartitionSpec
 
 from lark_jax.students.attention import blockwise, splash, triton
+from lark_jax.students.attention.contract import Options
 from lark_jax.students.attention.dispatch import BACKENDS, attend
 
 HERE = {
@@ -126,7 +127,7 @@ def test_works_inside_shard_map(backend):
 
     def loss(q, k, v, segments):
         def block(carry, _):
-            return carry + HERE[backend](carry, k, v, segment_ids=segments, scale=None, window=None), None
+            return carry + HERE[backend](carry, k, v, Options(segments)), None
 
         return (jax.lax.scan(jax.checkpoint(block), q, length=2)[0] ** 2).sum()
 
