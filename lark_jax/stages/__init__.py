@@ -101,11 +101,7 @@ def check_paths(experiment: Experiment) -> None:
 
 
 def check_stages(experiment: Experiment, num_processes: int) -> None:
-    """Refuses stages that cannot run in several processes, before anything is read or compiled.
-
-    Raises:
-      ConfigError: names the stages that can.
-    """
+    """Raises ConfigError, which names those that can, for stages that cannot run in several processes."""
     single = [stage for stage in experiment.stages if stage in ONE_PROCESS_STAGES]
     if num_processes > 1 and single:
         others = [stage for stage in experiment.stages if stage not in ONE_PROCESS_STAGES]

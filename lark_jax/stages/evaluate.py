@@ -17,6 +17,7 @@ from lark_jax.evaluation.grading import grader_version
 from lark_jax.evaluation.prompts import StudentPrompts, load_system_prompts, render_prompts
 from lark_jax.evaluation.runner import StudentResult, engine_for, evaluate_student
 from lark_jax.evaluation.standard_benchmarks import content_fingerprint, edition_of
+from lark_jax.pool import SkippedRecord
 from lark_jax.rendering.chat import load_chat_format
 from lark_jax.runtime import files
 from lark_jax.runtime.pipeline import Outcome, Task, require_manifest
@@ -182,14 +183,10 @@ def _student_task(
 def ungraded_samples(result: StudentResult) -> list[dict[str, str]]:
     """For the manifest: every sample that counts as wrong because the grader could not judge it."""
     return [
-        {
-            "problem_id": sample.problem_id,
-            "candidate_id": f"seed {sample.seed} sample {sample.sample}",
-            "location": benchmark.benchmark,
-            "reason": sample.reason,
-        }
+        dataclasses.asdict(SkippedRecord(sample.problem_id, name, benchmark.benchmark, sample.reason))
         for benchmark in result.benchmarks
         for sample in benchmark.ungraded
+        for name in [f"seed {sample.seed} sample {sample.sample}"]
     ]
 
 
@@ -198,7 +195,6 @@ def engine_of(layout: Layout) -> EngineChoice:
 
 
 def _announce(name: str, student: Path, engine: EngineChoice, config: EvaluateConfig, layout: Layout) -> None:
-    """Tells the user what to know before hours are spent."""
     if config.engine == "auto" and engine.engine == "transformers":
         say(
             f"{name}: evaluated with transformers ({engine.reason}); to try vLLM again once that is fixed, delete "

@@ -2,11 +2,9 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import jax.numpy as jnp
 
 from lark_jax.config import Experiment
 from lark_jax.errors import TrainingError
@@ -32,10 +30,7 @@ from lark_jax.selection import METHODS, TRAIN_JSONL, choose_held_out, read_train
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score import STATISTICS
-from lark_jax.stages.student import notes_on, open_chat, open_student, student_inputs
-from lark_jax.students import local_folder, read_architecture
-from lark_jax.students.attention.contract import AttentionSpec
-from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
+from lark_jax.stages.student import describe_attention, notes_on, open_chat, open_student, student_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +59,15 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
     def train(directory: Path) -> Outcome:
         chat = open_chat(experiment)
         data = training_data(experiment, layout, chat, run)
-        padding = padding_report(
-            data.examples,
-            experiment.finetune,
-            seed=experiment.seed,
-            data_shards=make_mesh(experiment.mesh).shape[DATA],
-        )
-        terminal.say(f"{run.name}: {padding}")
-        terminal.say(describe_attention(experiment, padding.used.row_lengths))
         mesh = make_mesh(experiment.mesh)
+        padding = padding_report(data.examples, experiment.finetune, seed=experiment.seed, data_shards=mesh.shape[DATA])
+        terminal.say(f"{run.name}: {padding}")
+        device, lengths = mesh.devices.flat[0], padding.used.row_lengths
+        terminal.say(describe_attention(experiment, experiment.finetune, device, lengths))
+        # Trained parameters need full precision; frozen ones are only computed with.
+        dtype = "float32" if experiment.finetune.lora_rank == 0 else experiment.finetune.dtype
         result = finetune(
-            open_student(experiment, mesh, _parameter_dtype(experiment)),
+            open_student(experiment, mesh, dtype),
             data.examples,
             experiment.finetune,
             seed=experiment.seed,
@@ -114,26 +107,6 @@ def training_data(experiment: Experiment, layout: Layout, chat: ChatFormat, run:
         examples=weighted_examples(rendered, [item.weight for item in kept]),
         held_out=tuple(Example(item, weight=1.0) for item in _rendered(experiment, chat, held_out)),
     )
-
-
-def describe_attention(experiment: Experiment, row_lengths: Sequence[int]) -> str:
-    """One line on the attention backend for rows of these lengths.
-
-    Raises:
-      ConfigError: the configured backend cannot run here, or does not honour the segment ids of packed rows.
-    """
-    config, architecture = experiment.finetune, read_architecture(local_folder(experiment.student.path))
-    return describe_backend(
-        None if config.attention == "auto" else config.attention,
-        row_lengths,
-        kernel_platform(make_mesh(experiment.mesh).devices.flat[0]),
-        AttentionSpec(jnp.dtype(config.dtype), architecture.head_dim, config.packing, architecture.sliding_window),
-    )
-
-
-def _parameter_dtype(experiment: Experiment) -> str:
-    """Trained parameters need full precision; frozen ones are only computed with."""
-    return "float32" if experiment.finetune.lora_rank == 0 else experiment.finetune.dtype
 
 
 def _held_out_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:

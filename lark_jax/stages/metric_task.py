@@ -1,12 +1,12 @@
 """An additional metric of the stage "score", as one resumable task that writes `metrics/<name>/columns.parquet`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
-from lark_jax.pool import Pool
+from lark_jax.pool import Pool, SkippedRecord
 from lark_jax.runtime.pipeline import Outcome, Task
 from lark_jax.scoring.metric_columns import MetricColumns, write_metric
 from lark_jax.stages.layout import Layout
@@ -58,11 +58,7 @@ def metric_task(name: str, metric: Metric, experiment: Experiment, layout: Layou
 
 
 def require_complete(name: str, metric: Metric, pool: Pool, result: MetricResult) -> None:
-    """Checks that the result has all columns of the metric, all trajectories, and a reason for each null.
-
-    Raises:
-      ValueError: it has not, which is an error in lark_jax; the message names the metric.
-    """
+    """Raises ValueError (a bug) unless there are all columns, all trajectories, and a reason for each null."""
     if set(result.columns.values) != set(metric.columns):
         raise ValueError(
             f"metric {name!r} returned columns {sorted(result.columns.values)}, expected {sorted(metric.columns)}"
@@ -76,14 +72,9 @@ def require_complete(name: str, metric: Metric, pool: Pool, result: MetricResult
 def outcome_of(pool: Pool, result: MetricResult) -> Outcome:
     by_ids = pool.by_ids()
     skipped = [
-        {
-            "problem_id": problem_id,
-            "candidate_id": candidate_id,
-            "location": by_ids[problem_id, candidate_id].location,
-            "reason": result.reasons[problem_id, candidate_id],
-        }
-        for problem_id, candidate_id in pool.ids()
-        if (problem_id, candidate_id) in result.reasons
+        asdict(SkippedRecord(*ids, by_ids[ids].location, result.reasons[ids]))
+        for ids in pool.ids()
+        if ids in result.reasons
     ]
     counts = {"trajectories": len(pool.trajectories), "with values": len(pool.trajectories) - len(skipped)}
     return Outcome(counts={**counts, **result.counts}, skipped=skipped, notes=result.notes)

@@ -17,9 +17,6 @@ def pool_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
     """The inputs of a stage that reads the pool: the bytes of its files, and the settings of reading.
 
     Files in the folder that are not part of the pool do not count.
-
-    Raises:
-      PoolError: there is no such pool.
     """
     return {
         "pool": layout.hashes.of(local_source(experiment.pool.path), PoolError, files_read(experiment.pool)),
@@ -28,11 +25,7 @@ def pool_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
 
 
 def open_pool(experiment: Experiment) -> Pool:
-    """Reads the pool, with a progress bar if it takes long.
-
-    Raises:
-      PoolError: as `read_pool`.
-    """
+    """Reads the pool, with a progress bar if it takes long."""
     with terminal.progress_bar(
         what="read the pool", total=source_size(experiment.pool), unit="B", delay=SECONDS_WITHOUT_A_BAR
     ) as bar:

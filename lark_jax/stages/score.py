@@ -3,37 +3,27 @@
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lark_jax.config import Experiment
 from lark_jax.errors import PipelineError, PoolError
-from lark_jax.pool import Pool
+from lark_jax.pool import Pool, SkippedRecord
 from lark_jax.runtime import processes, terminal
 from lark_jax.runtime.pipeline import SECONDS_TO_BE_SEEN, Outcome, Task
 from lark_jax.runtime.processes import EVERYTHING, Share
 from lark_jax.runtime.sharding import DATA, make_mesh
-from lark_jax.scoring import (
-    CandidateScore,
-    ScoreOptions,
-    assemble_scores,
-    plan_workload,
-    score_share,
-    write_scores,
-)
+from lark_jax.scoring import CandidateScore, ScoreOptions, assemble_scores, plan_workload, score_share, write_scores
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.pool import open_pool, pool_inputs, say_what_is_left_out
-from lark_jax.stages.student import open_chat, scored_with, student_inputs
+from lark_jax.stages.student import describe_attention, open_chat, scored_with, student_inputs
 from lark_jax.students import Decoder, load_student, local_folder, lossless_dtype, read_architecture
 from lark_jax.students.architecture import Architecture
-from lark_jax.students.attention.contract import AttentionSpec
-from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
 from lark_jax.students.layout import choose_parameter_axes, fits_one_process, smallest_device_memory
 
 STATISTICS = "statistics.parquet"
@@ -53,7 +43,8 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
     def run(directory: Path) -> Outcome:
         architecture = read_architecture(local_folder(experiment.student.path))
         place = choose_place(experiment, architecture)
-        _attention(experiment, architecture, place)  # refused before the pool is read
+        device = place.mesh.devices.flat[0]
+        describe_attention(experiment, experiment.score, device)  # refused before the pool is read
         pool = open_pool(experiment)
         say_what_is_left_out(pool)
         chat = open_chat(experiment)
@@ -72,8 +63,9 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
         )
         require_one_plan(workload.plan)
         terminal.say(f"to score: {workload}")
-        terminal.say(_attention(experiment, architecture, place, workload.buckets))
-        terminal.say(f"parameters: {_describe_parameters(place)}")
+        terminal.say(describe_attention(experiment, experiment.score, device, workload.buckets))
+        axes = place.parameter_axes
+        terminal.say(f"parameters: {'split over ' + ' and '.join(axes) if axes else 'whole on every device'}")
         student = open_scoring_student(experiment, place)
         throughput = score_share(student, workload, mesh=place.mesh, share=place.share, writes=place.writes)
         own = f" (the share of process {processes.label()})" if place.share.count > 1 else ""
@@ -153,29 +145,13 @@ def _parameter_dtype(experiment: Experiment) -> np.dtype:
 
 
 def require_one_plan(plan: str) -> None:
-    """Refuses processes that cut the pool into different batches, before hours are spent on them.
-
-    Raises:
-      PipelineError: the first process has another plan.
-    """
+    """Refuses processes that cut the pool into different batches, before hours are spent on them."""
     of_first = processes.decided_by_first("score: plan", lambda: plan)
     if of_first != plan:
         raise PipelineError(
             f"process {processes.label()} plans other batches ({plan}) than the first process ({of_first}); all need "
             f"the same pool and the same number of devices, here {jax.local_device_count()}"
         )
-
-
-def _attention(experiment: Experiment, architecture: Architecture, place: Place, lengths: Sequence[int] = ()) -> str:
-    """Describes what will compute the attention; raises ConfigError if the configured backend cannot."""
-    backend = None if experiment.score.attention == "auto" else experiment.score.attention
-    platform = kernel_platform(place.mesh.devices.flat[0])
-    dtype, window = jnp.dtype(experiment.score.dtype), architecture.sliding_window
-    return describe_backend(backend, lengths, platform, AttentionSpec(dtype, architecture.head_dim, window=window))
-
-
-def _describe_parameters(place: Place) -> str:
-    return f"split over {' and '.join(place.parameter_axes)}" if place.parameter_axes else "whole on every device"
 
 
 def assembled_when_seen(assemble: Callable[[], Assembled]) -> Assembled:
@@ -203,13 +179,9 @@ def outcome_of(pool: Pool, scores: tuple[CandidateScore, ...]) -> Outcome:
     by_ids = pool.by_ids()
     unread = [dataclasses.asdict(record) for record in (*pool.skipped, *pool.filtered)]
     unscored = [
-        {
-            "problem_id": score.problem_id,
-            "candidate_id": score.candidate_id,
-            "location": by_ids[score.problem_id, score.candidate_id].location,
-            "reason": score.reason,
-        }
+        dataclasses.asdict(SkippedRecord(*ids, by_ids[ids].location, score.reason))
         for score in scores
+        for ids in [(score.problem_id, score.candidate_id)]
         if score.status != "ok"
     ]
     counts = {

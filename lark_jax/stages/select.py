@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
-from lark_jax.pool import Pool
+from lark_jax.pool import Pool, SkippedRecord
 from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome, Task, require_manifest
 from lark_jax.scoring import read_score_table
 from lark_jax.selection import Method, Selection, resampled_counts, select_trajectories, write_selection
@@ -48,10 +48,7 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callabl
 
 
 def provenance(score: Manifest) -> dict[str, Any]:
-    """Notes on the forward pass for the selection's own manifest, since its folder may go to another trainer.
-
-    Null for notes that the manifest of the score stage does not have.
-    """
+    """Notes on the forward pass for a selection's own manifest, since its folder may go elsewhere; null if unknown."""
     notes = score.outcome.notes
     return {**{name: notes.get(name) for name in SCORED_WITH}, "versions": notes.get(VERSIONS, score.versions)}
 
@@ -70,7 +67,6 @@ def outcome_of(selection: Selection, method: Method) -> Outcome:
         ),
     }
     skipped = [
-        {"problem_id": problem_id, "candidate_id": "", "location": SCORES, "reason": reason}
-        for problem_id, reason in reasons.items()
+        dataclasses.asdict(SkippedRecord(problem_id, "", SCORES, reason)) for problem_id, reason in reasons.items()
     ]
     return Outcome(counts={**numbers, "problems without candidate": len(skipped)}, skipped=skipped)

@@ -1,16 +1,21 @@
 """The student of an experiment, opened the same way by every stage that runs it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lark_jax.config import Experiment
+from lark_jax.config import Experiment, FinetuneConfig, ScoreConfig
 from lark_jax.errors import CheckpointError, LarkError, PipelineError
 from lark_jax.rendering import RENDERING_VERSION
 from lark_jax.rendering.chat import ChatFormat, load_chat_format
 from lark_jax.stages.layout import Layout
 from lark_jax.students import Decoder, load_student, loaded_files, local_folder, read_architecture
+from lark_jax.students.attention.contract import AttentionSpec
+from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
 
 
 def student_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
@@ -25,18 +30,11 @@ def student_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
 def rendering_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
     """Inputs that determine, together with the student's tokenizer, which tokens messages become."""
     template = experiment.student.chat_template
-    return {
-        "rendering": RENDERING_VERSION,
-        "chat_template": None if template is None else layout.hashes.of(template),
-    }
+    return {"rendering": RENDERING_VERSION, "chat_template": None if template is None else layout.hashes.of(template)}
 
 
 def student_hash(layout: Layout, folder: Path, missing: type[LarkError] = PipelineError) -> str:
-    """Hash of the files that are loaded; other files in the folder, such as a README, do not count.
-
-    Raises:
-      missing: there is no such folder.
-    """
+    """Hash of the files that are loaded; other files in the folder, such as a README, do not count."""
     return layout.hashes.of(folder, missing, loaded_files(folder))
 
 
@@ -63,11 +61,7 @@ def scored_with(experiment: Experiment, layout: Layout, chat: ChatFormat) -> dic
 
 
 def open_chat(experiment: Experiment) -> ChatFormat:
-    """The chat format of the student.
-
-    Raises:
-      CheckpointError: the tokenizer has ids for which the student has no embedding.
-    """
+    """The chat format of the student; raises CheckpointError if its tokenizer has ids without an embedding."""
     folder = local_folder(experiment.student.path)
     chat, architecture = load_chat_format(folder, experiment.student.chat_template), read_architecture(folder)
     if chat.vocab_size > architecture.vocab_size:
@@ -76,6 +70,21 @@ def open_chat(experiment: Experiment) -> ChatFormat:
             f"vocab_size={architecture.vocab_size}; use the tokenizer that belongs to the student"
         )
     return chat
+
+
+def describe_attention(
+    experiment: Experiment, config: ScoreConfig | FinetuneConfig, device: jax.Device, lengths: Sequence[int] = ()
+) -> str:
+    """One line on the attention backend for rows of these lengths; none: they are not known yet.
+
+    Raises:
+      ConfigError: the configured backend cannot run on `device`, or does not honour the segment ids of packed rows.
+    """
+    architecture = read_architecture(local_folder(experiment.student.path))
+    packed = isinstance(config, FinetuneConfig) and config.packing
+    spec = AttentionSpec(jnp.dtype(config.dtype), architecture.head_dim, packed, architecture.sliding_window)
+    backend = None if config.attention == "auto" else config.attention
+    return describe_backend(backend, lengths, kernel_platform(device), spec)
 
 
 def open_student(experiment: Experiment, mesh: Mesh, dtype: str) -> Decoder:

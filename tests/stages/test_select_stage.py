@@ -17,7 +17,9 @@ from lark_jax.stages.layout import Layout
 from lark_jax.stages.score_table import SCORES
 from lark_jax.stages.select import outcome_of, select_tasks
 
-SCORED = {"student_sha256": "ab12", "tokenizer_sha256": "cd34", "chat_template_sha256": "ef56", "frozen_date": None}
+SCORED = {"student_sha256": "ab12", "tokenizer_sha256": "cd34", "chat_template_sha256": "ef56"} | dict.fromkeys(
+    ("frozen_date", "rendering_version")
+)
 PROBLEMS, CANDIDATES, BUDGET = 3, 6, 2
 
 
