@@ -10,7 +10,7 @@ The base checkpoint has no chat template: llama3_chat.jinja, next to this file, 
 does not say which template it used for this student.
 We have not run this configuration, for lack of such hardware. See docs/verification.md, "Limits".
 =======
-The base checkpoint brings no chat template: llama3_chat.jinja, beside this file, is the public Llama 3 format. The
+The base checkpoint brings no chat template: llama3_chat.jinja, next to this file, is the public Llama 3 format. The
 paper does not say which template it used for this student.
 We have not run this configuration: no such hardware was at hand. See README, "Limits".
 >>>>>>> docs

@@ -47,7 +47,7 @@ class HeldOutLoss:
         step, dtype = compile_score_step(student, config.vocab_chunk), student.structure.dtype
 
         def losses(parameters: Parameters, *arrays: jax.Array) -> jax.Array:
-            return step({name: value.astype(dtype) for name, value in parameters.items()}, *arrays).loss
+            return step({name: value.astype(dtype) for name, value in parameters.items()}, *arrays)["loss"]
 
         self._losses = jax.jit(losses)
 

@@ -93,12 +93,14 @@ class Command:
         arguments = [expand_home(a) if a.lstrip("-").startswith("config=") else a for a in arguments]
         argv = [self.name, *arguments]
         config_file = _value_after("config", arguments)
-        parser = self._parser(argv, config_file)
         try:
+            parser = self._parser(argv, config_file)
             positional = parser(argv)[1:]
             values = _nested(parser["config"].value) if self.config is not None else {}
         except absl_flags.Error as error:
             raise ConfigError(f"{one_line(error)}; {self._see_help}") from error
+        except LarkError:
+            raise
         except Exception as error:  # whatever a config file raises: it is the user's own code
             where = f"--config={config_file}" if config_file else "--config"
             raise ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
@@ -141,6 +143,8 @@ class Command:
             _define(flag, parser)
         if self.config is None:
             return parser
+        for override in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv), flags=re.MULTILINE):
+            require_known_field(override)
         if config_file is not None:
             if not os.path.exists(config_file.partition(":")[0]):  # what follows the colon goes to get_config
                 raise ConfigError(f"--config={config_file}: no such file")
@@ -149,8 +153,6 @@ class Command:
             raise ConfigError(f"--config: missing, a file such as configs/tiny.py; usage: {self._command_line}")
         else:
             config_flags.DEFINE_config_dict("config", paper_recipe(), "", parser, sys_argv=argv)
-        for override in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv), flags=re.MULTILINE):
-            require_known_field(override)
         return parser
 
 

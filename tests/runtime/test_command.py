@@ -67,6 +67,13 @@ def test_overrides_reach_the_configuration(config_file: Path, monkeypatch: pytes
     assert seen[0].raw[1:] == (*overrides, "--out=x")
 
 
+def test_an_unknown_override_of_the_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    frame, _ = command(config=())
+    assert frame.main(["--config.pool.only_corect=True", "--out=x"]) == 2
+    message = "error: config.pool.only_corect: unknown field; did you mean pool.only_correct?\n"
+    assert capsys.readouterr().err == message
+
+
 def test_the_recipe_stands_in_for_an_optional_configuration() -> None:
     frame, seen = command(config=())
     assert frame.main(["--config.pool.only_correct=True", "--out=x"]) == 7

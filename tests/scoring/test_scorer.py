@@ -73,29 +73,19 @@ def test_scores_are_the_means_of_dense_float64_statistics(setting: Setting, tmp_
         )
 
 
-def test_clipped_ranks_are_exact_except_near_ties(setting: Setting, tmp_path: Path) -> None:
+def test_ranks_are_exact_except_near_ties(setting: Setting, tmp_path: Path) -> None:
     scores = _score(setting, tmp_path)
     items = [render_trajectory(setting.chat, t, OPTIONS.max_length) for t in setting.pool.trajectories]
     tokens = near_ties = 0
     for score, item, logits in zip(scores, items, _reference_logits(setting, items), strict=True):
         gap = logits - np.take_along_axis(logits, item.target_tokens[:, None], -1)
-        rank = np.minimum(1 + (gap > 0).sum(-1), 100)
+        rank = 1 + (gap > 0).sum(-1)
         near = int((np.abs(gap) < NEAR_TIE).sum()) - len(rank)  # without the gold token itself
         # Each near-tie can move one rank by one; the sum is of integers, of which the float32 mean is rounded.
-        assert abs(round(score.statistics["mean_clipped_rank"] * len(rank)) - int(rank.sum())) <= near
+        for name, expected in (("mean_rank", rank), ("mean_clipped_rank", np.minimum(rank, 100))):
+            assert abs(round(score.statistics[name] * len(rank)) - int(expected.sum())) <= near, name
         tokens, near_ties = tokens + len(rank), near_ties + near
     assert near_ties < tokens / 4, "so many near-ties that the comparison proves little"
-
-
-def test_raw_ranks_are_exact_except_near_ties(setting: Setting, tmp_path: Path) -> None:
-    scores = _score(setting, tmp_path)
-    items = [render_trajectory(setting.chat, t, OPTIONS.max_length) for t in setting.pool.trajectories]
-    for score, item, logits in zip(scores, items, _reference_logits(setting, items), strict=True):
-        gap = logits - np.take_along_axis(logits, item.target_tokens[:, None], -1)
-        rank = 1 + (gap > 0).sum(-1)
-        near = int((np.abs(gap) < NEAR_TIE).sum()) - len(rank)
-        assert abs(round(score.statistics["mean_rank"] * len(rank)) - int(rank.sum())) <= near
-        assert score.statistics["mean_rank"] >= score.statistics["mean_clipped_rank"]
 
 
 def test_one_row_per_trajectory_in_pool_order(setting: Setting, tmp_path: Path) -> None:
