@@ -109,7 +109,7 @@ class _Collector:
         return [] if self._problems_are_named else list(missing_items(source, self._items))
 
     def refuse(self, error: RecordError, skipping: str = "leaves such records out") -> None:
-        """Raises the error, or lists it and goes on; `skipping` describes the latter."""
+        """Raises the error, or lists it and goes on; `skipping` completes the message."""
         if self._config.on_bad_record == "error":
             raise PoolError(f'{error} (pool.on_bad_record="skip" {skipping})') from None
         self._skipped.append(error.as_skipped())

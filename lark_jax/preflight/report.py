@@ -40,8 +40,9 @@ def scoring_as_json(findings: ScoringFindings) -> dict[str, Any]:
             }
             for program in findings.programs
         ],
-        "remedy": remedy
-        and {
+        "remedy": None
+        if remedy is None
+        else {
             "settings": remedy.settings,
             "programs": [dataclasses.asdict(answer) for answer in remedy.answers],
             "tried": remedy.tried,
@@ -59,14 +60,10 @@ def training_as_text(findings: TrainingFindings) -> str:
     """One line per memory policy, what they have in common, and which one to use."""
     first, topology = findings.policies[0].answers[0], findings.setup.topology
     shapes = [f"{answer.rows_per_device} x {answer.length:,}" for answer in findings.policies[0].answers]
-    memory, update = first.memory, findings.update.memory
-    lora = findings.lora
+    memory, update, lora = first.memory, findings.update.memory, findings.lora
+    trained = "float32" if lora is None else f"frozen, except for an adapter of rank {lora.rank}, float32"
     common = [
-        (
-            "parameters",
-            _gib(memory.parameters),
-            "float32" if lora is None else f"frozen, except for an adapter of rank {lora.rank}, float32",
-        ),
+        ("parameters", _gib(memory.parameters), trained),
         ("moments of Adam", _gib(memory.resident), "float32"),
         ("sums of the gradients", _gib(memory.resident // 2), "float32"),
     ]
@@ -89,12 +86,12 @@ def training_as_text(findings: TrainingFindings) -> str:
 
 def training_as_json(findings: TrainingFindings) -> dict[str, Any]:
     """The same content; bytes, FLOPs and seconds in plain numbers."""
-    fastest = findings.fastest
+    setup, lora, fastest = findings.setup, findings.lora, findings.fastest
     return {
-        "student": findings.setup.student,
-        "topology": findings.setup.topology.name,
+        "student": setup.student,
+        "topology": setup.topology.name,
         "configured": findings.configured,
-        "lora": None if findings.lora is None else dataclasses.asdict(findings.lora),
+        "lora": None if lora is None else dataclasses.asdict(lora),
         "fits": findings.fits,
         "fastest": None if fastest is None else fastest.remat,
         "policies": [
@@ -109,7 +106,7 @@ def training_as_json(findings: TrainingFindings) -> dict[str, Any]:
             for policy in findings.policies
         ],
         "update": dataclasses.asdict(findings.update),
-        "assumptions": dataclasses.asdict(findings.setup.assumptions),
+        "assumptions": dataclasses.asdict(setup.assumptions),
     }
 
 

@@ -199,9 +199,8 @@ def _compiled_memory(traced: jax.stages.Traced, topology: Topology, held: Held) 
     except jax.errors.JaxRuntimeError as error:
         total = out_of_memory_bytes(str(error))
         if total is None:
-            raise PreflightError(
-                f"{topology.name}: the compiler fails: {' '.join(str(error).split())[:300]}"
-            ) from error
+            reason = " ".join(str(error).split())[:300]
+            raise PreflightError(f"{topology.name}: the compiler fails: {reason}") from error
         # The compiler only reports the total; rows of tokens are small compared to parameters.
         temporary = max(0, total - parameters)
         return Memory(parameters, parameters, 0, temporary, 0, total + resident, topology.memory_bytes, resident)

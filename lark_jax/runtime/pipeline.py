@@ -176,7 +176,7 @@ def _prepare_directory(task: Task, inputs: Mapping[str, Any], existing: Manifest
     if existing is not None and existing.inputs == inputs:
         terminal.say(f"{task.name}: outputs are missing or have another size; computing them again")
     elif before is not None and before != inputs:
-        terminal.say(f"{task.name}: {', '.join(_changed_keys(before, inputs))} changed; starting it anew")
+        terminal.say(f"{task.name}: {', '.join(_changed_keys(before, inputs))} changed; starting over")
     kept = started == inputs or (before == inputs and bool(task.scratch))
     if not kept and task.directory.exists():
         files.remove_directory(task.directory)

@@ -38,7 +38,7 @@ def student_hash(layout: Layout, folder: Path, missing: type[LarkError] = Pipeli
     return layout.hashes.of(folder, missing, loaded_files(folder))
 
 
-# What the manifests of the score stage and of each selection record about the student and tokens behind the scores.
+# What the manifests of the score stage and of each selection record about the student and tokens of the scores.
 SCORED_WITH = (
     "student_sha256",
     "max_length",

@@ -178,8 +178,8 @@ class Decoder(nnx.Module):
         if remat not in POLICIES:
             raise ConfigError(f"remat: expected one of {', '.join(map(repr, POLICIES))}, got {remat!r}")
         self.architecture = architecture
-        # Of the computation: weights are cast to it layer by layer, where they are used. Their gradients are summed
-        # over tokens and devices in float32.
+        # The computation's: weights are cast to it layer by layer, where they are used. Their gradients are summed over
+        # tokens and devices in float32.
         self.dtype = jnp.dtype(dtype)
         self.remat = remat  # what the backward pass keeps of each layer: a key of `remat.POLICIES`
         self.attention_backend = attention_backend  # a key of `dispatch.BACKENDS`; None: chosen by row length

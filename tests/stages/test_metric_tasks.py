@@ -240,7 +240,7 @@ def test_only_files_that_are_read_decide_whether_a_pool_is_scored_again(
         capsys.readouterr()
         file.write_text(file.read_text() + " " if file.exists() else "{}")
         run_tasks(tasks_of(experiment))
-        assert f"score/statistics: {changed} changed; starting it anew" in capsys.readouterr().err
+        assert f"score/statistics: {changed} changed; starting over" in capsys.readouterr().err
 
 
 def free_settings(section: str) -> set[str]:

@@ -115,7 +115,7 @@ def test_a_result_from_before_versions_is_refused_by_name(
     run_tasks([dataclasses.replace(statistics, inputs=without_version)])
     capsys.readouterr()
     assert run_tasks([statistics]) == 1
-    assert "score/statistics: rendering changed; starting it anew" in capsys.readouterr().err
+    assert "score/statistics: rendering changed; starting over" in capsys.readouterr().err
 
 
 def test_token_counts_and_parts_of_a_pass_are_kept_per_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from lark_jax.students.attention.triton import TRITON
 
 # Measured on a CPU (4 heads of 32, forward and backward): about equal here, dense 2x slower at 512, 6x at 2,048.
 LONGEST_DENSE_ROW = 256
-LONGEST_DENSE_ROW_BESIDE_KERNELS = 128  # one block of a kernel
+LONGEST_DENSE_ROW_WITH_KERNELS = 128  # one block of a kernel
 AMPERE = 8.0  # the first compute capability with cuDNN's flash kernels
 # By platform, as `jax.default_backend()` names it: the first one that can compute what is asked for is chosen.
 KERNELS: Mapping[str, Sequence[str]] = {"gpu": ("cudnn", "triton"), "tpu": ("splash",)}
@@ -78,7 +78,7 @@ def default_backend(length: int, platform: str, spec: AttentionSpec) -> str:
     """The backend for rows of `length` tokens on `platform`: "cpu", "gpu" or "tpu"."""
     for kernel in KERNELS.get(platform, ()):
         if BACKENDS[kernel].refusal(spec.for_rows_of(length)) is None:
-            return "dense" if length <= LONGEST_DENSE_ROW_BESIDE_KERNELS else kernel
+            return "dense" if length <= LONGEST_DENSE_ROW_WITH_KERNELS else kernel
     return "dense" if length <= LONGEST_DENSE_ROW else "blockwise"
 
 

@@ -16,7 +16,7 @@ from lark_jax.students.attention.contract import AttentionSpec
 from lark_jax.students.attention.dispatch import (
     BACKENDS,
     LONGEST_DENSE_ROW,
-    LONGEST_DENSE_ROW_BESIDE_KERNELS,
+    LONGEST_DENSE_ROW_WITH_KERNELS,
     attend,
     default_backend,
     describe_backend,
@@ -75,7 +75,7 @@ def test_long_bf16_rows_take_the_kernel_of_the_platform():
 
     assert [chosen(platform) for platform in ("cpu", "gpu", "tpu")] == ["blockwise", "cudnn", "splash"]
     assert [chosen(platform, jnp.float32) for platform in ("cpu", "gpu", "tpu")] == ["blockwise"] * 3
-    short = LONGEST_DENSE_ROW_BESIDE_KERNELS
+    short = LONGEST_DENSE_ROW_WITH_KERNELS
     assert [chosen(platform, length=short) for platform in ("cpu", "gpu", "tpu")] == ["dense"] * 3
     assert [chosen(platform, length=short + 1) for platform in ("cpu", "gpu", "tpu")] == ["dense", "cudnn", "splash"]
 
