@@ -78,21 +78,25 @@ def compute(material: Material) -> Section | None:
 
 
 def landscape_of(scores: ScoreTable, budgets: Sequence[int], seed: int) -> Landscape:
-    """The first problem, in table order, whose weights come from positive margins.
+    """The first problem, in table order, whose weights differ; the first one if there is none.
 
     The budget is the largest of `budgets` that leaves a threshold candidate, or 1.
     """
     lark, most_candidates = METHODS["lark"], int(np.bincount(scores.codes("problem_id")).max())
     budget = max((budget for budget in budgets if budget < most_candidates), default=1)
-    choices = select_trajectories(scores, lark, budget, seed).choices
-    problem_id = next((c.problem_id for c in choices if not np.isclose(c.weight, 1 / budget)), choices[0].problem_id)
-    weights = {choice.candidate_id: choice.weight for choice in choices if choice.problem_id == problem_id}
+    weights: dict[str, dict[str, float]] = {}  # by problem and candidate
+    for choice in select_trajectories(scores, lark, budget, seed).choices:
+        weights.setdefault(choice.problem_id, {})[choice.candidate_id] = choice.weight
+    problem_id = next((name for name, own in weights.items() if np.ptp([*own.values()]) > 1e-6), next(iter(weights)))
     of_problem = scores.only(problem_id)
     rows = zip(of_problem.rows(), method_scores(of_problem, lark, seed), strict=True)
     return Landscape(
         problem_id,
         budget,
-        tuple(Candidate(row.candidate_id, row.teacher, g_hat, weights.get(row.candidate_id)) for row, g_hat in rows),
+        tuple(
+            Candidate(row.candidate_id, row.teacher, g_hat, weights[problem_id].get(row.candidate_id))
+            for row, g_hat in rows
+        ),
     )
 
 
