@@ -8,25 +8,24 @@ Lists and skips methods whose metric is not in the table. Writes `selections.txt
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lark_jax.diagnostics import FinishedSelection
+from lark_jax.diagnostics.selections import compare_selections, selection_figure, selection_table
 from lark_jax.errors import SelectionError
-from lark_jax.report.selection_figure import selection_figure
 from lark_jax.report.style import png_bytes
-from lark_jax.report.table import selection_table, text_table
+from lark_jax.report.table import text_table
 from lark_jax.runtime.files import write_json, write_text
 from lark_jax.scoring import ScoreTable, read_score_table
 from lark_jax.selection import METHODS, select_trajectories
-from lark_jax.stages.selections import Pick, comparison_of
 
 
 def select_all(
     table: ScoreTable, methods: Sequence[str], budgets: Sequence[int], seed: int
-) -> tuple[list[tuple[str, int, list[Pick]]], dict[str, str]]:
-    """(method, budget, picks) of the methods that can select, and the reasons of the others."""
+) -> tuple[list[FinishedSelection], dict[str, str]]:
+    """The selections of the methods that can select, and the reasons of the others."""
     selections, refused = [], {}
     for budget in budgets:
         for name in methods:
@@ -35,8 +34,8 @@ def select_all(
             except SelectionError as error:
                 refused[name] = str(error)
                 continue
-            picks = [Pick(c.problem_id, c.candidate_id, c.teacher, c.weight) for c in choices if c.weight > 0]
-            selections.append((name, budget, picks))
+            weighted = tuple(choice for choice in choices if choice.weight > 0)
+            selections.append(FinishedSelection(name, budget, weighted))
     return selections, refused
 
 
@@ -55,13 +54,13 @@ def main() -> None:
     seconds = time.perf_counter() - start
     for name, reason in refused.items():
         print(f"left out: {name}: {reason}")
-    comparison = comparison_of(table, selections)
-    if comparison is None:
+    if len(selections) < 2:
         raise SystemExit("fewer than two selections: nothing to compare")
+    comparison = compare_selections(table, selections)
     text = text_table(selection_table(comparison))
     print(f"{len(selections)} selections from {len(table):,} candidates in {seconds:.1f} s\n\n{text}")
     write_text(arguments.out / "selections.txt", text + "\n")
-    write_json(arguments.out / "selections.json", json.loads(json.dumps(dataclasses.asdict(comparison))))
+    write_json(arguments.out / "selections.json", dataclasses.asdict(comparison))
     (arguments.out / "selections.png").write_bytes(png_bytes(selection_figure(comparison)))
 
 

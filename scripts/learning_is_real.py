@@ -20,7 +20,8 @@ from pathlib import Path
 from lark_jax.config import Experiment, experiment_from_mapping
 from lark_jax.finetuning import Example, FinetuneResult, finetune, read_held_out
 from lark_jax.report import ReportContent, write_report
-from lark_jax.report.table import loss_table, text_table
+from lark_jax.report.losses import loss_table
+from lark_jax.report.table import text_table
 from lark_jax.runtime import files
 from lark_jax.runtime.pipeline import run_tasks
 from lark_jax.runtime.sharding import make_mesh

@@ -86,13 +86,6 @@ Texts = Mapping[Key, Mapping[bool, str]]  # of the first correct and the first w
 TextsOf = Callable[[str, frozenset[Key]], Texts]  # called with a student's name and the problems that are shown
 
 
-@dataclass(frozen=True)
-class _Entrant:
-    student: ComparedStudent
-    tally: Tally
-    texts: Texts  # of the problems that some page shows
-
-
 def compare(students: Sequence[ComparedStudent], benchmarks: Sequence[Benchmark], texts_of: TextsOf) -> Comparison:
     """Compares all pairs of students.
 
@@ -103,17 +96,44 @@ def compare(students: Sequence[ComparedStudent], benchmarks: Sequence[Benchmark]
         (benchmark.name, problem.problem_id): problem for benchmark in benchmarks for problem in benchmark.problems
     }
     tallies = [{key: _tally(student.samples[key]) for key in problems} for student in students]
-    counts = tuple(tuple(len(_more_often(row, column)) for column in tallies) for row in tallies)
-    pairs = list(itertools.combinations(range(len(students)), 2))
-    pairs.sort(key=lambda pair: not _alike(students[pair[0]], students[pair[1]]))
-    shown = pairs[:PAIRS_WITH_PAGE]
-    keys = _shown_keys(tallies, shown)
-    entrants = [
-        _Entrant(student, tally, texts_of(student.name, frozenset(of)))
-        for student, tally, of in zip(students, tallies, keys, strict=True)
-    ]
-    pages = tuple(_page(entrants[first], entrants[second], benchmarks, problems) for first, second in shown)
-    files = {order: page.file_name for pair, page in zip(shown, pages, strict=True) for order in (pair, pair[::-1])}
+    places = range(len(students))
+    won = {order: _more_often(*(tallies[place] for place in order)) for order in itertools.product(places, repeat=2)}
+    pairs = sorted(itertools.combinations(places, 2), key=lambda pair: not _alike(*(students[place] for place in pair)))
+    pairs = pairs[:PAIRS_WITH_PAGE]
+    orders = [order for pair in pairs for order in (pair, pair[::-1])]
+    texts = []
+    for place, student in enumerate(students):
+        keys = [_clearest(won[order], benchmark.name) for order in orders if place in order for benchmark in benchmarks]
+        texts.append(texts_of(student.name, frozenset(itertools.chain(*keys))))
+
+    def direction(benchmark: str, better: int, worse: int) -> Direction:
+        entries = tuple(
+            Entry(
+                replace(problems[key], problem=excerpt(problems[key].problem)),
+                (
+                    _side(students[better], key, True, texts[better][key]),
+                    _side(students[worse], key, False, texts[worse][key]),
+                ),
+            )
+            for key in _clearest(won[better, worse], benchmark)
+        )
+        count = sum(key[0] == benchmark for key in won[better, worse])
+        return Direction(benchmark, students[better].label, students[worse].label, count, entries)
+
+    pages = tuple(
+        PairPage(
+            file_name=f"{students[first].name}_vs_{students[second].name}.html",
+            labels=(students[first].label, students[second].label),
+            directions=tuple(
+                direction(benchmark.name, *order)
+                for benchmark in benchmarks
+                for order in ((first, second), (second, first))
+            ),
+        )
+        for first, second in pairs
+    )
+    counts = tuple(tuple(len(won[row, column]) for column in places) for row in places)
+    files = {order: page.file_name for pair, page in zip(pairs, pages, strict=True) for order in (pair, pair[::-1])}
     return Comparison(tuple(student.label for student in students), counts, files, pages)
 
 
@@ -134,55 +154,6 @@ def _alike(first: ComparedStudent, second: ComparedStudent) -> bool:
     return first.budget is None or second.budget is None or first.budget == second.budget
 
 
-def _shown_keys(tallies: Sequence[Tally], pairs: Sequence[tuple[int, int]]) -> list[set[Key]]:
-    """For each student, the problems that a page shows."""
-    keys: list[set[Key]] = [set() for _ in tallies]
-    for better, worse in (order for pair in pairs for order in (pair, pair[::-1])):
-        parts = _by_benchmark(_more_often(tallies[better], tallies[worse])).values()
-        found = {key for part in parts for key in part[:PROBLEMS_SHOWN]}
-        keys[better] |= found
-        keys[worse] |= found
-    return keys
-
-
-def _by_benchmark(keys: Sequence[Key]) -> dict[str, list[Key]]:
-    parts: dict[str, list[Key]] = {}
-    for key in keys:
-        parts.setdefault(key[0], []).append(key)
-    return parts
-
-
-def _page(
-    first: _Entrant, second: _Entrant, benchmarks: Sequence[Benchmark], problems: Mapping[Key, BenchmarkProblem]
-) -> PairPage:
-    directions = [
-        (better, worse, _by_benchmark(_more_often(better.tally, worse.tally)))
-        for better, worse in ((first, second), (second, first))
-    ]
-    return PairPage(
-        file_name=f"{first.student.name}_vs_{second.student.name}.html",
-        labels=(first.student.label, second.student.label),
-        directions=tuple(
-            _direction(benchmark.name, better, worse, parts.get(benchmark.name, []), problems)
-            for benchmark in benchmarks
-            for better, worse, parts in directions
-        ),
-    )
-
-
-def _direction(
-    benchmark: str, better: _Entrant, worse: _Entrant, keys: Sequence[Key], problems: Mapping[Key, BenchmarkProblem]
-) -> Direction:
-    entries = tuple(
-        Entry(
-            replace(problems[key], problem=excerpt(problems[key].problem)),
-            (_side(better, key, True), _side(worse, key, False)),
-        )
-        for key in keys[:PROBLEMS_SHOWN]
-    )
-    return Direction(benchmark, better.student.label, worse.student.label, len(keys), entries)
-
-
 def _tally(samples: Sequence[GradedSample]) -> tuple[int, int]:
     return solved_seeds(samples), sum(sample.correct for sample in samples)
 
@@ -194,11 +165,16 @@ def _more_often(better: Tally, worse: Tally) -> list[Key]:
     return sorted(found, key=lambda key: margins[key], reverse=True)
 
 
-def _side(entrant: _Entrant, key: Key, correct: bool) -> Side:
+def _clearest(keys: Sequence[Key], benchmark: str) -> list[Key]:
+    """The first problems of one benchmark: those that a page shows."""
+    return [key for key in keys if key[0] == benchmark][:PROBLEMS_SHOWN]
+
+
+def _side(student: ComparedStudent, key: Key, correct: bool, texts: Mapping[bool, str]) -> Side:
     """With the first correct sample of the student that solves the problem, and the first wrong one of the other.
 
     Both exist: the first is correct under some seed, the other is wrong in all samples of some seed.
     """
-    samples = entrant.student.samples[key]
+    samples = student.samples[key]
     shown = next(sample for sample in samples if sample.correct == correct)
-    return Side(entrant.student.label, samples, shown, entrant.texts[key][correct])
+    return Side(student.label, samples, shown, texts[correct])

@@ -66,6 +66,15 @@ class MethodStyle:
     hatch: str
 
 
+@dataclass(frozen=True)
+class Plate:
+    """A figure with its title and caption."""
+
+    figure: Figure
+    title: str
+    caption: str
+
+
 def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
     """One style per method, in order of first appearance."""
     return {

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lark_jax.errors import EvaluationError
-from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult
-from lark_jax.report.content import PairedDifference, student_label
+from lark_jax.evaluation.accuracy import Accuracy, BenchmarkResult, Difference
+from lark_jax.report.accuracy import EvaluatedStudent, benchmark_names
 from lark_jax.report.table import MISSING, Table, latex_table
 
 AVERAGE = "Avg"
@@ -14,13 +14,15 @@ WHOLE = "all"  # in the column "level": the whole benchmark
 
 
 @dataclass(frozen=True)
-class EvaluatedStudent:
-    """One model, fine-tuned on one selection (or not), on all benchmarks of its run."""
+class PairedDifference:
+    """How much better one student of a model is than another on one benchmark."""
 
-    model: str  # name of the row group
-    method: str
-    budget: int | None  # None before fine-tuning
-    benchmarks: tuple[BenchmarkResult, ...]
+    model: str
+    student: str
+    other: str
+    benchmark: str
+    num_problems: int
+    difference: Difference
 
 
 def table_one(students: Sequence[EvaluatedStudent]) -> Table:
@@ -33,9 +35,11 @@ def table_one(students: Sequence[EvaluatedStudent]) -> Table:
       EvaluationError: results are not comparable: different numbers of samples, or different problems under one name.
     """
     _require_comparable(students)
-    names, budgets = _benchmarks(students), _budgets(students)
+    names, budgets = benchmark_names(students), _budgets(students)
     header = ["Model", "Method"]
-    header += [f"{_group(budget)} {name}".strip() for budget in budgets for name in (*names, AVERAGE)]
+    header += [
+        f"{'' if budget is None else f'B={budget}'} {name}".strip() for budget in budgets for name in (*names, AVERAGE)
+    ]
     found = {(s.model, s.method, s.budget): s for s in students}
     rows = []
     for model, method in dict.fromkeys((s.model, s.method) for s in students):
@@ -49,7 +53,7 @@ def table_one(students: Sequence[EvaluatedStudent]) -> Table:
 
 def table_one_latex(students: Sequence[EvaluatedStudent]) -> str:
     """`table_one` as a `tabular` with a line of budgets above the benchmarks; needs the package booktabs."""
-    table, names, budgets = table_one(students), _benchmarks(students), _budgets(students)
+    table, names, budgets = table_one(students), benchmark_names(students), _budgets(students)
     width = len(names) + 1
     short = Table(("Model", "Method", *((*names, AVERAGE) * len(budgets))), _without_repeats(table.rows), table.numeric)
     groups = [
@@ -79,18 +83,7 @@ def accuracy_list(students: Sequence[EvaluatedStudent]) -> Table:
 
 def difference_table(differences: Sequence[PairedDifference]) -> Table:
     """One row per pair of students and benchmark, in percentage points."""
-    header = (
-        "model",
-        "student",
-        "minus",
-        "benchmark",
-        "metric",
-        "difference",
-        "interval",
-        "better on",
-        "worse on",
-        "n",
-    )
+    header = tuple("model,student,minus,benchmark,metric,difference,interval,better on,worse on,n".split(","))
     rows = tuple(
         (
             pair.model,
@@ -114,7 +107,7 @@ def _require_comparable(students: Sequence[EvaluatedStudent]) -> None:
     for student in students:
         for result in student.benchmarks:
             other, known = first.setdefault(result.benchmark, (student, result))
-            pair = f"{_name(other)} and {_name(student)}"
+            pair = f"{other.model}, {other.label} and {student.model}, {student.label}"
             if known.fingerprint != result.fingerprint:
                 raise EvaluationError(f"{result.benchmark}: {pair} answered different problems under this name")
             if known.samples != result.samples:
@@ -122,10 +115,6 @@ def _require_comparable(students: Sequence[EvaluatedStudent]) -> None:
                     f"{result.benchmark}: {pair} are not comparable: Acc@{known.samples} and Acc@{result.samples}; "
                     "evaluate them with the same evaluate.samples"
                 )
-
-
-def _benchmarks(students: Sequence[EvaluatedStudent]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(result.benchmark for student in students for result in student.benchmarks))
 
 
 def _budgets(students: Sequence[EvaluatedStudent]) -> tuple[int | None, ...]:
@@ -161,11 +150,3 @@ def _without_repeats(rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], 
     """The model's name in its first row only."""
     before = ["", *(row[0] for row in rows)]
     return tuple(("" if row[0] == last else row[0], *row[1:]) for row, last in zip(rows, before, strict=False))
-
-
-def _group(budget: int | None) -> str:
-    return "" if budget is None else f"B={budget}"
-
-
-def _name(student: EvaluatedStudent) -> str:
-    return f"{student.model}, {student_label(student.method, student.budget)}"

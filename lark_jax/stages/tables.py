@@ -1,7 +1,7 @@
 """Results of evaluated students in working directories -> the paper's Table 1 and lists of all accuracies."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,10 @@ from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import paired_difference
 from lark_jax.evaluation.runner import read_student_result
 from lark_jax.evaluation.samples import read_correctness
-from lark_jax.report.content import PairedDifference, student_label
-from lark_jax.report.table import csv_table, markdown_table
-from lark_jax.report.table_one import (
-    EvaluatedStudent,
-    accuracy_list,
-    difference_table,
-    table_one,
-    table_one_latex,
-)
+from lark_jax.report.accuracy import EvaluatedStudent
+from lark_jax.report.content import leaves
+from lark_jax.report.table import csv_table, markdown_table, student_label
+from lark_jax.report.table_one import PairedDifference, accuracy_list, difference_table, table_one, table_one_latex
 from lark_jax.runtime import files
 from lark_jax.runtime.pipeline import read_manifest, require_manifest
 from lark_jax.selection import METHODS
@@ -87,16 +82,7 @@ def require_same_settings(evaluations: Sequence[Evaluation]) -> None:
 
 def _asked(directory: Path) -> dict[str, Any]:
     inputs = require_manifest(directory, "evaluate").inputs
-    return dict(_leaves({name: inputs.get(name) for name in ASKED}))
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested mappings."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    return dict(leaves({name: inputs.get(name) for name in ASKED}))
 
 
 def read_students(model: str, evaluations: Sequence[Evaluation]) -> tuple[EvaluatedStudent, ...]:

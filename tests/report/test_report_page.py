@@ -2,7 +2,7 @@
 
 import dataclasses
 import html
-import math
+import json
 import random
 import re
 import shutil
@@ -11,53 +11,42 @@ from pathlib import Path
 
 import pytest
 from html_pages import PageReader, faults_of_pages, page_of
+from report_parts import evaluated
 
 from lark_jax.evaluation.accuracy import Difference
 from lark_jax.evaluation.benchmark_records import Benchmark, BenchmarkProblem
 from lark_jax.evaluation.contamination import Audit, Frame, Overlap
 from lark_jax.evaluation.samples import GradedSample
 from lark_jax.pool.records import SkippedRecord
-from lark_jax.report import ReportContent, write_report
+from lark_jax.report import write_report
 from lark_jax.report.comparison import ComparedStudent, compare
-from lark_jax.report.content import (
-    AccuracyResult,
-    Count,
-    CurvePoint,
-    Landscape,
-    LandscapeCandidate,
-    LossCurve,
-    PairedDifference,
-    SelectionComparison,
-    SelectionProfile,
-    Setting,
-    ShownAnswer,
-    StageSummary,
-)
+from lark_jax.report.content import LongText, ReportContent, Section, ShownAnswer, StageSummary
+from lark_jax.report.losses import CurvePoint, LossCurve
+from lark_jax.report.style import Plate, new_figure
+from lark_jax.report.table import Table
+from lark_jax.report.table_one import PairedDifference
 
 HOSTILE = (
     '<script>alert(\'x\')</script></style></pre></details>"onmouseover="y" <img src=http://evil.example/a.png> & $a'
 )
 
 
+def section(text: str, **parts: object) -> Section:
+    table = Table((f"column {text}",), ((f"cell {text}",),), (False,))
+    plate = Plate(new_figure(6.5, 4.0), f"figure {text}", f"caption {text}")
+    return Section(f"link {text}", f"title {text}", plate, table, f"table {text}", {"text": text}, **parts)
+
+
 def full_content(text: str = "plain", skipped: int = 3) -> ReportContent:
-    candidates = tuple(
-        LandscapeCandidate(
-            f"{text}.{i}", f"{text} teacher {i // 2}", score, weight, weight > 0, f"{text} reasoning {i}"
-        )
-        for i, (score, weight) in enumerate([(0.02, 0.6), (0.01, 0.0), (0.017, 0.4), (math.nan, 0.0)])
-    )
     records = tuple(
         SkippedRecord(f"{text} p{i}", f"c{i}", f"pool.jsonl:{i + 1}", f"{text} reason {i}") for i in range(skipped)
     )
+    long_text = LongText(f"{text} title", f"{text} reasoning 0")
     return ReportContent(
         title=f"experiment {text}",
-        settings=(Setting("student.path", text), Setting("select.budgets", "(1, 3)")),
-        versions=(Setting("jax", f"0.10.2 {text}"),),
-        results=(
-            AccuracyResult("base", None, text, 5, 40, 3, 0.25, 0.01, (0.15, 0.35)),
-            AccuracyResult(f"method {text}", 3, text, 5, 40, 3, 0.41, 0.02, (0.3, 0.5)),
-        ),
-        interval_note=f"95% {text}",
+        settings={"student.path": text, "select.budgets": "(1, 3)"},
+        versions={"jax": f"0.10.2 {text}"},
+        students=(evaluated("base", None, 0.25, 0.01, text), evaluated(f"method {text}", 3, 0.41, 0.02, text)),
         curves=(
             LossCurve(
                 f"method {text}",
@@ -66,7 +55,16 @@ def full_content(text: str = "plain", skipped: int = 3) -> ReportContent:
                 (CurvePoint(0, 0, 0, 1.75), CurvePoint(3, 192, 27_000, 1.25)),
             ),
         ),
-        landscape=Landscape(f"{text} 839", f"{text} problem", f"method {text}", 3, candidates),
+        sections={
+            "short": section(text),
+            "long": section(
+                text,
+                opening=long_text,
+                texts=(long_text, long_text),
+                texts_title=f"texts {text}",
+                table_title=f"table {text}",
+            ),
+        },
         answers=(
             ShownAnswer(
                 f"student {text}",
@@ -75,7 +73,7 @@ def full_content(text: str = "plain", skipped: int = 3) -> ReportContent:
                 GradedSample("1", 0, 0, f"{text} answers", None, False, "no box", "stop", 1),
             ),
         ),
-        stages=(StageSummary(f"score {text}", (Count(f"trajectories {text}", 1234),), records),),
+        stages=(StageSummary(f"score {text}", {f"trajectories {text}": 1234}, records),),
     )
 
 
@@ -126,20 +124,18 @@ def test_the_markup_is_sound_and_no_link_is_dead(tmp_path: Path) -> None:
         extracted, reason = ("2", "correct") if correct else (None, "no box")
         sample = GradedSample("p 1", 0, 0, "", extracted, correct, reason, "stop", 1)
         students.append(ComparedStudent(f"{name} 1", name, 3, {key: (sample,)}))
-    profiles = tuple(SelectionProfile(name, 3, 9, 120.0, (("t", 1.0),)) for name in ("lark", "random"))
     skipped = tuple(SkippedRecord(f"p{i}", "c", "pool.jsonl:1", "empty: so") for i in range(12))
     content = dataclasses.replace(
         full_content(),
         differences=(PairedDifference("7B", "lark B=3", "base", "math500", 83, Difference(5, 0.1, 0.0, 0.2, 9, 3)),),
-        selections=SelectionComparison(profiles, ((1.0, 0.2), (0.2, 1.0))),
         comparison=compare(students, [asked], lambda _, keys: dict.fromkeys(keys, texts)),
         contamination=Audit(1234, Frame("Solve: ", ""), (overlap,)),
-        stages=(StageSummary("score", (Count("trajectories", 9),), skipped), StageSummary("select")),
+        stages=(StageSummary("score", {"trajectories": 9}, skipped), StageSummary("select")),
     )
     page = write_report(content, tmp_path)
     assert faults_of_pages(tmp_path) == []
     links = PageReader(page.read_text(encoding="utf-8")).links
-    sections = "results comparison training selections landscape answers contamination records settings".split()
+    sections = "results comparison training short long answers contamination records settings".split()
     assert {f"#{name}" for name in sections} <= set(links)
     assert sum("comparisons/" in link for link in links) == 3 * 2
 
@@ -148,7 +144,7 @@ def test_the_markup_is_sound_and_no_link_is_dead(tmp_path: Path) -> None:
 def test_every_skipped_record_is_on_the_page(skipped: int) -> None:
     names = ["".join(random.choices(string.ascii_letters, k=12)) for _ in range(skipped)]
     records = tuple(SkippedRecord(name, f"c-{name}", f"pool.jsonl:{i}", f"why {name}") for i, name in enumerate(names))
-    page = page_of(ReportContent("t", stages=(StageSummary("score", (), records),)))
+    page = page_of(ReportContent("t", stages=(StageSummary("score", {}, records),)))
     for i, name in enumerate(names):
         cells = [name, f"c-{name}", f"pool.jsonl:{i}", f"why {name}"]
         assert re.search(r"\s*".join(f"<td>{re.escape(html.escape(cell))}</td>" for cell in cells), page)
@@ -159,7 +155,7 @@ def test_a_page_with_very_many_skipped_records_shows_the_first_and_counts_all() 
     reasons = ("prompt_fills_max_length: the prompt has 9 tokens", "empty_answer: remove the record")
     numbers = range(165_000)
     records = tuple(SkippedRecord(f"p{i}", "c", f"pool.jsonl:{i}", reasons[i % 3 > 0]) for i in numbers)
-    page = page_of(ReportContent("t", stages=(StageSummary("score", (), records, "runs/x/score/manifest.json"),)))
+    page = page_of(ReportContent("t", stages=(StageSummary("score", {}, records, "runs/x/score/manifest.json"),)))
     assert len(page) < 1_000_000
     text = " ".join("".join(PageReader(page).text).split())
     assert "165,000 skipped in score, with reasons" in text
@@ -173,7 +169,7 @@ def test_a_page_with_very_many_skipped_records_shows_the_first_and_counts_all() 
 def test_the_list_of_reasons_is_bounded_too() -> None:
     records = tuple(SkippedRecord(f"p{i}", "c", "", f"reason {max(i, 1)}") for i in range(30))
     text = " ".join(
-        "".join(PageReader(page_of(ReportContent("t", stages=(StageSummary("s", (), records),)))).text).split()
+        "".join(PageReader(page_of(ReportContent("t", stages=(StageSummary("s", {}, records),)))).text).split()
     )
     assert "reason 1 2 reason 2 1" in text
     assert "reason 20 1 9 other reasons 9" in text
@@ -181,25 +177,32 @@ def test_the_list_of_reasons_is_bounded_too() -> None:
 
 def test_equal_content_gives_equal_bytes(written: Path, tmp_path: Path) -> None:
     assert write_report(full_content(), tmp_path) == tmp_path / "index.html"
-    for name in ("index.html", "accuracy.png", "loss.png", "landscape.png"):
+    figures = ("accuracy.png", "loss.png", "short.png", "long.png")
+    names = {"index.html", *figures, "short.json", "long.json"}
+    assert {path.name for path in written.iterdir()} == {path.name for path in tmp_path.iterdir()} == names
+    for name in names:
         assert (written / name).read_bytes() == (tmp_path / name).read_bytes()
-    assert len(list(written.iterdir())) == len(list(tmp_path.iterdir())) == 4
+
+
+def test_every_diagnostic_has_a_section_and_files_of_its_figure_and_values(written: Path) -> None:
+    page = PageReader((written / "index.html").read_text(encoding="utf-8"))
+    for name in ("short", "long"):
+        assert f"#{name}" in page.links
+        assert name in page.ids
+        assert json.loads((written / f"{name}.json").read_text()) == {"text": "plain"}
+        assert (written / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    text = "".join(page.text)
+    assert text.count("title plain") == text.count("caption plain") // 2 == 2  # a caption, and a label of its figure
+    assert text.count("plain reasoning 0") == 3
 
 
 def test_the_page_of_an_empty_experiment_says_so(tmp_path: Path) -> None:
     page = write_report(ReportContent("empty"), tmp_path).read_text()
     assert PageReader(page).faults == []
-    for sentence in ("No evaluation", "No fine-tuning", "No selection", "No sampled answers", "No stage"):
+    for sentence in ("No evaluation", "No fine-tuning", "No scores", "No sampled answers", "No stage"):
         assert sentence in page
     assert "<svg" not in page
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
-
-
-def test_a_figure_that_no_longer_has_data_is_removed(folder: Path) -> None:
-    write_report(dataclasses.replace(full_content(), curves=(), landscape=None), folder)
-    assert not (folder / "loss.png").exists()
-    assert not (folder / "landscape.png").exists()
-    assert (folder / "accuracy.png").exists()
 
 
 def test_an_interrupted_report_leaves_the_old_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,36 +218,27 @@ def test_an_interrupted_report_leaves_the_old_page(folder: Path, monkeypatch: py
     assert not list(folder.glob(".*"))
 
 
-def test_a_single_seed_is_marked() -> None:
-    result = AccuracyResult("lark", 3, "held out", 5, 40, 1, 0.413, math.nan)
-    page = page_of(ReportContent("t", results=(result,)))
-    assert "41.3 (one seed)" in page
-    assert "nan" not in "".join(PageReader(page).text).lower()
-
-
 def test_several_benchmarks_get_one_column_each_and_keep_their_intervals() -> None:
-    results = tuple(
-        AccuracyResult(method, budget, name, 5, 30, 3, 0.4, 0.01, (0.311, 0.522))
-        for name in ("first set", "second set")
-        for method, budget in (("base", None), ("lark", 1))
-    )
-    page = page_of(ReportContent("t", results=results))
-    assert "first set Acc@5 (n=30)" in page
-    assert "second set Acc@5 (n=30)" in page
-    assert page.count("31.1 to 52.2") == 4
-    assert page_of(ReportContent("t", results=results[:2])).count("31.1 to 52.2") == 2
+    students = [
+        tuple(evaluated(method, budget, 0.4, 0.01, *names) for method, budget in (("base", None), ("lark", 1)))
+        for names in (("first set", "second set"), ("first set",))
+    ]
+    page = page_of(ReportContent("t", students=students[0]))
+    assert "first set Acc@5 (n=50)" in page
+    assert "second set Acc@5 (n=50)" in page
+    assert page.count("30.0 to 50.0") == 4
+    assert page_of(ReportContent("t", students=students[1])).count("30.0 to 50.0") == 2
 
 
 def test_differences_are_shown_with_how_they_were_found() -> None:
     difference = Difference(k=5, mean=0.0716, low=0.012, high=0.131, gained=9, lost=3)
     content = dataclasses.replace(
         full_content(),
-        interval_note="95% bootstrap",
         differences=(PairedDifference("qwen7b", "lark B=3", "rsr B=3", "amc83", 83, difference),),
     )
     text = " ".join("".join(PageReader(page_of(content)).text).split())
     assert "Differences on the same problems" in text
-    assert "95% bootstrap, drawn for both students together" in text
+    assert "10,000 resamples, drawn for both students together" in text
     for cell in ("lark B=3", "rsr B=3", "+7.2", "+1.2 to +13.1", "Acc@5"):
         assert cell in text
     assert "Differences on the same problems" not in page_of(full_content())

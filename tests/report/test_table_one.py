@@ -9,15 +9,9 @@ import pytest
 
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation.accuracy import BenchmarkResult, accuracies, level_accuracies, paired_difference
-from lark_jax.report.content import PairedDifference
+from lark_jax.report.accuracy import EvaluatedStudent
 from lark_jax.report.table import MISSING, csv_table
-from lark_jax.report.table_one import (
-    EvaluatedStudent,
-    accuracy_list,
-    difference_table,
-    table_one,
-    table_one_latex,
-)
+from lark_jax.report.table_one import PairedDifference, accuracy_list, difference_table, table_one, table_one_latex
 
 SAMPLES = 2
 

@@ -63,7 +63,7 @@ def test_problems_counts_and_fingerprints_are_recorded(own: Path, tmp_path: Path
     (choice,) = [json.loads(line) for line in (folder / "choice.jsonl").read_text(encoding="utf-8").splitlines()]
     assert f"({choice['answer']}) yes" in choice["problem"]
     assert isinstance(choice["options_seed"], int)
-    shown = {setting.name: setting.value for setting in gather(wanted, Layout.of(wanted)).versions}
+    shown = gather(wanted, Layout.of(wanted)).versions
     assert shown["benchmark own"] == f"4 problems, fingerprint {notes['own']['content_fingerprint'][:12]}"
 
 

@@ -144,7 +144,7 @@ def test_the_report_takes_versions_from_manifests(tmp_path: Path) -> None:
     for name, folder in earlier.items():
         manifest = Manifest(name, "", {}, {}, Outcome({}), {**here, "lark_jax code": "earlier"}, "1 x TPU")
         write_json(folder / MANIFEST, dataclasses.asdict(manifest))
-    shown = {setting.name: setting.value for setting in gather(experiment, layout).versions}
+    shown = gather(experiment, layout).versions
     assert shown["lark_jax code in score, export, evaluate"] == "earlier"
     assert shown["lark_jax code in report"] == here["lark_jax code"]
     assert shown["jax"] == here["jax"]
