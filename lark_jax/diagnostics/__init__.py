@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from lark_jax.diagnostics import landscape, selections, teachers
+from lark_jax.diagnostics import landscape, selections
 from lark_jax.diagnostics.contract import FinishedSelection, Material
 from lark_jax.report.content import Section
 
@@ -11,7 +11,6 @@ from lark_jax.report.content import Section
 DIAGNOSTICS: dict[str, Callable[[Material], Section | None]] = {
     "selections": selections.compute,
     "landscape": landscape.compute,
-    "teachers": teachers.compute,
 }
 
 

@@ -45,9 +45,8 @@ class Landscape:
 def compute(material: Material) -> Section | None:
     if material.scores is None:
         return None
-    pool = material.open_pool()
     landscape = landscape_of(material.scores, material.budgets, material.seed)
-    problem = pool.by_problem()[landscape.problem_id]
+    problem = material.open_pool().by_problem()[landscape.problem_id]
     responses = {trajectory.candidate_id: excerpt(trajectory.response) for trajectory in problem}
     selected = [candidate for candidate in landscape.candidates if candidate.weight is not None]
     selected.sort(key=lambda candidate: -(candidate.weight or 0.0))
@@ -88,16 +87,10 @@ def landscape_of(scores: ScoreTable, budgets: Sequence[int], seed: int) -> Lands
     for choice in select_trajectories(scores, lark, budget, seed).choices:
         weights.setdefault(choice.problem_id, {})[choice.candidate_id] = choice.weight
     problem_id = next((name for name, own in weights.items() if np.ptp([*own.values()]) > 1e-6), next(iter(weights)))
-    of_problem = scores.only(problem_id)
+    chosen, of_problem = weights[problem_id], scores.only(problem_id)
     rows = zip(of_problem.rows(), method_scores(of_problem, lark, seed), strict=True)
-    return Landscape(
-        problem_id,
-        budget,
-        tuple(
-            Candidate(row.candidate_id, row.teacher, g_hat, weights[problem_id].get(row.candidate_id))
-            for row, g_hat in rows
-        ),
-    )
+    candidates = (Candidate(row.candidate_id, row.teacher, g_hat, chosen.get(row.candidate_id)) for row, g_hat in rows)
+    return Landscape(problem_id, budget, tuple(candidates))
 
 
 def _values(landscape: Landscape) -> dict[str, object]:

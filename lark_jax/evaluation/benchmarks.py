@@ -21,12 +21,7 @@ from lark_jax.runtime.hub import Unavailable, snapshot
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:]+))?")
 _ANY_DATA = tuple(f"*{kind}" for kind in FILE_KINDS)
-_METADATA = (
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-    "state.json",
-)  # of `datasets`
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets`
 
 
 @dataclass(frozen=True)
