@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from score_records import random_record
 
 from lark_jax import rendering
 from lark_jax.config import Experiment, SyntheticConfig, experiment_from_mapping
@@ -15,8 +16,8 @@ from lark_jax.pool import Pool, read_pool
 from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.rendering.chat import load_chat_format
 from lark_jax.runtime.pipeline import Outcome, Task, read_manifest, run_tasks
-from lark_jax.scoring import CandidateScore, write_scores
 from lark_jax.scoring import workload as workload_module
+from lark_jax.scoring import write_scores
 from lark_jax.scoring.workload import hash_of_texts
 from lark_jax.stages import Layout, plan_tasks
 from lark_jax.stages import student as student_module
@@ -51,8 +52,7 @@ def light_tasks(experiment: Experiment) -> list[Task]:
     def score(directory: Path) -> Outcome:
         rng = np.random.default_rng(0)
         trajectories = read_pool(experiment.pool.path).trajectories
-        values = [(t, rng.uniform(0.1, 0.9, 6).tolist()) for t in trajectories]
-        scores = [CandidateScore(t.problem_id, t.candidate_id, t.teacher, 5, 9, False, *v) for t, v in values]
+        scores = [random_record(rng, t.problem_id, t.candidate_id, teacher=t.teacher) for t in trajectories]
         write_scores(directory / STATISTICS, tuple(scores))
         return Outcome(counts={}, notes=scored_with(experiment, layout, load_chat_format(experiment.student.path)))
 
