@@ -156,7 +156,7 @@ def test_each_student_has_its_own_name_on_the_server():
         ({"server": None}, r"evaluate\.server: expected http://HOST"),
         ({"server": "ftp://h"}, r"evaluate\.server: expected http://HOST"),
         ({"server_model": None}, r"evaluate\.server_model: expected a model's name"),
-        ({"server_concurrency": 0}, r"evaluate\.server_concurrency: expected a positive"),
+        ({"server_concurrency": 0}, r"evaluate\.server_concurrency: expected an integer >= 1"),
         ({"server_timeout": 0.0}, r"evaluate\.server_timeout: expected a positive"),
         ({"server_retries": -1}, r"evaluate\.server_retries: expected an integer >= 0"),
     ],
