@@ -24,7 +24,7 @@ from lark_jax.students.attention import blockwise as blockwise_attention
 from lark_jax.students.attention import dispatch as attention
 from lark_jax.students.attention import splash as splash_attention
 from lark_jax.students.attention import triton as triton_attention
-from lark_jax.students.attention.contract import Backend
+from lark_jax.students.attention.contract import AttentionSpec, Backend
 from lark_jax.students.attention.dispatch import BACKENDS
 from lark_jax.students.decoder import Decoder
 from lark_jax.students.sharded import ShardedStudent
@@ -124,7 +124,8 @@ def outcome(micro_batches: Sequence[MicroBatch], backend: str, dtype: str = "flo
 
 
 def test_the_backends_tested_here_are_those_that_claim_segments() -> None:
-    claiming = {name for name, backend in BACKENDS.items() if backend.refusal(jnp.dtype("bfloat16"), 64, True) is None}
+    spec = AttentionSpec(jnp.dtype("bfloat16"), head_dim=64, packed=True)
+    claiming = {name for name, backend in BACKENDS.items() if backend.refusal(spec) is None}
     assert claiming == set(HONOURING)
 
 
