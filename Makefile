@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # for the ahead-of-time tests, JAX would otherwise look for a TPU first.)
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint bench config-reference clean
+# Quick tests of what most changes touch; none of them compiles a student for long.
+QUICK := config runtime pool rendering selection judging report diagnostics test_repository.py test_run.py
+
+.PHONY: demo test check lint bench config-reference clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m lark_jax.run --config=configs/tiny.py
@@ -13,6 +16,10 @@ demo: $(VENV)/ready
 # Two processes, a file each at a time: most of the time is XLA compiling, one core after the other.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# For the inner loop: lint, types and quick tests.
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(addprefix tests/,$(QUICK))
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
