@@ -5,15 +5,9 @@
 
 Hardware in the paper: 8 x A100-80GB; 3 to 5 hours per fine-tuning run, 15 minutes per benchmark (C.3).
 Numbers in the paper (Table 1, LARK, average Acc@5 of four benchmarks): 26.29 ± 2.66 (B=1) and 29.13 ± 2.72 (B=3).
-<<<<<<< HEAD
 The base checkpoint has no chat template: llama3_chat.jinja, next to this file, is the public Llama 3 format. The paper
 does not say which template it used for this student.
 We have not run this configuration, for lack of such hardware. See docs/verification.md, "Limits".
-=======
-The base checkpoint brings no chat template: llama3_chat.jinja, next to this file, is the public Llama 3 format. The
-paper does not say which template it used for this student.
-We have not run this configuration: no such hardware was at hand. See README, "Limits".
->>>>>>> docs
 """
 
 from pathlib import Path

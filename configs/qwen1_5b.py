@@ -5,11 +5,7 @@
 
 Hardware in the paper: 8 x A100-80GB; 3 to 5 hours per fine-tuning run, 15 minutes per benchmark (C.3).
 Numbers in the paper (Table 1, LARK, average Acc@5 of four benchmarks): 41.09 ± 2.98 (B=1) and 43.14 ± 3.20 (B=3).
-<<<<<<< HEAD
 We have not run this configuration, for lack of such hardware. See docs/verification.md, "Limits".
-=======
-We have not run this configuration: no such hardware was at hand. See README, "Limits".
->>>>>>> docs
 """
 
 from ml_collections import ConfigDict

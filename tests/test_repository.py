@@ -82,6 +82,12 @@ def test_nothing_is_left_open() -> None:
     assert [place(path) for path in files if marks.search(read(path))] == []
 
 
+def test_no_merge_conflict_is_left() -> None:
+    markers = re.compile(r"^(<{7}|>{7}) ", flags=re.MULTILINE)
+    scripts = [*(ROOT / "scripts").glob("*.sh"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    assert [place(path) for path in (*SOURCES, *DOCUMENTS, *TESTS, *scripts) if markers.search(read(path))] == []
+
+
 def test_no_call_trusts_foreign_code() -> None:
     found = [
         f"{place(path)}:{node.lineno}: {word.arg}"

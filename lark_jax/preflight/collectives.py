@@ -11,6 +11,8 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from lark_jax.errors import PreflightError
+
 # In a ring of n devices, each sends this many times (n - 1) / n of the whole (gathered, summed or exchanged) array.
 _RING_TRIPS = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "psum": 2, "pmax": 2, "pmin": 2}
 _SAME_AS = {
@@ -38,7 +40,7 @@ def collectives_of(jaxpr: ClosedJaxpr, axis_sizes: Mapping[str, int]) -> tuple[C
       axis_sizes: devices along each mesh axis.
 
     Raises:
-      NotImplementedError: a collective is inside a loop with an unknown trip count.
+      PreflightError: a collective is inside a loop with an unknown trip count.
     """
     times: collections.Counter[tuple[str, str]] = collections.Counter()
     sent: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -66,7 +68,7 @@ def _equations(jaxpr: Jaxpr, repeats: int) -> Iterator[tuple[JaxprEqn, int]]:
         for sub_jaxpr in _sub_jaxprs(equation.params.values()):
             found = list(_equations(sub_jaxpr, inner))
             if found and equation.primitive.name == "while":
-                raise NotImplementedError("a collective inside a while loop: its trip count is unknown")
+                raise PreflightError("the step has a collective inside a while loop, whose trip count is unknown")
             yield from found
 
 

@@ -86,7 +86,7 @@ class PartStreams:
         return pa.Table.from_batches(contents.batches, self.schema)
 
     def read_all(self) -> Iterator[tuple[int, pa.Table]]:
-        """(part, its rows) of all parts, by whichever worker.
+        """(part, its rows) of all parts, whichever worker wrote them.
 
         Raises:
           PipelineError: parts are missing, unfinished or damaged; names them.
@@ -115,14 +115,13 @@ class PartStreams:
 
     def _contents(self, part: int) -> _Contents:
         path = self.path(part)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+        if not path.is_file():
             return _Contents()
-        source = pa.BufferReader(data)
         batches: list[pa.RecordBatch] = []
         ends, expected = [0], None
         try:
+            data = path.read_bytes()
+            source = pa.BufferReader(data)
             reader = pa.ipc.open_stream(source)
             if not reader.schema.equals(self.stream_schema(part), check_metadata=True):
                 return _Contents(problem="holds other results than expected")
@@ -132,7 +131,9 @@ class PartStreams:
                 of = _checked(batch, metadata)
                 if expected not in (None, of):
                     raise ValueError("another number of batches")
-                batches, ends, expected = [*batches, batch], [*ends, source.tell()], of
+                expected = of
+                batches.append(batch)
+                ends.append(source.tell())
         except (ValueError, KeyError, OSError, StopIteration, pa.ArrowException):
             problem = f"damaged after {len(batches)} batches"
             return _Contents(tuple(batches), tuple(ends), expected, problem)
@@ -185,7 +186,7 @@ class StreamWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is pending; what follows the intact batches on disk is cut off before."""
+        """Cuts off whatever follows the intact batches on disk, then writes what is pending."""
         if self._part is None or not self._pending:
             return
         path, data = self._streams.path(self._part), b"".join(self._pending)

@@ -5,9 +5,10 @@ devices work, keeps a few batches in flight, appends each result to its part's s
 progress. An interrupted pass continues after the last batch on disk, and leaves the same bytes.
 """
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -63,7 +64,7 @@ def run_pass(
 ) -> Throughput:
     """Computes what is missing of a worker's share of the parts, and appends it to their streams.
 
-    Workers with their own meshes need not know of each other. In a mesh that spans several processes, each of them
+    Workers with their own meshes are independent. In a mesh that spans several processes, each of them
     calls this with the same share, the first one decides what is finished already, and one of them `writes`.
     """
     work.streams.name_older_folders()
@@ -77,8 +78,10 @@ def run_pass(
         finished=[work.loads[part] for part in own if found[part].is_finished],
         peak_flops=peak_flops_of(mesh),
     )
-    with progress, StreamWriter(work.streams) as writer:
-        for item, arrays in _in_flight(work, _items(work, todo, found, progress), progress, writer):
+    # Left in this order, also by an error: results are written, then the rendering thread ends.
+    parts = contextlib.closing(prefetch(todo, work.render, budget=PARTS_RENDERED))
+    with progress, parts as rendered, StreamWriter(work.streams) as writer:
+        for item, arrays in _in_flight(work, _items(rendered, found, progress), progress, writer):
             if writes:
                 writer.append(item.part, item.number, item.total, work.encode(item.batch, arrays))
             progress.advance(item.batch.load)
@@ -115,10 +118,10 @@ def _agree_on_found(streams: PartStreams, parts: Sequence[int], mesh: Mesh) -> M
 
 
 def _items(
-    work: PoolPass[SomeBatch, Any], parts: Sequence[int], found: Mapping[int, _Found], progress: Progress
+    rendered: Iterable[tuple[int, Sequence[SomeBatch]]], found: Mapping[int, _Found], progress: Progress
 ) -> Iterator[_Item[SomeBatch]]:
     """Every batch that is missing."""
-    for part, batches in prefetch(parts, work.render, budget=PARTS_RENDERED):
+    for part, batches in rendered:
         start = found[part].batches if found[part].total == len(batches) else 0
         for batch in batches[:start]:
             progress.taken_over(batch.load)

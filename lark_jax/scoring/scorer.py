@@ -32,9 +32,11 @@ def score_pool(
     """Scores every trajectory of `pool` under `student`; one entry per trajectory, in pool order.
 
     Finished batches are stored in `parts_directory`, in a folder that is named by what decides the batches, and the
-    next call continues from there; with another number of devices it starts again. A call with another student needs
-    another `parts_directory`. A trajectory that cannot be rendered, or whose loss is not finite, has status "skipped"
-    and a reason. For several workers call `plan_workload`, then `score_share` in each, then `assemble_scores`.
+    next call continues from there. If the batches change, as they may with another number of devices, it starts again.
+    A call with another student needs another `parts_directory`. The student keeps the layout in which it was loaded on
+    `mesh`; if it is not on `mesh`, every device gets a whole copy. A trajectory that cannot be rendered, or whose loss
+    is not finite, has status "skipped" and a reason. For several workers call `plan_workload`, then `score_share` in
+    each, then `assemble_scores`.
     """
     workload = plan_workload(pool, chat, options, data_shards=mesh.shape[DATA], directory=parts_directory)
     terminal.say(f"to score: {workload}")
@@ -77,7 +79,7 @@ def score_share(
 
 
 def assemble_scores(workload: Workload) -> tuple[CandidateScore, ...]:
-    """The scores of all parts, by whichever worker, in pool order.
+    """The scores of all parts, whichever worker computed them, in pool order.
 
     Raises:
       PipelineError: parts are missing or not readable; names them.

@@ -62,7 +62,7 @@ def fits_one_process(
         return config.data * config.tensor != len(everywhere)
     if len(local) % config.tensor:
         return False
-    if requested == "replicated":
+    if requested == "replicated" or device_memory_bytes is None:
         return True
     return _leaves_room(architecture, make_mesh(config, local), dtype, (DATA, TENSOR), device_memory_bytes)
 

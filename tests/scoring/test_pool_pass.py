@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +16,10 @@ import pytest
 
 from lark_jax.config import MeshConfig
 from lark_jax.errors import PipelineError
+from lark_jax.runtime.prefetch import THREAD_NAME
 from lark_jax.runtime.processes import Share
 from lark_jax.runtime.sharding import make_mesh
-from lark_jax.scoring import part_streams, pool_pass
+from lark_jax.scoring import part_streams
 from lark_jax.scoring.part_streams import PartStreams, StreamWriter
 from lark_jax.scoring.pool_pass import BATCHES_IN_FLIGHT, PoolPass, run_pass
 from lark_jax.scoring.throughput import NO_LOAD, Load, Throughput
@@ -234,14 +237,39 @@ def test_shares_partition_the_work_and_one_worker_continues_where_three_were_kil
     assert sorted({*seen, *last.seen, *alone.seen}) == EVERY_BATCH
 
 
-def test_a_finished_pass_renders_and_computes_nothing(undisturbed: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_pass_renders_and_computes_nothing(undisturbed: Caller) -> None:
     before = undisturbed.bytes()
-    monkeypatch.setattr(Caller, "batches", None)
-    monkeypatch.setattr(pool_pass, "prefetch", lambda parts, *_, **__: iter(list(parts)))
     work = PoolPass("", "", undisturbed.streams, [NO_LOAD] * 5, None, None, None)
     done = run_pass(work, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     assert done.load == NO_LOAD
     assert undisturbed.bytes() == before
+
+
+@pytest.mark.parametrize(("failing", "at"), [("step", (1, 0)), ("encode", (0, 1))])
+def test_an_error_writes_what_has_come_back_before_it_waits_for_a_part_that_is_being_rendered(
+    tmp_path: Path, failing: str, at: tuple[int, int]
+) -> None:
+    caller, rendering, on_disk = Caller(tmp_path), threading.Event(), []
+
+    def slow(part: int) -> Sequence[Squares]:
+        if part == 2:
+            rendering.set()
+            time.sleep(0.5)
+            on_disk.append(caller.streams.found(0)[0])
+        return caller.batches(part)
+
+    def fails(batch: Squares, *values: np.ndarray) -> jax.Array | pa.RecordBatch:
+        if (batch.part, batch.number) == at:
+            assert rendering.wait(10)
+            raise OSError("gone")
+        return caller.encode(batch, *values) if values else caller.step(batch)
+
+    calls = {"step": caller.step, "encode": caller.encode, failing: fails}
+    work = PoolPass("", "", caller.streams, [NO_LOAD] * len(BATCHES), slow, calls["step"], calls["encode"])
+    with pytest.raises(OSError, match="gone"):
+        run_pass(work, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
+    assert on_disk == [1]
 
 
 def test_a_process_that_does_not_write_computes_the_same_and_leaves_no_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from lark_jax.errors import PipelineError
 from lark_jax.rendering.chat import Prompts
 from lark_jax.runtime.processes import EVERYTHING, Share
 from lark_jax.scoring.local_naturalness.cost import load_of_batch, load_of_part
@@ -95,7 +96,7 @@ def sums_of_steps(batch: PromptWindows, log_likelihoods_s: np.ndarray) -> pa.Rec
 
 
 def assemble_local_naturalness(work: Work) -> tuple[float, ...]:
-    """The scores of all parts, by whichever worker, in pool order; NaN for a trajectory without a score.
+    """The scores of all parts, whichever worker computed them, in pool order; NaN for a trajectory without a score.
 
     A score is the mean over steps of the mean over a step's tokens of log pi(token | prompt, at most m steps before,
     step so far), in nats (Appendix C.2). Higher is better. NaN: the trajectory cannot be rendered, or the student's
@@ -108,8 +109,14 @@ def assemble_local_naturalness(work: Work) -> tuple[float, ...]:
     for number, table in work.streams.read_all():
         members = work.parts[number].members
         step_sizes = [work.step_sizes(member) for member in members]
-        sums = np.full(sum(map(len, step_sizes)), np.nan)
-        sums[table["step"].to_numpy()] = table["log_likelihood"].to_numpy()
+        steps = table["step"].to_numpy()
+        if not np.array_equal(np.sort(steps), np.arange(sum(map(len, step_sizes)))):
+            raise PipelineError(
+                f"{work.streams.path(number)}: holds other steps than those of its trajectories; delete this file and "
+                "start the same command again"
+            )
+        sums = np.empty(len(steps))
+        sums[steps] = table["log_likelihood"].to_numpy()
         ends = np.cumsum([len(sizes) for sizes in step_sizes])
         means = np.split(sums / np.concatenate(step_sizes), ends[:-1])
         scores[list(members)] = [steps.mean() for steps in means]

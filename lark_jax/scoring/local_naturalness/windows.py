@@ -14,6 +14,7 @@ import numpy as np
 
 from lark_jax.rendering.batching import bucket_lengths
 
+PACKING = 1  # raise it when the same windows are packed into other batches: unfinished parts then start again
 SHORTEST_ROW = 512  # a few windows of usual length; attention reads the whole row
 SCORED_SHARES = 8  # numbers of scored tokens are rounded up to so many fractions of a batch's tokens: few programs
 FEWER_ROWS = 4  # the last batch of a row length has 1, 4, 16, ... rows per device, as few as it needs

@@ -18,6 +18,7 @@ from lark_jax.rendering.chat import ChatFormat, Prompts, RenderedTrajectory, ren
 from lark_jax.runtime import files, terminal
 from lark_jax.scoring.local_naturalness.steps import compile_split, step_starts, steps_of_tokens
 from lark_jax.scoring.local_naturalness.windows import (
+    PACKING,
     WindowBatch,
     WindowRow,
     WindowText,
@@ -142,7 +143,7 @@ def plan_work(pool: Pool, chat: ChatFormat, options: NaturalnessOptions, *, data
     sizes = tuple(_sizes(pool, chat, options))
     parts = tuple(_parts(pool, sizes, options, data_shards))
     settings = [options.context, [(part.prompts, part.prompt_size) for part in parts], data_shards]
-    rules = [options.tokens_per_batch, options.split, hash_of_texts(pool, chat, options.max_length)]
+    rules = [PACKING, options.tokens_per_batch, options.split, hash_of_texts(pool, chat, options.max_length)]
     plan = files.sha256_of_json([settings, rules])[:16]
     return Work(pool, chat, options, data_shards, sizes, parts, plan, directory)
 

@@ -70,9 +70,10 @@ def compiled(backend, case):
 def test_output_and_gradients_equal_float64(backend, case):
     inputs = inputs_of(case)
     expected = reference(*inputs, scale=case.scale, window=case.window)
-    for ours, exact in zip(compiled(backend, case)(*inputs), expected, strict=True):
+    for index, (ours, exact) in enumerate(zip(compiled(backend, case)(*inputs), expected, strict=True)):
         assert ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5 * (np.abs(exact).max() + 1))
+        size = 1 if index == 0 else np.abs(exact).max() + 1  # gradients are sums over many queries
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5 * size)
 
 
 def test_the_reference_gradients_are_finite_differences():
@@ -93,9 +94,10 @@ BF16 = Case(157, 4, 2, head_dim=32)
 @each_backend
 def test_bf16_differs_from_float64_by_bf16_rounding_only(backend):
     inputs = inputs_of(BF16, "bfloat16")
-    for ours, exact in zip(compiled(backend, BF16)(*inputs), reference(*inputs), strict=True):
+    for index, (ours, exact) in enumerate(zip(compiled(backend, BF16)(*inputs), reference(*inputs), strict=True)):
         assert ours.dtype == jnp.bfloat16
-        np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=0, atol=0.015 * np.abs(exact).max())
+        bound = 0.06 if index == 0 else 0.015 * np.abs(exact).max()
+        np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=0, atol=bound)
 
 
 FP32 = Case(157, 4, 2)
