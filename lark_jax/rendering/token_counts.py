@@ -36,8 +36,8 @@ def summarise_tokens(
 def count_inputs(pool: Pool, chat: ChatFormat, max_length: int, *, folder: Path, share: Share) -> tuple[int | str, ...]:
     """`RenderedTrajectory.num_inputs` of each trajectory in pool order, or the reason why it cannot be rendered.
 
-    Each chunk becomes a file in `folder`, which must only be used for this pool, tokenizer and `max_length`. Workers
-    begin at different chunks and take over those that others have counted in the meantime.
+    Each chunk becomes a file in `folder`, which must only be used for this pool, chat format, `max_length` and
+    `RENDERING_VERSION`. Workers begin at different chunks and take over those that others have counted in the meantime.
     """
     chunks = list(_chunks(pool.trajectories))
     counted: dict[int, list[int | str]] = {}
@@ -68,7 +68,7 @@ def _chunks(trajectories: Sequence[Trajectory]) -> Iterator[Sequence[Trajectory]
 
 
 def _read(path: Path, expected: int) -> list[int | str] | None:
-    """None where there is no such file, or a damaged one, which is named."""
+    """None if the file is missing or damaged; warns if it is damaged."""
     if not path.is_file():
         return None
     try:

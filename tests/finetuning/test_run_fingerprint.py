@@ -54,3 +54,8 @@ def test_settings_without_effect_are_left_out() -> None:
     without = dataclasses.replace(CONFIG, evaluate_every=7, lora_alpha=3.0, lora_targets=("q_proj",))
     assert deciding_settings(without, holds_out=False) == deciding_settings(CONFIG, holds_out=False)
     assert deciding_settings(CONFIG, holds_out=False)["lora_rank"] == 0
+    with_and_without = [
+        run_fingerprint(tiny_student(), random_examples(7, 6, 3), (), config, 0)
+        for config in (CONFIG, dataclasses.replace(CONFIG, evaluate_every=7))
+    ]
+    assert with_and_without[0] == with_and_without[1]

@@ -11,6 +11,7 @@ from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import generation_request
 from lark_jax.evaluation.engines import EngineChoice
 from lark_jax.evaluation.runner import StudentResult
+from lark_jax.rendering import RENDERING_VERSION
 from lark_jax.runtime import pipeline
 from lark_jax.stages import evaluate
 from lark_jax.stages.evaluate import engine_of, evaluate_tasks
@@ -105,6 +106,16 @@ def test_a_students_result_depends_only_on_the_version_of_its_own_engine(
     before = base.inputs()
     installed[changed] = "99"
     assert (base.inputs() != before) == depends
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_students_result_depends_on_the_version_of_the_rendering(
+    experiment: Callable[..., Experiment], health: list[EngineChoice]
+) -> None:
+    health.append(EngineChoice("vllm", ""))
+    chosen(experiment(engine="vllm"))
+    base = evaluate_tasks(experiment(engine="vllm"), Layout.of(experiment()))[2]
+    assert base.inputs()["rendering"] == RENDERING_VERSION
 
 
 def test_a_server_is_evaluated_without_any_interpreter(

@@ -72,8 +72,9 @@ def test_output_and_gradients_equal_float64(backend, case):
     expected = reference(*inputs, scale=case.scale, window=case.window)
     for index, (ours, exact) in enumerate(zip(compiled(backend, case)(*inputs), expected, strict=True)):
         assert ours.dtype == jnp.float32
-        size = 1 if index == 0 else np.abs(exact).max() + 1  # gradients are sums over many queries
-        np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5 * size)
+        output_bound = 2e-5 if case in CASES else 5e-5  # published shapes have wide heads, hence larger scores
+        bound = output_bound if index == 0 else 2e-5 * (np.abs(exact).max() + 1)
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=bound)
 
 
 def test_the_reference_gradients_are_finite_differences():
