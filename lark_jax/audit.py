@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lark_jax.config import expand_home
+from lark_jax.config import expand_home, split_commas
+from lark_jax.errors import ConfigError
 from lark_jax.evaluation.benchmark_records import Benchmark
 from lark_jax.evaluation.benchmarks import read_benchmark
 from lark_jax.evaluation.contamination import Audit, audit_benchmarks, pool_problems
@@ -28,7 +29,10 @@ from lark_jax.runtime.command import Arguments, Command, Flag
 def audit(arguments: Arguments) -> int:
     """Audits, writes and prints the table."""
     pool = arguments.flags["pool"]
-    benchmarks = [read_benchmark(expand_home(entry)) for entry in arguments.flags["benchmarks"].split(",")]
+    entries = split_commas(arguments.flags["benchmarks"])
+    if not entries:
+        raise ConfigError(f"--benchmarks={arguments.flags['benchmarks']}: names no benchmark")
+    benchmarks = [read_benchmark(expand_home(entry)) for entry in entries]
     problems = pool_problems(read_pool(pool, arguments.flags["on_bad_record"]).by_problem())
     start = time.perf_counter()
     found = audit_benchmarks(benchmarks, problems)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from lark_jax.config import DistributedConfig, Experiment, experiment_from_mapping, section_of
+from lark_jax.config import DistributedConfig, Experiment, experiment_from_mapping, section_of, split_commas
 from lark_jax.runtime import environment, files, processes, terminal
 from lark_jax.runtime.clusters import ALONE, find_place
 from lark_jax.runtime.command import Arguments, Command, guarded
@@ -108,7 +108,7 @@ def split_stages(stages: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Stages that use the accelerator, and those that must not hold it; (all, none) if there is only one kind."""
     if not isinstance(stages, list | tuple) or not all(isinstance(stage, str) for stage in stages):
         return (), ()  # not stages: refused when the configuration is validated
-    names = tuple(name for item in stages for name in item.split(","))
+    names = tuple(split_commas(stages))
     now = tuple(name for name in names if name in ACCELERATOR_STAGES)
     later = tuple(name for name in names if name not in ACCELERATOR_STAGES)
     return (now, later) if now and later else (names, ())

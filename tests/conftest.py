@@ -1,12 +1,25 @@
-"""Every test sees 8 virtual CPU devices and refuses implicit rank promotion. Must run before JAX is imported."""
+"""Every test sees 8 virtual CPU devices and refuses implicit rank promotion. Must run before JAX is imported.
 
+Most of the suite's time is XLA compiling. So XLA leaves out LLVM's expensive passes (programs for TPUs are the same
+with and without), and all tests and the processes that they start share their compiled programs.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers of pytest-xdist get their parent's
+    COMPILED = tempfile.mkdtemp(prefix="lark_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 import jax
 import pytest

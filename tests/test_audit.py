@@ -58,3 +58,22 @@ def test_a_missing_file_ends_in_one_line(arguments, missing, capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: nowhere.jsonl")
     assert message.count("\n") == 1
+    assert "no such file" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("--benchmarks=,", "error: --benchmarks=,: names no benchmark\n"),
+        ("--out=", "error: --out: missing; usage: "),
+    ],
+)
+def test_an_empty_flag_is_refused(arguments, changed, message, capsys):
+    name = changed.partition("=")[0]
+    assert main([changed if item.startswith(name) else item for item in arguments]) == EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_comma_after_the_last_benchmark_adds_none(arguments, tmp_path):
+    assert main([f"{item}," if item.startswith("--benchmarks") else item for item in arguments]) == 0
+    assert len(json.loads((tmp_path / "out" / "audit.json").read_text())["benchmarks"]) == 2

@@ -13,7 +13,7 @@ from lark_jax.config.fields import SOME_DISTINCT, Section, at_least, field, one_
 from lark_jax.config.finetuning import DistributedConfig, FinetuneConfig, MeshConfig
 from lark_jax.config.inputs import PoolConfig, StudentConfig, SyntheticConfig
 from lark_jax.config.scoring import ScoreConfig, SelectConfig
-from lark_jax.config.values import require_field_of, section_from_mapping
+from lark_jax.config.values import section_from_mapping, type_name, type_of
 
 STAGES = ("prepare", "score", "select", "finetune", "export", "evaluate", "report")
 
@@ -68,4 +68,9 @@ def experiment_from_mapping(values: Mapping[str, Any]) -> Experiment:
 
 def require_known_field(name: str) -> None:
     """Raises ConfigError, with the nearest known name, if no experiment has the field `name`."""
-    require_field_of(Experiment, name)
+    type_of(Experiment, name)
+
+
+def type_of_field(name: str) -> str:
+    """What to write for the field `name`, as in docs/config.md; raises ConfigError as `require_known_field`."""
+    return type_name(type_of(Experiment, name))

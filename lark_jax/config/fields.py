@@ -39,6 +39,7 @@ SOME_DISTINCT = Check("one or more distinct values", lambda values: len(values) 
 URL = Check(
     "http://HOST:PORT/v1 or similar, without a key in it",  # a key would end up in manifests
     lambda value: value.startswith(("http://", "https://")) and "@" not in value,
+    shows_value=False,
 )
 # People put the key itself here by mistake, and a message would pass it on.
 VARIABLE = Check(
@@ -103,6 +104,8 @@ class Section:
             if declared.default is dataclasses.MISSING and value == "":
                 refuse_missing(self.prefix + declared.name)
             if about(declared).path:
+                if "" in (value, *(value if isinstance(value, tuple) else ())):
+                    raise ConfigError(f"config.{self.prefix}{declared.name}: expected a path, got an empty one")
                 object.__setattr__(self, declared.name, _expanded(value))
             if value is not None:
                 _check_value(self.prefix + declared.name, value, about(declared))
@@ -119,7 +122,9 @@ class Section:
     def require_url(self, name: str) -> None:
         """For an address that only some settings need."""
         value = getattr(self, name)
-        self.require(value is not None and URL.holds(value), name, URL.allowed)
+        if value is None:
+            self.require(False, name, URL.allowed)
+        _check_value(self.prefix + name, value, About("", check=URL))
 
 
 def _check_value(name: str, value: Any, rules: About) -> None:

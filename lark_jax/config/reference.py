@@ -13,7 +13,7 @@ from typing import Any
 
 from lark_jax.config.experiment import Experiment
 from lark_jax.config.fields import Section, about
-from lark_jax.config.values import is_section, without_none
+from lark_jax.config.values import is_section, type_name, without_none
 
 INTRODUCTION = """\
 # Configuration fields
@@ -46,14 +46,16 @@ class SectionEntry:
 
 def section_entries(section: type[Section] = Experiment) -> Iterator[SectionEntry]:
     """`section` and the sections in it, in the order of their declaration."""
-    hints = {name: without_none(hint) for name, hint in typing.get_type_hints(section).items()}
+    hints = typing.get_type_hints(section)
     declared = dataclasses.fields(section)
     fields = tuple(
-        _entry(section.prefix, field, *hints[field.name]) for field in declared if not is_section(hints[field.name][0])
+        _entry(section.prefix, field, hints[field.name])
+        for field in declared
+        if not is_section(without_none(hints[field.name])[0])
     )
     yield SectionEntry(section.prefix.rstrip("."), inspect.cleandoc(section.__doc__ or ""), fields)
     for field in declared:
-        hint, _ = hints[field.name]
+        hint, _ = without_none(hints[field.name])
         if is_section(hint):
             yield from section_entries(hint)
 
@@ -76,14 +78,13 @@ def as_text(names: tuple[str, ...] = (), width: int = 110) -> str:
     return "\n".join(lines)
 
 
-def _entry(prefix: str, field: "dataclasses.Field[Any]", hint: Any, optional: bool) -> FieldEntry:
+def _entry(prefix: str, field: "dataclasses.Field[Any]", hint: Any) -> FieldEntry:
     declared = about(field)
-    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
     rules = [check.allowed for check in (declared.check, declared.items) if check is not None]
     allowed = f" Allowed: {', each '.join(rules)}." if rules else ""
     return FieldEntry(
         name=prefix + field.name,
-        type=name + (" or None" if optional else ""),
+        type=type_name(hint),
         default="" if field.default is dataclasses.MISSING else repr(field.default),
         unit=declared.unit,
         meaning=declared.doc + allowed,

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, FieldReference
@@ -73,8 +73,8 @@ def section_of(section: type[AnySection], values: Mapping[str, Any]) -> AnySecti
     return found
 
 
-def require_field_of(section: type[Section], name: str) -> None:
-    """Raises ConfigError, with the nearest known name, unless `section` has the field `name` ("columns.prompt")."""
+def type_of(section: type[Section], name: str) -> Any:
+    """The type of the field `name` ("columns.prompt") of `section`; raises ConfigError, with the nearest known name."""
     first, _, rest = name.partition(".")
     hints = typing.get_type_hints(section)
     _require_known(first, [field.name for field in dataclasses.fields(section)], section.prefix)
@@ -83,8 +83,15 @@ def require_field_of(section: type[Section], name: str) -> None:
         raise ConfigError(
             f"config.{section.prefix}{first}: not a section, so there is no config.{section.prefix}{name}"
         )
-    if rest:
-        require_field_of(hint, rest)
+    return type_of(hint, rest) if rest else hints[first]
+
+
+def type_name(hint: Any) -> str:
+    """`hint` in words, as "int or None"."""
+    hint, optional = without_none(hint)
+    if is_section(hint):
+        return "a section with fields"
+    return (hint.__name__ if not typing.get_args(hint) else str(hint)) + (" or None" if optional else "")
 
 
 def _require_known(name: str, known: list[str], prefix: str) -> None:
@@ -106,7 +113,10 @@ def converted(hint: Any, value: Any, field: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ConfigError(f"config.{field}: expected a tuple, got {value!r}")
-        return tuple(converted(typing.get_args(hint)[0], item, field) for item in _items(value))
+        items, each = _items(value), typing.get_args(hint)[0]
+        if each is not str and any(isinstance(item, str) for item in items):
+            raise ConfigError(f"config.{field}: expected {each.__name__}s, got {', '.join(map(str, items))}")
+        return tuple(converted(each, item, field) for item in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -114,16 +124,17 @@ def converted(hint: Any, value: Any, field: str) -> Any:
     return value
 
 
-def _items(value: list[Any] | tuple[Any, ...]) -> list[Any]:
-    """Items with references to other fields resolved.
+def split_commas(words: str | Iterable[str]) -> list[str]:
+    """The words of `a,b,c`, or of several such; empty words, as after a last comma, are none."""
+    return [word for item in ([words] if isinstance(words, str) else words) for word in item.split(",") if word]
 
-    `--config.stages=score,select` arrives as one string, and a flag with nothing after its `=` as an empty one, which
-    means no items.
-    """
+
+def _items(value: list[Any] | tuple[Any, ...]) -> list[Any]:
+    """Items with references to other fields resolved; `--config.stages=score,select` arrives as one string."""
     items: list[Any] = []
     for item in value:
         if isinstance(item, FieldReference):
             items.append(item.get())
         else:
-            items.extend(filter(None, item.split(",")) if isinstance(item, str) else [item])
+            items.extend(split_commas(item) if isinstance(item, str) else [item])
     return items

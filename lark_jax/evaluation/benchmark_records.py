@@ -114,8 +114,12 @@ def _read_json(path: Path) -> list[tuple[str, Any]]:
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: cannot be read as UTF-8 text ({one_line(error)})") from error
+    except FileNotFoundError as error:
+        raise EvaluationError(f"{path}: no such file") from error
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path}: is not UTF-8 text ({one_line(error)}); save it as UTF-8") from error
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lark_jax.config import STAGES, Experiment, experiment_from_mapping
+from lark_jax.config import STAGES, Experiment, converted, experiment_from_mapping
 from lark_jax.errors import ConfigError
 from lark_jax.preflight.check import Setup, check_scoring, check_training
 from lark_jax.preflight.cost import Assumptions
@@ -58,21 +58,21 @@ def run(arguments: Arguments) -> int:
 
 def compiled_stages(values: dict[str, Any]) -> Experiment:
     """The experiment with only those of its stages that preflight compiles; raises ConfigError if there are none."""
-    asked = values.get("stages", STAGES)
-    words = asked.split(",") if isinstance(asked, str) else [word for item in asked for word in item.split(",")]
-    stages = tuple(stage for stage in COMPILED if stage in words)
+    asked = converted(tuple[str, ...], values.get("stages", STAGES), "stages")
+    stages = tuple(stage for stage in asked if stage in COMPILED or stage not in STAGES)  # unknown ones are refused
     if not stages:
-        raise ConfigError(f"config.stages: preflight compiles {' and '.join(COMPILED)}, got {','.join(words)}")
+        raise ConfigError(f"config.stages: preflight compiles {' and '.join(COMPILED)}, got {','.join(asked)}")
     return experiment_from_mapping({**values, "stages": stages})
 
 
 COMMAND = Command(
     name="lark_jax.preflight",
-    usage="--config=FILE --topology=v5p:2x2x2 | a100-80gb:8 [--config.FIELD=VALUE ...] [--architecture=FOLDER]",
+    usage="--config=FILE --topology=v5p:2x2x2 | a100-80gb:8 [--architecture=FOLDER] [--lengths=LENGTH:COUNT,...] "
+    "[--efficiency=SHARE] [--out=FILE] [--config.FIELD=VALUE ...]",
     doc="Compiles the steps of scoring and fine-tuning for hardware that is not here, and prints what they need.",
     action=run,
     flags=(
-        Flag("topology", "Hardware: v5p:2x2x2, v5e-16, a100-80gb:8, ...", ""),
+        Flag("topology", "Hardware: v5p:2x2x2, v5e-16, a100-80gb:8, ...", required=True),
         Flag(
             "architecture",
             "Folder with config.json, or the file, in place of config.student.path; no weights needed.",

@@ -20,7 +20,7 @@ from absl import flags as absl_flags
 from absl import logging
 from ml_collections import config_flags
 
-from lark_jax.config import expand_home, require_known_field
+from lark_jax.config import expand_home, require_known_field, type_of_field
 from lark_jax.config.reference import as_text
 from lark_jax.errors import ConfigError, LarkError, StoppedBySignal, one_line
 from lark_jax.recipe import paper_recipe
@@ -98,11 +98,15 @@ class Command:
             positional = parser(argv)[1:]
             values = _nested(parser["config"].value) if self.config is not None else {}
         except absl_flags.Error as error:
-            raise ConfigError(f"{one_line(error)}; {self._see_help}") from error
+            raise ConfigError(_explain_flag_error(error) or f"{one_line(error)}; {self._see_help}") from error
         except LarkError:
             raise
         except Exception as error:  # whatever a config file raises: it is the user's own code
             where = f"--config={config_file}" if config_file else "--config"
+            for override in _overrides(arguments):
+                section, dot, _ = override.partition(".")
+                if dot and isinstance(error, KeyError) and section in str(error):
+                    raise ConfigError(f"config.{override}: --config={config_file} has no section {section}") from error
             raise ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
         if positional and not self.positional:
             raise ConfigError(f"unexpected arguments: {' '.join(positional)}; {self._see_help}")
@@ -112,6 +116,8 @@ class Command:
                 found[flag.name] = expand_home(found[flag.name])
             if flag.required and not found[flag.name]:
                 raise ConfigError(f"--{flag.name}: missing; usage: {self._command_line}")
+            if flag.path and found[flag.name] == "":
+                raise ConfigError(f"--{flag.name}=: expected a path, got an empty one")
         return Arguments(tuple(arguments), found, tuple(positional), values)
 
     def help(self) -> str:
@@ -143,10 +149,10 @@ class Command:
             _define(flag, parser)
         if self.config is None:
             return parser
-        for override in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv), flags=re.MULTILINE):
+        for override in _overrides(argv):
             require_known_field(override)
         if config_file is not None:
-            if not os.path.exists(config_file.partition(":")[0]):  # what follows the colon goes to get_config
+            if not os.path.isfile(config_file.partition(":")[0]):  # what follows the colon goes to get_config
                 raise ConfigError(f"--config={config_file}: no such file")
             config_flags.DEFINE_config_file("config", None, "", parser, sys_argv=argv)
         elif self.config_required:
@@ -231,6 +237,20 @@ def _value_after(name: str, arguments: Sequence[str]) -> str | None:
         if argument.startswith("-") and flag == name:
             found = value if equals else following
     return found
+
+
+def _overrides(arguments: Sequence[str]) -> list[str]:
+    """The fields that the command line replaces, as "finetune.seed"."""
+    return re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(arguments), flags=re.MULTILINE)
+
+
+def _explain_flag_error(error: absl_flags.Error) -> str | None:
+    """What is wrong with a value or with the config file's own code; None: the error's own words will do."""
+    text = str(error).strip()
+    if "Traceback" in text:  # ml_collections repeats that of the config file
+        return f"{text.partition(': ')[0].removeprefix('flag ')}: {text.splitlines()[-1].strip()}"
+    wrong = re.match(r"flag --config\.(\w[\w.]*)=(.*?): ", text, flags=re.DOTALL)
+    return f"config.{wrong[1]}: expected {type_of_field(wrong[1])}, got {wrong[2]!r}" if wrong else None
 
 
 def _nested(config: Any) -> dict[str, Any]:

@@ -36,9 +36,13 @@ RECORDED_PACKAGES = (
 
 
 def start(compilation_cache: str | Path) -> None:
-    """Turns the persistent compilation cache on and prints the devices; raises ConfigError if JAX finds none."""
-    jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    """Turns the persistent compilation cache on and prints the devices; raises ConfigError if JAX finds none.
+
+    A folder that the user chose with JAX_COMPILATION_CACHE_DIR comes before `compilation_cache`.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX raises either, by backend

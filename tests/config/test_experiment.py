@@ -255,10 +255,29 @@ def test_a_tuple_that_needs_items_is_refused_when_the_command_line_empties_it(fi
         from_command_line(f"--config.{field}=")
 
 
+def test_a_comma_after_the_last_item_adds_none() -> None:
+    found = from_command_line("--config.stages=score,select,", "--config.select.budgets=2,")
+    assert (found.stages, found.select.budgets) == (("score", "select"), (2,))
+
+
+def test_words_where_numbers_belong_are_refused_with_all_of_them() -> None:
+    with pytest.raises(ConfigError, match=r"config\.evaluate\.seeds: expected ints, got 1, a"):
+        from_command_line("--config.evaluate.seeds=1,a")
+
+
 def test_a_key_in_place_of_a_variable_or_an_address_is_not_repeated() -> None:
     message = error_line(with_field("evaluate.server_key_variable", "sk-secret"))
     assert message.startswith("config.evaluate.server_key_variable: expected the name of an environment variable")
     assert "secret" not in message
+    server = {"engine": "openai", "server": "http://sk-secret@host/v1", "server_model": "student"}
+    message = error_line({**VALID, "evaluate": {"benchmarks": ["own.json"], **server}})
+    assert message.startswith("config.evaluate.server: expected http://HOST:PORT/v1")
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize("field", ["student.chat_template", "evaluate.python", "evaluate.system_prompts"])
+def test_an_empty_path_is_refused(field: str) -> None:
+    assert error_line(with_field(field, "")) == f"config.{field}: expected a path, got an empty one"
 
 
 def test_the_home_folder_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:

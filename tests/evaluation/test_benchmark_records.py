@@ -130,12 +130,12 @@ def test_malformed_files_are_refused_with_the_place_in_one_line(tmp_path, text, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe{}"])
-def test_unreadable_files_are_refused(tmp_path, content):
+@pytest.mark.parametrize(("content", "message"), [(None, "no such file"), (b"\xff\xfe{}", "is not UTF-8 text")])
+def test_unreadable_files_are_refused(tmp_path, content, message):
     path = tmp_path / "b.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(EvaluationError, match="cannot be read"):
+    with pytest.raises(EvaluationError, match=f"b.json: {message}"):
         read_benchmark(path)
 
 

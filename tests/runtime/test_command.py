@@ -16,6 +16,7 @@ FLAGS = (
     Flag("out", "Folder for everything.", required=True, path=True),
     Flag("share", "A share of it.", 0.5),
     Flag("kind", "Kind.", "small", choices=("small", "large")),
+    Flag("log", "File for messages.", path=True),
 )
 
 
@@ -53,7 +54,7 @@ def test_flags_come_in_any_order_and_paths_have_their_home_folder(monkeypatch: p
     frame, seen = command()
     assert frame.main(["a", "--out", "~/x", "b=c", "--kind=large"]) == 7
     assert seen[0].positional == ("a", "b=c")
-    assert seen[0].flags == {"out": "/home/me/x", "share": 0.5, "kind": "large"}
+    assert seen[0].flags == {"out": "/home/me/x", "share": 0.5, "kind": "large", "log": None}
     assert seen[0].config == {}
 
 
@@ -93,7 +94,17 @@ def test_the_recipe_stands_in_for_an_optional_configuration() -> None:
         (["--config=nowhere.py", "--out=x"], "--config=nowhere.py: no such file"),
         (["--config=FILE", "--config.finetune.lerning_rate=1"], "unknown field; did you mean finetune.learning_rate?"),
         (["--config=FILE", "--config.seed.x=1"], "config.seed: not a section, so there is no config.seed.x"),
-        (["--config=FILE", "--config.seed=one"], "flag --config.seed=one: invalid literal"),
+        (["--config=FILE", "--config.seed=one"], "config.seed: expected int, got 'one'"),
+        (
+            ["--config=FILE", "--config.finetune.lora_rank=x"],
+            "config.finetune.lora_rank: expected int or None, got 'x'",
+        ),
+        (["--config=FILE", "--config.finetune=3"], "config.finetune: expected a section with fields, got '3'"),
+        (["--config=FILE", "--config.synthetic.num_problems=3"], "FILE has no section synthetic"),
+        (["--config=", "--out=x"], "--config=: no such file"),
+        (["--config=.", "--out=x"], "--config=.: no such file"),
+        (["--config=FILE:variant", "--out=x"], "FILE:variant: TypeError: get_config() takes 0 positional arguments"),
+        (["--config=FILE", "--out=x", "--log="], "--log=: expected a path, got an empty one"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_with_what_to_do(
@@ -104,7 +115,7 @@ def test_a_wrong_command_line_is_one_line_with_what_to_do(
     assert frame.main([argument.replace("FILE", str(config_file)) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert expected in line
+    assert expected.replace("FILE", str(config_file)) in line
     assert seen == []
 
 
