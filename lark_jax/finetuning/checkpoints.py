@@ -36,9 +36,12 @@ class CheckpointStore:
     background under a temporary name and renames when complete, so a killed process leaves no partial checkpoint.
     A checksum of every array detects files that a power failure damaged. Use as a context manager: leaving it waits
     for the last write.
+
+    Args:
+      fingerprint: of the run. None, to read only: the checkpoints of any run are accepted.
     """
 
-    def __init__(self, directory: Path, fingerprint: RunFingerprint, *, keep: int) -> None:
+    def __init__(self, directory: Path, fingerprint: RunFingerprint | None, *, keep: int) -> None:
         self._fingerprint = json.loads(json.dumps(fingerprint))  # as it is read back
         self._directory = directory.absolute()
         self._best = _KeepStep()
@@ -135,7 +138,7 @@ class CheckpointStore:
             raise TrainingError(self._damaged(step, f"the checkpoint cannot be read ({_first_line(error)})")) from error
 
     def _require_same_run(self, saved: RunFingerprint, step: int) -> None:
-        own = self._fingerprint
+        own = saved if self._fingerprint is None else self._fingerprint
         differing = sorted(name for name in {*saved, *own} if saved.get(name) != own.get(name))
         if differing:
             changes = ", ".join(f"{name} (was {saved.get(name)}, now {own.get(name)})" for name in differing)

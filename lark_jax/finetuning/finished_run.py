@@ -18,49 +18,58 @@ from lark_jax.students.parameters import abstract_decoder
 from lark_jax.students.sharded import ShardedStudent
 
 CHECKPOINTS = "checkpoints"  # folder of the checkpoints in the folder of a run
-RECORD = "run.json"  # what the run was and how many steps it has; written when it is complete
+RECORD = "run.json"  # the fingerprint of a complete run; earlier releases did not write it
 
 
-def record_run(directory: Path, fingerprint: RunFingerprint, steps: int) -> None:
-    files.write_json(directory / RECORD, {"steps": steps, "fingerprint": fingerprint})
+def record_run(directory: Path, fingerprint: RunFingerprint) -> None:
+    files.write_json(directory / RECORD, {"fingerprint": fingerprint})
 
 
-def finished_student(directory: Path, architecture: Architecture, config: FinetuneConfig, mesh: Mesh) -> Decoder:
+def finished_student(
+    directory: Path, architecture: Architecture, config: FinetuneConfig, mesh: Mesh, steps: int
+) -> Decoder:
     """The student that the finished run in `directory` trained, restored from the checkpoint of its last step.
 
     Needs neither the training set nor the student that training started from: shapes and shardings follow from
     `architecture` and `config`.
+
+    Args:
+      steps: of the complete run (`FinetuneResult.steps`).
 
     Returns:
       A decoder with float32 trained parameters, sharded over `mesh`. With an adapter, the frozen parameters are only
       shapes: they are those of the student that training started from.
 
     Raises:
-      TrainingError: the run is not complete, its checkpoint is damaged, belongs to another run, or is not that of the
-        last step.
+      TrainingError: there is no checkpoint of the last step, or it is damaged or belongs to another run.
     """
-    fingerprint, steps = _read_record(directory / RECORD)
+    fingerprint = _recorded_fingerprint(directory / RECORD)
     student = ShardedStudent.abstract(abstract_decoder(architecture, config.dtype, lora=lora_of(config)), mesh)
-    optimizer = make_optimizer(config, steps)
-    with CheckpointStore(directory / CHECKPOINTS, fingerprint, keep=config.keep_checkpoints) as store:
-        restored = store.restore_latest(abstract_state(student, optimizer))
-    if restored is None or restored.completed_steps != steps:
-        found = "there is none" if restored is None else f"the newest is of step {restored.completed_steps}"
+    restored = None
+    if (directory / CHECKPOINTS).is_dir():  # a store would make it
+        with CheckpointStore(directory / CHECKPOINTS, fingerprint, keep=config.keep_checkpoints) as store:
+            restored = store.restore_latest(abstract_state(student, make_optimizer(config, steps)))
+    if restored is None:
         raise TrainingError(
-            f"{directory / CHECKPOINTS}: the checkpoint of the last step, {steps}, is missing ({found}); delete "
-            f"{directory / RECORD} and run the stage 'finetune' again: it trains the steps that are missing"
+            f"{directory}: its checkpoints were deleted, so there is nothing to export; delete the whole folder and "
+            "run the stage 'finetune' again"
+        )
+    if restored.completed_steps != steps:
+        again = directory if fingerprint is None else directory / RECORD
+        raise TrainingError(
+            f"{directory / CHECKPOINTS}: the checkpoint of the last step, {steps}, is missing (the newest is of step "
+            f"{restored.completed_steps}); delete {again} and run the stage 'finetune' again: it trains the steps that "
+            "are missing"
         )
     frozen: Any = abstract_frozen(student)
     return student.with_parameters({**frozen, **restored.state.parameters})
 
 
-def _read_record(path: Path) -> tuple[RunFingerprint, int]:
+def _recorded_fingerprint(path: Path) -> RunFingerprint | None:
     if not path.is_file():
-        raise TrainingError(
-            f"{path.parent}: this training run is not complete; run the stage 'finetune' to complete it"
-        )
+        return None
     try:
-        record = files.read_json(path)
-        return record["fingerprint"], record["steps"]
+        fingerprint: RunFingerprint = files.read_json(path)["fingerprint"]
     except (ValueError, TypeError, KeyError) as error:
         raise TrainingError(f"{path}: not readable ({error}); delete it and run the stage 'finetune' again") from error
+    return fingerprint

@@ -155,7 +155,7 @@ def finetune(
                 bar.update()
             store.wait()  # inside the block, where a signal does not end the process
     if processes.is_first():
-        record_run(directory, fingerprint, total_steps)
+        record_run(directory, fingerprint)
     return FinetuneResult(model.with_parameters({**frozen, **state.parameters}), total_steps, directory)
 
 

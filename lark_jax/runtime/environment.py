@@ -40,7 +40,7 @@ def start(compilation_cache: str | Path) -> None:
 
     A folder that the user chose with JAX_COMPILATION_CACHE_DIR comes before `compilation_cache`.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:

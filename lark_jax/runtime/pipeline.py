@@ -18,6 +18,8 @@ from lark_jax.runtime import environment, files, processes, terminal
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 FORMAT = 2  # of everything that tasks write; incremented when any of it changes, so that old results are computed again
+# Inputs that manifests of earlier releases lack, with the value that they had then: those results stay valid.
+UNRECORDED: Mapping[str, Any] = {"rendering": 1, "rendering_version": 1}
 SECONDS_TO_BE_SEEN = 60  # NFS caches a folder's listing for up to a minute
 
 
@@ -88,10 +90,11 @@ def _run_if_needed(task: Task) -> bool:
 def _needs_to_run(task: Task, inputs: Mapping[str, Any]) -> bool:
     """Whether the task has to run; prints it, and prepares the folder if so."""
     existing = read_manifest(task.directory)
-    if existing is not None and existing.inputs == inputs and _outputs_present(existing, task.directory):
+    before = None if existing is None else _with_unrecorded(existing.inputs, inputs)
+    if existing is not None and before == inputs and _outputs_present(existing, task.directory):
         terminal.say(f"{task.name}: up to date")
         return False
-    _prepare_directory(task, inputs, existing)
+    _prepare_directory(task, inputs, before)
     terminal.say(f"{task.name}: running")
     return True
 
@@ -116,9 +119,10 @@ def require_current(task: Task) -> None:
     existing = read_manifest(task.directory)
     if existing is None:
         return
+    inputs = _as_json(task.inputs())
     found, now = (
-        {key: value for key, value in inputs.items() if key not in task.environment}
-        for inputs in (existing.inputs, _as_json(task.inputs()))
+        {key: value for key, value in values.items() if key not in task.environment}
+        for values in (_with_unrecorded(existing.inputs, inputs), inputs)
     )
     changed = ", ".join(_changed_keys(found, now))
     if changed:
@@ -153,6 +157,17 @@ def _as_json(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return json.loads(json.dumps({**inputs, "format": FORMAT}))
 
 
+def _with_unrecorded(found: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`found` with those inputs that an earlier release did not record, where the task has them `now`."""
+    filled = dict(found)
+    for key, value in now.items():
+        if isinstance(value, Mapping) and isinstance(found.get(key), Mapping):
+            filled[key] = _with_unrecorded(found[key], value)
+        elif key not in found and key in UNRECORDED:
+            filled[key] = UNRECORDED[key]
+    return filled
+
+
 def _outputs_present(manifest: Manifest, directory: Path) -> bool:
     return all(
         (directory / name).is_file() and (directory / name).stat().st_size == size
@@ -160,20 +175,24 @@ def _outputs_present(manifest: Manifest, directory: Path) -> bool:
     )
 
 
-def _prepare_directory(task: Task, inputs: Mapping[str, Any], existing: Manifest | None) -> None:
+def _prepare_directory(task: Task, inputs: Mapping[str, Any], finished: Mapping[str, Any] | None) -> None:
     """Leaves the task's folder either empty or with what an earlier call with the same inputs wrote.
 
     If outputs of a finished task were lost, a task with scratch keeps the rest, which may be hours of work, and
     continues as after an interruption; other tasks start with an empty folder.
+
+    Args:
+      finished: inputs of the finished result in the folder, if there is one.
     """
     started = _started_inputs(task.directory)
-    before = existing.inputs if existing is not None else started
+    started = None if started is None else _with_unrecorded(started, inputs)
+    before = finished if finished is not None else started
     if before is None and task.directory.exists() and any(task.directory.iterdir()):
         raise PipelineError(
             f"{task.directory}: contains files that lark_jax did not write; move them away, or choose another "
             "config.workdir"
         )
-    if existing is not None and existing.inputs == inputs:
+    if finished == inputs:
         terminal.say(f"{task.name}: outputs are missing or have another size; computing them again")
     elif before is not None and before != inputs:
         terminal.say(f"{task.name}: {', '.join(_changed_keys(before, inputs))} changed; starting over")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lark_jax.config import Experiment
-from lark_jax.errors import PipelineError
-from lark_jax.finetuning import CHECKPOINTS, finished_student
+from lark_jax.finetuning import finished_student
 from lark_jax.runtime.pipeline import Outcome, Task, require_manifest
 from lark_jax.runtime.sharding import make_mesh
 from lark_jax.stages.layout import ADAPTER, STUDENT, Layout, Run
@@ -27,14 +26,10 @@ def _export_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
 
     def export(directory: Path) -> Outcome:
         trained, source = layout.finetune(run), local_folder(experiment.student.path)
-        if not (trained / CHECKPOINTS).is_dir():
-            raise PipelineError(
-                f"{trained}: its checkpoints were deleted, so there is nothing to export; delete the whole folder and "
-                "run the stage 'finetune' again"
-            )
         chat = open_chat(experiment)
         mesh = make_mesh(experiment.mesh)
-        student = finished_student(trained, read_architecture(source), experiment.finetune, mesh)
+        steps = require_manifest(trained, "finetune").outcome.counts["steps"]
+        student = finished_student(trained, read_architecture(source), experiment.finetune, mesh, steps)
         export_student(
             student,
             source,

@@ -8,7 +8,7 @@ from typing import Any
 
 from lark_jax.config import Experiment
 from lark_jax.pool import Pool, SkippedRecord
-from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome, Task, require_manifest
+from lark_jax.runtime.pipeline import MANIFEST, UNRECORDED, Manifest, Outcome, Task, require_manifest
 from lark_jax.scoring import read_score_table
 from lark_jax.selection import Method, Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
@@ -50,7 +50,8 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callabl
 def provenance(score: Manifest) -> dict[str, Any]:
     """Notes on the forward pass for a selection's own manifest, since its folder may go elsewhere; null if unknown."""
     notes = score.outcome.notes
-    return {**{name: notes.get(name) for name in SCORED_WITH}, "versions": notes.get(VERSIONS, score.versions)}
+    scored = {name: notes.get(name, UNRECORDED.get(name)) for name in SCORED_WITH}
+    return {**scored, "versions": notes.get(VERSIONS, score.versions)}
 
 
 def outcome_of(selection: Selection, method: Method) -> Outcome:

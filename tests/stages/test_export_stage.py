@@ -19,6 +19,7 @@ from lark_jax.finetuning import CHECKPOINTS, Example, FinetuneResult, finetune
 from lark_jax.finetuning.finished_run import RECORD
 from lark_jax.finetuning.loop import run_step
 from lark_jax.rendering.chat import RenderedTrajectory, render_trajectories, render_trajectory
+from lark_jax.runtime.pipeline import MANIFEST, Outcome, Task, run_tasks
 from lark_jax.runtime.sharding import make_mesh
 from lark_jax.stages.export import export_tasks
 from lark_jax.stages.layout import ADAPTER, STUDENT, Layout
@@ -104,9 +105,15 @@ def trained(workdir: Path, student_folder: Path, seed: int = 0, template: Path |
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     student, _ = load_student(student_folder, mesh=mesh, dtype="float32")
     rendered = RenderedTrajectory("p", "c", tokens[:2], tokens[2:], truncated=False)
-    directory = layout.finetune(layout.runs[0])
-    examples = [Example(rendered, weight=1.0)]
-    return Trained(experiment, finetune(student, examples, config, seed=seed, mesh=mesh, pad_id=0, directory=directory))
+    results: list[FinetuneResult] = []
+
+    def train(directory: Path) -> Outcome:
+        examples = [Example(rendered, weight=1.0)]
+        results.append(finetune(student, examples, config, seed=seed, mesh=mesh, pad_id=0, directory=directory))
+        return Outcome(counts={"steps": results[0].steps})
+
+    run_tasks([Task("finetune", layout.finetune(layout.runs[0]), dict, train, scratch=(CHECKPOINTS,))])
+    return Trained(experiment, results[0])
 
 
 @pytest.fixture
@@ -163,7 +170,7 @@ def copy_of(finished: Trained, workdir: Path) -> Trained:
 def test_deleted_checkpoints_are_named(finished: Trained, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path / "run")
     shutil.rmtree(run.folder / CHECKPOINTS)
-    with pytest.raises(PipelineError, match="its checkpoints were deleted, so there is nothing to export"):
+    with pytest.raises(TrainingError, match="its checkpoints were deleted, so there is nothing to export"):
         run.exported(tmp_path / "out")
     assert not (run.folder / CHECKPOINTS).exists()
 
@@ -190,13 +197,29 @@ def test_checkpoints_of_another_run_are_refused(finished: Trained, student_folde
         run.exported(tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}"])
-def test_a_run_that_is_not_complete_is_refused(finished: Trained, tmp_path: Path, content: str | None) -> None:
+def test_a_run_that_is_not_complete_is_refused(finished: Trained, tmp_path: Path) -> None:
+    run = copy_of(finished, tmp_path / "run")
+    (run.folder / MANIFEST).unlink()
+    with pytest.raises(PipelineError, match=r"add 'finetune' to config\.stages"):
+        run.exported(tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_a_damaged_record_is_refused(finished: Trained, tmp_path: Path, content: str) -> None:
+    run = copy_of(finished, tmp_path / "run")
+    (run.folder / RECORD).write_text(content)
+    with pytest.raises(TrainingError, match="delete it and run the stage 'finetune' again"):
+        run.exported(tmp_path / "out")
+
+
+def test_a_run_of_a_release_without_the_record_is_exported(finished: Trained, tmp_path: Path) -> None:
+    finished.exported(tmp_path / "expected")
     run = copy_of(finished, tmp_path / "run")
     (run.folder / RECORD).unlink()
-    if content is not None:
-        (run.folder / RECORD).write_text(content)
-    with pytest.raises(TrainingError, match="run the stage 'finetune'"):
+    run.exported(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    shutil.rmtree(run.folder / CHECKPOINTS / f"{STEPS}")
+    with pytest.raises(TrainingError, match=rf"the last step, {STEPS}, is missing .*; delete {run.folder} and run"):
         run.exported(tmp_path / "out")
 
 

@@ -1,6 +1,7 @@
 """A new version of the rendering re-runs the stages that use tokens."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +13,11 @@ from score_records import random_record
 
 from lark_jax import rendering
 from lark_jax.config import Experiment, SyntheticConfig, experiment_from_mapping
+from lark_jax.errors import PipelineError
 from lark_jax.pool import Pool, read_pool
 from lark_jax.pool.synthetic import write_synthetic
 from lark_jax.rendering.chat import load_chat_format
-from lark_jax.runtime.pipeline import Outcome, Task, read_manifest, run_tasks
+from lark_jax.runtime.pipeline import MANIFEST, Outcome, Task, read_manifest, require_current, run_tasks
 from lark_jax.scoring import workload as workload_module
 from lark_jax.scoring import write_scores
 from lark_jax.scoring.workload import hash_of_texts
@@ -100,22 +102,31 @@ def test_the_selection_records_the_version_that_its_scores_were_made_with(experi
     assert manifest.outcome.notes["scored"]["rendering_version"] == rendering.RENDERING_VERSION
 
 
-def test_a_result_from_before_versions_is_refused_by_name(
-    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+def test_results_from_before_versions_have_version_1(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its manifest has no version."""
-    score = dataclasses.replace(experiment, stages=("prepare", "score"))
-    tasks = {task.name: task for task in light_tasks(score)}
-    run_tasks(list(tasks.values()))
-    statistics = tasks["score/statistics"]
-
-    def without_version() -> dict[str, Any]:
-        return {name: value for name, value in statistics.inputs().items() if name != "rendering"}
-
-    run_tasks([dataclasses.replace(statistics, inputs=without_version)])
+    """Their manifests have no version."""
+    run_tasks(light_tasks(experiment))
+    manifests = list(Path(experiment.workdir).rglob(MANIFEST))
+    for path in manifests:
+        path.write_text(json.dumps(without_versions(json.loads(path.read_text()))))
+    assert sum("rendering" in path.read_text() for path in manifests) == 0
+    assert ran(light_tasks(experiment)) == ["score"], "whose inputs hash the manifests that this test rewrote"
+    for task in light_tasks(experiment):
+        require_current(task)
+    raise_version(monkeypatch, student_module)
+    tasks = {task.name: task for task in light_tasks(experiment)}
+    with pytest.raises(PipelineError, match="rendering changed since this was computed; add 'finetune'"):
+        require_current(tasks["finetune/lark_B2"])
     capsys.readouterr()
-    assert run_tasks([statistics]) == 1
+    assert run_tasks([tasks["score/statistics"]]) == 1
     assert "score/statistics: rendering changed; starting over" in capsys.readouterr().err
+
+
+def without_versions(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_versions(v) for key, v in value.items() if key not in ("rendering", "rendering_version")}
+    return value
 
 
 def test_token_counts_and_parts_of_a_pass_are_kept_per_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
