@@ -162,6 +162,20 @@ def engine_versions(engine: str, python: str | None) -> dict[str, str | None]:
     return {name: installed[name] for name in packages}
 
 
+def require_engine(config: EvaluateConfig) -> None:
+    """Raises EvaluationError if the engine is not installed where it will run; "auto" is checked when it is chosen."""
+    if config.engine not in ("vllm", "transformers"):
+        return
+    installed = [version is not None for version in engine_versions(config.engine, config.python).values()]
+    if not (any(installed) if config.engine == "vllm" else all(installed)):  # of vLLM there are two distributions
+        extra = {"vllm": "vllm", "transformers": "torch"}[config.engine]
+        raise EvaluationError(
+            f"config.evaluate.engine: {config.engine!r} is not installed for {config.python or sys.executable}: pip "
+            f"install 'lark_jax[{extra}]' there, name another interpreter in config.evaluate.python, or leave "
+            "'evaluate' out of config.stages"
+        )
+
+
 @functools.cache  # asked once per process: a package installed during a run counts in the next run
 def _installed(python: str) -> dict[str, str | None]:
     try:

@@ -12,7 +12,12 @@ from lark_jax.errors import ConfigError, EvaluationError
 from lark_jax.evaluation.benchmark_records import READING, Benchmark
 from lark_jax.evaluation.benchmarks import benchmark_source, read_benchmark, require_distinct
 from lark_jax.evaluation.engines import EngineChoice
-from lark_jax.evaluation.generation_request import engine_versions, require_separate_seeds, server_for
+from lark_jax.evaluation.generation_request import (
+    engine_versions,
+    require_engine,
+    require_separate_seeds,
+    server_for,
+)
 from lark_jax.evaluation.grading import grader_version
 from lark_jax.evaluation.prompts import StudentPrompts, load_system_prompts, render_prompts
 from lark_jax.evaluation.runner import StudentResult, engine_for, evaluate_student
@@ -58,7 +63,8 @@ def check_evaluation(experiment: Experiment) -> None:
 
     Raises:
       ConfigError, EvaluationError: as the stage itself would: a benchmark or the system prompts cannot be read, two
-        benchmarks share a name, decoding seeds would draw equal samples, or the server's key is missing.
+        benchmarks share a name, decoding seeds would draw equal samples, the server's key is missing, or the engine is
+        not installed.
     """
     config = experiment.evaluate
     require_distinct([benchmark_source(entry).name for entry in config.benchmarks])
@@ -67,6 +73,7 @@ def check_evaluation(experiment: Experiment) -> None:
     require_separate_seeds(config.seeds, max(sizes, default=1), config.samples)
     if Path(config.system_prompts).exists():
         load_system_prompts(config.system_prompts)
+    require_engine(config)
     key = config.server_key_variable
     if config.engine == "openai" and key is not None and not os.environ.get(key, "").strip():
         raise ConfigError(f"config.evaluate.server_key_variable: the environment variable {key} is not set")

