@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
 
 from lark_jax.runtime.files import write_json
 
@@ -24,6 +23,8 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     Text is split as Qwen2 splits it: `AutoTokenizer` applies Qwen2's rules to every model of that type,
     whatever tokenizer.json says, while other readers follow the file.
     """
+    from transformers import Qwen2Tokenizer  # takes seconds, and every command imports this module
+
     tokenizer: Tokenizer = Qwen2Tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
