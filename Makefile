@@ -28,7 +28,8 @@ lint: $(VENV)/ready
 	$(BIN)/lint-imports --no-cache
 
 config-reference: $(VENV)/ready
-	$(BIN)/python -m lark_jax.config.reference >docs/config.md
+	$(BIN)/python -m lark_jax.config.reference >docs/config.md.new
+	mv docs/config.md.new docs/config.md
 
 bench: $(VENV)/ready
 	$(BIN)/python scripts/bench_token_statistics.py --out build/bench_token_statistics.json

@@ -1,7 +1,6 @@
 """Every test sees 8 virtual CPU devices and refuses implicit rank promotion. Must run before JAX is imported.
 
-Most of the suite's time is XLA compiling. So XLA leaves out LLVM's expensive passes (programs for TPUs are the same
-with and without), and all tests and the processes that they start share their compiled programs.
+All tests, and the processes that they start, share their compiled programs.
 """
 
 import atexit
@@ -10,7 +9,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+import xla
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(devices=8)}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -23,6 +23,7 @@ from lark_jax.rendering.chat import load_chat_format
 from lark_jax.runtime.files import read_json, sha256_of_path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+OWN_SETTINGS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")  # of tests/conftest.py
 MINIATURE = {
     "synthetic.num_problems": 6,
     "synthetic.num_test_problems": 4,
@@ -52,8 +53,8 @@ def _command(workdir: Path, changes: Mapping[str, object] = MappingProxyType({})
 
 
 def _environment() -> dict[str, str]:
-    """One CPU device, unlike in the tests' own process."""
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """One CPU device and XLA's defaults, unlike in the tests' own process."""
+    kept = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
     return {**kept, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import xla
 
 from lark_jax.config import SyntheticConfig
 from lark_jax.pool.synthetic import write_synthetic
@@ -35,7 +36,7 @@ def get_config():
 def start(folder: Path, workdir: Path) -> "subprocess.Popen[str]":
     fields = {"workdir": workdir, "student.path": folder / "student", "pool.path": folder / "data" / "pool.jsonl"}
     arguments = [f"--config={folder / 'config.py'}", *(f"--config.{name}={value}" for name, value in fields.items())]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(devices=1), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "lark_jax.run", *arguments],
         cwd=REPOSITORY,

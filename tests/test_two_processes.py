@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xla
 
 from lark_jax.config import SyntheticConfig
 from lark_jax.pool.synthetic import write_synthetic
@@ -84,7 +85,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 def start(arguments: list[str], devices: int = 4, **environment: str) -> "subprocess.Popen[str]":
     settings = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla.flags(devices),
         "JAX_PLATFORMS": "cpu",
         "OMP_NUM_THREADS": "1",
     }

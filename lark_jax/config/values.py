@@ -115,7 +115,7 @@ def converted(hint: Any, value: Any, field: str) -> Any:
             raise ConfigError(f"config.{field}: expected a tuple, got {value!r}")
         items, each = _items(value), typing.get_args(hint)[0]
         if each is not str and any(isinstance(item, str) for item in items):
-            raise ConfigError(f"config.{field}: expected {each.__name__}s, got {', '.join(map(str, items))}")
+            raise ConfigError(f"config.{field}: expected {each.__name__}s, got {', '.join(map(repr, items))}")
         return tuple(converted(each, item, field) for item in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -21,7 +21,7 @@ from lark_jax.finetuning.step import TrainState
 
 RunFingerprint = Mapping[str, Any]  # name of an input of the run -> its value or hash, as JSON
 _STATE, _CHECKSUMS = "state", "checksums"  # folders of a checkpoint
-_FINGERPRINT = "identity"  # likewise; older checkpoints have this name
+_FINGERPRINT = "identity"  # likewise; the name that checkpoints of earlier releases have
 
 
 class Restored(NamedTuple):

@@ -45,7 +45,7 @@ Arrays = TypeVar("Arrays")
 
 @dataclass(frozen=True)
 class PoolPass(Generic[SomeBatch, Arrays]):
-    """What is computed.
+    """One computation over all trajectories of a pool.
 
     `render`, `step` and `encode` give the same for the same part in every run and every process.
     """

@@ -151,7 +151,7 @@ def loss_curve(method: str, budget: int | None, directory: Path) -> LossCurve:
 
 
 def _counted(layout: Layout) -> list[Path]:
-    """Folders of the tasks whose record counts the report shows."""
+    """Folders of the tasks whose counts of records the report shows."""
     directories = [layout.prepared_data, layout.pretraining, layout.score]
     directories += [folder(run) for folder in (layout.selection, layout.finetune, layout.export) for run in layout.runs]
     return directories + [layout.evaluation(name) for name in (BASE, *(run.name for run in layout.runs))]

@@ -261,7 +261,7 @@ def test_a_comma_after_the_last_item_adds_none() -> None:
 
 
 def test_words_where_numbers_belong_are_refused_with_all_of_them() -> None:
-    with pytest.raises(ConfigError, match=r"config\.evaluate\.seeds: expected ints, got 1, a"):
+    with pytest.raises(ConfigError, match=r"config\.evaluate\.seeds: expected ints, got '1', 'a'"):
         from_command_line("--config.evaluate.seeds=1,a")
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import twenty_training_steps
+import xla
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import Mesh
 from tiny_run import ARCHITECTURE, CONFIG
@@ -121,7 +122,11 @@ def test_twenty_steps_of_two_processes_have_the_losses_of_one_device(layout: str
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     outputs = [tmp_path / f"{index}.npy" for index in range(2)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "XLA_FLAGS": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "XLA_FLAGS": xla.flags(devices=1),
+    }
     children = [
         subprocess.Popen(
             [

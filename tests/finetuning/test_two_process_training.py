@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import two_process_run
+import xla
 from tiny_run import CONFIG, run
 from two_process_run import ROW_BY_ROW
 
@@ -30,7 +31,7 @@ def start_both(directory: Path, cache: Path) -> list["subprocess.Popen[bytes]"]:
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla.flags(devices=1),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

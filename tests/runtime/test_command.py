@@ -97,7 +97,7 @@ def test_the_recipe_stands_in_for_an_optional_configuration() -> None:
         (["--config=FILE", "--config.seed=one"], "config.seed: expected int, got 'one'"),
         (
             ["--config=FILE", "--config.finetune.lora_rank=x"],
-            "config.finetune.lora_rank: expected int or None, got 'x'",
+            "config.finetune.lora_rank: expected int, got 'x'",
         ),
         (["--config=FILE", "--config.finetune=3"], "config.finetune: expected a section with fields, got '3'"),
         (["--config=FILE", "--config.synthetic.num_problems=3"], "FILE has no section synthetic"),

@@ -126,7 +126,7 @@ def test_a_dimension_that_the_devices_do_not_divide_stays_whole(size: int) -> No
 
 @pytest.mark.parametrize(("axes", "ways"), [((), 1), ((TENSOR,), 2), ((DATA,), 4), ((DATA, TENSOR), 8)])
 @pytest.mark.parametrize("name", DECODER_SHAPES)
-def test_parameters_are_split_over_the_chosen_axes_alone(name: str, axes: tuple[str, ...], ways: int) -> None:
+def test_parameters_are_split_over_the_chosen_axes_only(name: str, axes: tuple[str, ...], ways: int) -> None:
     mesh = make_mesh(MeshConfig(tensor=2))
     shape = DECODER_SHAPES[name]
     sharding = parameter_sharding(name, shape, mesh, axes)

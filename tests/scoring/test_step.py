@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import xla
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -422,7 +423,7 @@ def test_a_mesh_over_two_processes_gives_the_same_scores_in_both(tmp_path: Path)
     np.savez(tmp_path / "rows.npz", **dataclasses.asdict(case.rows))
     port = str(_free_port())
     words = [[str(index), port, str(tmp_path / "student"), str(tmp_path / "rows.npz")] for index in (0, 1)]
-    first, second = _run_children(SCORE_TOGETHER, words, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    first, second = _run_children(SCORE_TOGETHER, words, XLA_FLAGS=xla.flags(devices=4))
     assert _losses(first) == _losses(second)
     assert len(_losses(first)) == 3
     for loss_b in _losses(first):

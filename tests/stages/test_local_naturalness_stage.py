@@ -68,5 +68,7 @@ def test_the_column_has_a_score_or_a_reason_and_another_context_runs_again(tmp_p
     wider = dataclasses.replace(experiment, score=dataclasses.replace(experiment.score, natural_context=40))
     assert ran(wider) == 1
     again = read_metric(layout.metric(NAME) / COLUMNS).values[NAME]
-    assert again[0] == pytest.approx(scores[0], rel=1e-6), "of two steps none has more than one before it"
+    assert again[0] == pytest.approx(scores[0], rel=1e-6), (
+        "the first has two steps: no step has more than one before it"
+    )
     assert again[1] != pytest.approx(scores[1], rel=1e-5)

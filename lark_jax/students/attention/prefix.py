@@ -31,7 +31,7 @@ class RowLayout(NamedTuple):
     """Which prefix each row continues, and its segments."""
 
     prefix_b: jax.Array  # int32: index of the prefix
-    prefix_lengths_b: jax.Array  # int32: how many of its keys count; may be 0
+    prefix_lengths_b: jax.Array  # int32: number of valid keys of each prefix; may be 0
     segment_ids_bt: jax.Array  # int32: equal ids are one segment, contiguous
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xla
 from safetensors.numpy import load_file
 
 from lark_jax.students.checkpoint import loading
@@ -120,7 +121,7 @@ def test_each_of_two_processes_reads_the_rows_of_its_own_devices(tensor, tmp_pat
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    monkeypatch.setenv("XLA_FLAGS", xla.flags(devices=4))
     command = [sys.executable, "-c", LOAD_IN_ONE_OF_TWO, str(folder), address]
     running = [
         subprocess.Popen([*command, str(index), str(tensor)], stdout=subprocess.PIPE, text=True) for index in range(2)
