@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+import xla
 from html_pages import faults_of_pages
 from safetensors.numpy import load_file
 
@@ -23,7 +24,6 @@ from lark_jax.rendering.chat import load_chat_format
 from lark_jax.runtime.files import read_json, sha256_of_path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-OWN_SETTINGS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")  # of tests/conftest.py
 MINIATURE = {
     "synthetic.num_problems": 6,
     "synthetic.num_test_problems": 4,
@@ -53,9 +53,8 @@ def _command(workdir: Path, changes: Mapping[str, object] = MappingProxyType({})
 
 
 def _environment() -> dict[str, str]:
-    """One CPU device and XLA's defaults, unlike in the tests' own process."""
-    kept = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
-    return {**kept, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    """One CPU device, unlike in the tests' own process."""
+    return {**os.environ, "XLA_FLAGS": xla.flags(devices=1), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def _run(workdir: Path) -> "subprocess.CompletedProcess[str]":

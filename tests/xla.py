@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 # One module per program, and the older code generator for fusions, which compiles several times faster; newer releases
-# of XLA do not have it. Programs for TPUs are the same with and without. `test_end_to_end` runs with XLA's defaults.
+# of XLA do not have it. Programs for TPUs are the same with and without. `make demo` runs with XLA's defaults.
 CANDIDATES = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 CHOSEN = "LARK_JAX_TEST_XLA_FLAGS"
 
