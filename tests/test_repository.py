@@ -226,6 +226,14 @@ def _bound(path: Path) -> Iterator[str]:
             yield node.target.id
 
 
+def test_the_documented_layers_are_those_that_are_checked() -> None:
+    (layers,) = (contract for contract in pyproject()["tool"]["importlinter"]["contracts"] if "layers" in contract)
+    checked = [set(layer.split(" : ")) for layer in layers["layers"]]
+    table = read(ROOT / "docs" / "architecture.md").partition("| layer |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert [set(re.findall(r"`(\w+)`", names)) for names in rows] == checked
+
+
 def test_links_within_the_repository_lead_somewhere() -> None:
     found = []
     for document in DOCUMENTS:

@@ -68,6 +68,18 @@ def wrong_field(files: Files) -> None:
     files.values["finetune"] = {"lerning_rate": 1e-5}
 
 
+def unknown_stage(files: Files) -> None:
+    files.values["stages"] = ("score", "train")
+
+
+def unknown_method(files: Files) -> None:
+    files.values |= {"stages": ("select",), "select": {"methods": ("larks",)}}
+
+
+def missing_student(files: Files) -> None:
+    files.values["student"]["path"] = str(files.folder / "nowhere")
+
+
 def wrong_mesh(files: Files) -> None:
     files.values["mesh"] = {"data": 4096}
 
@@ -108,8 +120,11 @@ def input_of_a_stage_that_never_ran(files: Files) -> None:
     ("break_it", "words"),
     [
         (wrong_field, ("finetune.lerning_rate", "unknown field", "learning_rate")),
+        (unknown_stage, ("config.stages", "'train'", "'finetune'")),
+        (unknown_method, ("larks", "lark")),
+        (missing_student, ("config.student.path", "nowhere: no such file or folder")),
         (wrong_mesh, ("config.mesh", "devices")),
-        (missing_pool, ("config.pool.path", "no such file")),
+        (missing_pool, ("config.pool.path", "no such file or folder")),
         (bad_record, ("pool.jsonl:1", "candidate_id")),
         (prompts_longer_than_the_limit, ("none of", "could be scored")),
         (broken_template, ("template",)),

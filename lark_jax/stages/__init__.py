@@ -22,6 +22,7 @@ from lark_jax.stages.prepare import prepare_tasks
 from lark_jax.stages.report import report_tasks
 from lark_jax.stages.score_table import score_tasks
 from lark_jax.stages.select import select_tasks
+from lark_jax.students.checkpoint.hub import may_be_hub_id
 
 __all__ = [
     "ACCELERATOR_STAGES",
@@ -47,6 +48,7 @@ PLANNERS: dict[str, Callable[[Experiment, Layout], list[Task]]] = {
 # After these the accelerator is released: an evaluation engine and JAX do not share one.
 ACCELERATOR_STAGES = ("prepare", "score", "select", "finetune", "export")
 ONE_PROCESS_STAGES = ("prepare", "export")
+STUDENT_STAGES = {"score", "finetune", "export", "evaluate"}  # they read the student
 
 
 def plan_tasks(experiment: Experiment) -> list[Task]:
@@ -75,6 +77,8 @@ def check_paths(experiment: Experiment) -> None:
     evaluating = "evaluate" in experiment.stages
     here = [] if is_hub_id(experiment.pool.path) else [("pool.path", experiment.pool.path)]
     paths = [*here, ("student.chat_template", experiment.student.chat_template)]
+    if set(experiment.stages) & STUDENT_STAGES and not may_be_hub_id(experiment.student.path):
+        paths += [("student.path", experiment.student.path)]
     judge = experiment.score.judge
     if "score" in experiment.stages and "judge" in experiment.score.metrics:
         paths += [("score.judge.prompt_file", judge.prompt_file)]
@@ -91,7 +95,7 @@ def check_paths(experiment: Experiment) -> None:
     root = Path(experiment.workdir).resolve()
     for field, path in paths:
         if path is not None and root not in Path(path).resolve().parents and not Path(path).exists():
-            raise ConfigError(f"config.{field}: {path}: no such file")
+            raise ConfigError(f"config.{field}: {path}: no such file or folder")
     key = judge.key_variable
     asks = "score" in experiment.stages and "judge" in experiment.score.metrics and judge.engine == "openai"
     if asks and key is not None and not os.environ.get(key, "").strip():

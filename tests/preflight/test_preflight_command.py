@@ -11,6 +11,8 @@ from budget_cases import libtpu_version
 from student_shapes import STUDENT_SHAPES
 
 from lark_jax.config import REMAT_CHOICES
+from lark_jax.preflight.__main__ import COMMAND
+from lark_jax.runtime.command import EXIT_USER_ERROR
 
 PARTS = ("arguments", "output", "temporary", "code")
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,19 +91,27 @@ def test_one_that_cannot_fit_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ((), "--topology: missing; usage: "),
+        (("--topology=v9-8",), "--topology=v9-8: expected TPUs by layout"),
+        (("--topology=v5e-4", "--lengths=many"), "--lengths=many"),
         (("--topology=v5e-4", "--efficiency=0"), "--efficiency=0.0"),
+        (("--topology=v5e-4", "--out="), "--out=: expected a path"),
         (("--topology=v5e-4", "--architecture=nowhere"), "nowhere: not a file or folder here"),
         (("--topology=v5e-4", "--config.score.dtype=int8"), "config.score.dtype"),
         (("--topology=v5e-4", "--config.stages=select,report"), "preflight compiles score and finetune"),
+        (("--topology=v5e-4", "--config.stages=score,fintune"), "config.stages: expected one of 'prepare'"),
     ],
 )
-def test_mistakes_end_in_one_line(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
-    done = preflight(tmp_path, "tiny", *flags)
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
+def test_mistakes_end_in_one_line(
+    tmp_path: Path, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(STUDENT_SHAPES["tiny"]), encoding="utf-8")
+    given = [f"--config={ROOT / 'configs' / 'qwen7b.py'}", f"--architecture={config}", *flags]
+    assert COMMAND.main(given) == EXIT_USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 @needs_libtpu

@@ -37,12 +37,19 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
-    hub_id = path_or_hub_id if isinstance(path_or_hub_id, str) else ""
     if path.exists():
         raise CheckpointError(f"{path}: is a file; a student is a folder with config.json and safetensors files")
-    if not _HUB_ID.fullmatch(hub_id) or (path.parts[0] != hub_id and Path(path.parts[0]).is_dir()):
+    if not may_be_hub_id(path_or_hub_id):
         raise CheckpointError(f"{path}: no such folder, and not a Hugging Face hub id")
-    return _snapshot(hub_id)
+    return _snapshot(str(path_or_hub_id))
+
+
+def may_be_hub_id(path_or_hub_id: str | Path) -> bool:
+    """Whether it has the form of a hub id and does not begin with a folder that exists here."""
+    if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(path_or_hub_id):
+        return False
+    first = Path(path_or_hub_id).parts[0]
+    return first == path_or_hub_id or not Path(first).is_dir()
 
 
 @functools.cache  # stages hash and load the same snapshot even if the hub changes in between
