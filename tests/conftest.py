@@ -11,7 +11,8 @@ from pathlib import Path
 
 import xla
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(devices=8)}"
+GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {xla.flags(devices=8)}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -25,6 +26,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers of pytest-xdist get
 import jax
 import pytest
 from hypothesis import settings
+
+jax.devices()  # reads the flags
+os.environ["XLA_FLAGS"] = GIVEN_FLAGS  # libtpu, here or in a child, is another XLA and may not know them
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("lark", deadline=None, max_examples=25, derandomize=False, print_blob=True)
