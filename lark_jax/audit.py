@@ -16,7 +16,7 @@ from pathlib import Path
 from lark_jax.config import expand_home, split_commas
 from lark_jax.errors import ConfigError
 from lark_jax.evaluation.benchmark_records import Benchmark
-from lark_jax.evaluation.benchmarks import read_benchmark
+from lark_jax.evaluation.benchmarks import read_benchmark, require_distinct
 from lark_jax.evaluation.contamination import Audit, audit_benchmarks, pool_problems
 from lark_jax.pool import read_pool
 from lark_jax.report.contamination import contamination_section, contamination_table
@@ -33,6 +33,7 @@ def audit(arguments: Arguments) -> int:
     if not entries:
         raise ConfigError(f"--benchmarks={arguments.flags['benchmarks']}: names no benchmark")
     benchmarks = [read_benchmark(expand_home(entry)) for entry in entries]
+    require_distinct([benchmark.name for benchmark in benchmarks])
     problems = pool_problems(read_pool(pool, arguments.flags["on_bad_record"]).by_problem())
     start = time.perf_counter()
     found = audit_benchmarks(benchmarks, problems)

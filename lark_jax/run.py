@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 import jax
 
 from lark_jax.config import DistributedConfig, Experiment, experiment_from_mapping, section_of, split_commas
+from lark_jax.errors import ConfigError
 from lark_jax.runtime import environment, files, processes, terminal
 from lark_jax.runtime.clusters import ALONE, find_place
-from lark_jax.runtime.command import Arguments, Command, guarded
+from lark_jax.runtime.command import Arguments, Command, Flag, guarded
 from lark_jax.runtime.pipeline import require_current, run_tasks
 from lark_jax.stages import (
     ACCELERATOR_STAGES,
@@ -32,8 +33,9 @@ EXIT_BUG = 1
 
 def run(arguments: Arguments) -> int:
     """Runs the stages that use the accelerator, then, as another process, those that must not hold it."""
-    now, later = split_stages(arguments.config.get("stages"))
-    status = _execute_with_the_others(arguments.config, only=now if later else ())
+    only = tuple(split_commas(arguments.flags["only"] or ""))
+    now, later = split_stages(only or arguments.config.get("stages"))
+    status = _execute_with_the_others(arguments.config, only=now if only or later else ())
     if status or not later or not processes.is_first():
         return status
     release_accelerator(arguments.raw, later)
@@ -60,6 +62,8 @@ def _execute(values: Mapping[str, Any], only: tuple[str, ...]) -> int:
         jax.config.update("jax_platforms", "cpu")
     with processes.joined(place, distributed):
         experiment = experiment_from_mapping(values)
+        if not set(only) <= set(experiment.stages):
+            raise ConfigError(f"--only={','.join(only)}: expected some of config.stages {','.join(experiment.stages)}")
         check_paths(experiment)
         experiment = dataclasses.replace(experiment, stages=only or experiment.stages)
         check_stages(experiment, place.count)
@@ -118,24 +122,7 @@ def release_accelerator(arguments: Sequence[str], stages: tuple[str, ...]) -> No
     """Replaces this process by one that runs `stages`: JAX keeps an accelerator's memory until its process ends."""
     sys.stdout.flush()
     sys.stderr.flush()
-    stage_flag = f"--config.stages={','.join(stages)}"
-    command = [sys.executable, "-m", COMMAND.name, *without_stages(arguments), stage_flag]
-    os.execv(sys.executable, command)
-
-
-def without_stages(arguments: Sequence[str]) -> list[str]:
-    """`arguments` without `--config.stages`, since ml_collections would join two of them."""
-    kept: list[str] = []
-    is_value = False
-    for argument in arguments:
-        name, equals, _ = argument.lstrip("-").partition("=")
-        if is_value:
-            is_value = False
-        elif argument.startswith("-") and name == "config.stages":
-            is_value = not equals
-        else:
-            kept.append(argument)
-    return kept
+    os.execv(sys.executable, [sys.executable, "-m", COMMAND.name, *arguments, f"--only={','.join(stages)}"])
 
 
 COMMAND = Command(
@@ -143,6 +130,7 @@ COMMAND = Command(
     usage="--config=FILE [--config.FIELD=VALUE ...] [--config.stages=score,select]",
     doc="Runs the stages of an experiment. Interrupted or killed, the same command continues where it stopped.",
     action=run,
+    flags=(Flag("only", "Stages of config.stages to run now: STAGE,STAGE. The others are checked too."),),
     config=(),
     config_required=True,
 )

@@ -16,7 +16,8 @@
 #   LARK_STAGES   stages of the job (default: score,select,finetune,export). Evaluation needs benchmarks and an engine,
 #                 see config.evaluate.
 #
-# Pass site settings (account, partition, QOS) to sbatch; the following belong to the job.
+# Pass site settings (account, partition, QOS) to sbatch. The following belong to the job; sbatch's own options come
+# before them, for example `sbatch --gres=gpu:8 --cpus-per-task=32 --time=12:00:00 scripts/slurm_8xa100.sh ...`.
 #SBATCH --job-name=lark_jax
 #SBATCH --nodes=1
 # One process per node drives its 8 GPUs: they share one copy of the pool in host memory, and the student is loaded
@@ -53,7 +54,7 @@ if [ ! -x "$python" ]; then
   echo "error: $python does not exist; create the environment (pip install -e '.[gpu]') and set LARK_VENV" >&2
   exit 2
 fi
-split_stages "${LARK_STAGES:-score,select,finetune,export}"
+split_stages "$@"
 # jax.distributed speaks gRPC, which would otherwise send the nodes' own traffic through a proxy.
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 # Compute nodes download nothing: download the student first, on a node with network access.
@@ -85,10 +86,12 @@ echo "job ${SLURM_JOB_ID:-?} on ${SLURM_JOB_NODELIST:-?}, attempt $((${SLURM_RES
 # Every process gets its index and the first one's address from SLURM. The processes end together: if one fails, the
 # others end within seconds; if one dies silently, within config.distributed.lost_timeout.
 if [ -n "$together" ]; then
-  step "$python" -m lark_jax.run "$@" --config.stages="$together" --config.distributed.connect_timeout=600
+  step "$python" -m lark_jax.run "$@" --config.stages="$stages" --only="$together" \
+    --config.distributed.connect_timeout=600
 fi
 
 # One process, on the first node; a mesh given for all GPUs of the job is reduced to the GPUs of that node.
 if [ -n "$single" ]; then
-  step --nodes=1 --ntasks=1 "$python" -m lark_jax.run "$@" --config.stages="$single" --config.mesh.data=-1
+  step --nodes=1 --ntasks=1 "$python" -m lark_jax.run "$@" --config.stages="$stages" --only="$single" \
+    --config.mesh.data=-1
 fi

@@ -87,7 +87,7 @@ job() {
   arguments=$(printf ' %q' "$@")
   echo "set -e; export HF_HUB_OFFLINE=1"
   if [ -n "$together" ]; then
-    echo "$lark$arguments --config.stages=$together --config.distributed.connect_timeout=600"
+    echo "$lark$arguments --config.stages=$stages --only=$together --config.distributed.connect_timeout=600"
   fi
   echo '[ "$1" = 0 ] || exit 0'
   # The chips of one host of a slice do not start without the others, and export computes nothing: it uses the host's
@@ -95,17 +95,17 @@ job() {
   for stage in ${single//,/ }; do
     case "$stage" in
       export)
-        echo "JAX_PLATFORMS=cpu $lark$arguments --config.stages=export --config.distributed.start=never" \
+        echo "JAX_PLATFORMS=cpu $lark$arguments --config.stages=$stages --only=export --config.distributed.start=never" \
           "--config.mesh.data=-1 --config.mesh.tensor=1 --config.finetune.remat=block"
         ;;
-      *) echo "$lark$arguments --config.stages=$stage --config.distributed.start=never" ;;
+      *) echo "$lark$arguments --config.stages=$stages --only=$stage --config.distributed.start=never" ;;
     esac
   done
 }
 
 # The job leads its own process group, so that it outlives the ssh connection.
 run() {
-  split_stages "${LARK_STAGES:-score,select,finetune,export}"
+  split_stages "$@"
   local job
   job=$(printf '%q' "$(job "$@")")
   on_hosts all "set -e

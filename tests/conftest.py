@@ -11,8 +11,7 @@ from pathlib import Path
 
 import xla
 
-GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {xla.flags(devices=8)}"
+os.environ["XLA_FLAGS"] = f"{xla.GIVEN} {xla.flags(devices=8)}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -28,7 +27,7 @@ import pytest
 from hypothesis import settings
 
 jax.devices()  # reads the flags
-os.environ["XLA_FLAGS"] = GIVEN_FLAGS  # libtpu, here or in a child, is another XLA and may not know them
+os.environ["XLA_FLAGS"] = xla.GIVEN  # libtpu, here or in a child, is another XLA and may not know them
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("lark", deadline=None, max_examples=25, derandomize=False, print_blob=True)

@@ -74,6 +74,13 @@ def test_an_empty_flag_is_refused(arguments, changed, message, capsys):
     assert capsys.readouterr().err.startswith(message)
 
 
+def test_a_benchmark_given_twice_is_refused(arguments, tmp_path, capsys):
+    own = tmp_path / "own.jsonl"
+    changed = [f"--benchmarks={own},{own}" if item.startswith("--benchmarks") else item for item in arguments]
+    assert main(changed) == EXIT_USER_ERROR
+    assert "names must differ, got own, own" in capsys.readouterr().err
+
+
 def test_a_comma_after_the_last_benchmark_adds_none(arguments, tmp_path):
     assert main([f"{item}," if item.startswith("--benchmarks") else item for item in arguments]) == 0
     assert len(json.loads((tmp_path / "out" / "audit.json").read_text())["benchmarks"]) == 2

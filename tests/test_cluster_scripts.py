@@ -1,5 +1,6 @@
 """The launch scripts: what they would start on a cluster, recorded by stand-ins for srun, scontrol and gcloud."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -42,7 +43,11 @@ def experiments(calls: Path) -> list[Experiment]:
     for call in arguments_of(calls):
         module = call.index(COMMAND.name)
         assert call[module - 1] == "-m"
-        found.append(experiment_from_mapping(COMMAND.parse(call[module + 1 :]).config))
+        arguments = COMMAND.parse(call[module + 1 :])
+        experiment = experiment_from_mapping(arguments.config)
+        now = tuple(arguments.flags["only"].split(","))
+        assert set(now) <= set(experiment.stages), "the stages of the whole job, all of which are checked"
+        found.append(dataclasses.replace(experiment, stages=now))
     return found
 
 
@@ -115,6 +120,16 @@ def test_slurm_runs_the_stages_asked_for_and_no_others(
 ) -> None:
     assert submit({**slurm, "LARK_STAGES": stages}, CONFIG).returncode == 0
     assert [experiment.stages for experiment in experiments(tmp_path / "bin" / "srun.calls")] == steps
+
+
+@pytest.mark.parametrize("argument", ["--config.stages=score", "--only=score"])
+def test_slurm_names_the_variable_for_stages_given_as_flags(
+    slurm: dict[str, str], tmp_path: Path, argument: str
+) -> None:
+    finished = submit(slurm, CONFIG, argument)
+    assert finished.returncode == 2
+    assert f"error: {argument}: set LARK_STAGES instead" in finished.stderr
+    assert not (tmp_path / "bin" / "srun.calls").exists()
 
 
 @pytest.mark.parametrize("wrong", ["prepare", "finetunes", "score select"])

@@ -15,7 +15,7 @@ import pytest
 
 from lark_jax.config import SyntheticConfig
 from lark_jax.pool.synthetic import write_synthetic
-from lark_jax.run import execute, split_stages, without_stages
+from lark_jax.run import execute, split_stages
 from lark_jax.runtime.command import EXIT_USER_ERROR
 from lark_jax.students import random_student, read_architecture, save_new_student
 
@@ -164,23 +164,12 @@ def test_finished_stages_survive_a_later_error(files: Files) -> None:
     assert scores.read_bytes() == before
 
 
-OTHERS = [
-    "--config=a.py",
-    "--config.select.budgets=1,3",
-    "--config.seed",
-    "1",
-    "--config.stages_of=x",
-    "config.stages=x",
-]
-
-
-@pytest.mark.parametrize(
-    "stages", [["--config.stages=score,report"], ["--config.stages", "score"], ["-config.stages=x"]]
-)
-@pytest.mark.parametrize("place", [0, 2, len(OTHERS)])
-def test_earlier_stages_are_removed_wherever_they_were_given(stages: list[str], place: int) -> None:
-    assert without_stages([*OTHERS[:place], *stages, *OTHERS[place:]]) == OTHERS
-    assert without_stages([*stages, *OTHERS[:place], *stages, *OTHERS[place:]]) == OTHERS
+def test_with_only_the_other_stages_are_checked_and_not_run(files: Files, capfd: pytest.CaptureFixture[str]) -> None:
+    values = {**files.values, "stages": ("score", "select")}
+    assert execute(values, only=("finetune",)) == EXIT_USER_ERROR
+    assert "error: --only=finetune: expected some of config.stages score,select" in capfd.readouterr().err
+    assert execute(values, only=("score",)) == 0
+    assert not (Path(values["workdir"]) / "selection").exists()
 
 
 def test_stages_are_split_by_their_need_of_the_accelerator() -> None:

@@ -8,6 +8,7 @@ import sys
 # of XLA do not have it. Programs for TPUs are the same with and without. `make demo` runs with XLA's defaults.
 CANDIDATES = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 CHOSEN = "LARK_JAX_TEST_XLA_FLAGS"
+GIVEN = os.environ.get("XLA_FLAGS", "")
 
 
 def flags(devices: int) -> str:

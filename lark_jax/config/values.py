@@ -104,7 +104,7 @@ def _require_known(name: str, known: list[str], prefix: str) -> None:
 def converted(hint: Any, value: Any, field: str) -> Any:
     """`value` as the type `hint`; only lossless conversions (int to float, list to tuple)."""
     hint, optional = without_none(hint)
-    if optional and value is None:
+    if optional and (value is None or value == ""):  # on the command line, nothing after `=` takes a value away
         return None
     if is_section(hint):
         if not isinstance(value, Mapping) and not hasattr(value, "items"):

@@ -73,9 +73,7 @@ def read_benchmark(entry: str | Path) -> Benchmark:
 def require_distinct(names: Sequence[str]) -> None:
     """Raises EvaluationError if two benchmarks share a name, under which results are stored."""
     if len(set(names)) != len(names):
-        raise EvaluationError(
-            f"config.evaluate.benchmarks: names must differ, got {', '.join(names)}; rename one: NAME=FILE"
-        )
+        raise EvaluationError(f"benchmarks: names must differ, got {', '.join(names)}; rename one: NAME=FILE")
 
 
 def _looks_local(hub_id: str) -> bool:

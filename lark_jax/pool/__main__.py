@@ -4,6 +4,9 @@ Prints what a pool holds, and which records a run would leave out and why. Needs
 """
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from lark_jax.config import PoolConfig, StudentConfig, section_of
 from lark_jax.errors import ConfigError
@@ -28,7 +31,7 @@ def show(arguments: Arguments) -> int:
     elif not values.get("pool", {}).get("path"):
         raise ConfigError("which pool? give PATH or --config=FILE")
     config = section_of(PoolConfig, values)
-    student, folder = None, arguments.flags["student"]
+    student, folder = None, arguments.flags["student"] or _students_folder(values)
     if folder is not None:
         student = section_of(StudentConfig, {"student": {**values.get("student", {}), "path": folder}})
     summary = look_at(config, student)
@@ -39,6 +42,14 @@ def show(arguments: Arguments) -> int:
     if stops:
         print(f"\nA run would stop at the first of these: {stops}")
     return EXIT_BAD_RECORDS if stops else 0
+
+
+def _students_folder(values: Mapping[str, Any]) -> str | None:
+    """config.student.path, if it is a folder here: this command downloads no student."""
+    folder: str = values.get("student", {}).get("path", "")
+    if folder and not Path(folder).is_dir():
+        terminal.say(f"{folder}: config.student.path is no folder here, so tokens are not counted; see --student")
+    return folder if folder and Path(folder).is_dir() else None
 
 
 def look_at(config: PoolConfig, student: StudentConfig | None) -> PoolSummary:
@@ -69,6 +80,8 @@ def what_stops_a_run(config: PoolConfig, summary: PoolSummary) -> str:
         found.append('the bad records (config.pool.on_bad_record="skip" leaves them out)')
     if config.duplicate_answers == "error" and summary.duplicates:
         found.append('the repeated answers (config.pool.duplicate_answers="skip" leaves them out)')
+    if summary.tokens is not None and len(summary.tokens.refused) == summary.trajectories:
+        found.append("no trajectory can be scored by this student")
     return "; ".join(found)
 
 
@@ -79,7 +92,7 @@ COMMAND = Command(
     "replaces config.pool.path.",
     action=show,
     flags=(
-        Flag("student", "Folder with tokenizer files: count tokens too.", path=True),
+        Flag("student", "Folder with tokenizer files: count tokens too. Default: config.student.path.", path=True),
         Flag("out", "JSON file for all of it, every record listed.", path=True),
     ),
     positional=True,

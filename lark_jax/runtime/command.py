@@ -12,7 +12,7 @@ import re
 import select
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -20,7 +20,7 @@ from absl import flags as absl_flags
 from absl import logging
 from ml_collections import config_flags
 
-from lark_jax.config import expand_home, require_known_field, type_of_field
+from lark_jax.config import expand_home, require_known_field, split_commas, type_of_field
 from lark_jax.config.reference import as_text
 from lark_jax.errors import ConfigError, LarkError, StoppedBySignal, one_line
 from lark_jax.recipe import paper_recipe
@@ -91,7 +91,7 @@ class Command:
         """
         # A shell does not expand the `~` of --config=~/FILE.
         arguments = [expand_home(a) if a.lstrip("-").startswith("config=") else a for a in arguments]
-        argv = [self.name, *arguments]
+        argv = [self.name, *(_lists_as_flags(arguments) if self.config is not None else arguments)]
         config_file = _value_after("config", arguments)
         try:
             parser = self._parser(argv, config_file)
@@ -237,6 +237,29 @@ def _value_after(name: str, arguments: Sequence[str]) -> str | None:
         if argument.startswith("-") and flag == name:
             found = value if equals else following
     return found
+
+
+def _lists_as_flags(arguments: Sequence[str]) -> Iterator[str]:
+    """`--config.FIELD=a,b` of a field with texts as one flag per item: ml_collections reads a list as Python."""
+    waiting = ""  # a flag whose value is the next argument
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if waiting:
+            flag, equals, value, waiting = waiting, "=", argument, ""
+        elif _takes_texts(flag) and not equals:
+            waiting = flag
+            continue
+        if equals and _takes_texts(flag) and "," in value and not value.startswith(("(", "[")):
+            yield from (f"{flag}={item}" for item in split_commas(value))
+        else:
+            yield f"{flag}{equals}{value}"
+    if waiting:
+        yield waiting
+
+
+def _takes_texts(flag: str) -> bool:
+    override = re.fullmatch(r"--?config\.([\w.]+)", flag)
+    return override is not None and type_of_field(override[1]) == "tuple[str, ...]"
 
 
 def _overrides(arguments: Sequence[str]) -> list[str]:

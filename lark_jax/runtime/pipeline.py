@@ -19,7 +19,11 @@ MANIFEST = "manifest.json"
 STARTED = "started.json"
 FORMAT = 2  # of everything that tasks write; incremented when any of it changes, so that old results are computed again
 # Inputs that manifests of earlier releases lack, with the value that they had then: those results stay valid.
-UNRECORDED: Mapping[str, Any] = {"rendering": 1, "rendering_version": 1}
+UNRECORDED: Mapping[str, Any] = {
+    "rendering": 1,
+    "rendering_version": 1,
+    "statistics": ["loss", "brier", "mean_clipped_rank", "mean_rank", "target_prob", "wrong_concentration"],
+}
 SECONDS_TO_BE_SEEN = 60  # NFS caches a folder's listing for up to a minute
 
 

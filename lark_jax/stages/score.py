@@ -18,7 +18,15 @@ from lark_jax.runtime import processes, terminal
 from lark_jax.runtime.pipeline import SECONDS_TO_BE_SEEN, Outcome, Task
 from lark_jax.runtime.processes import EVERYTHING, Share
 from lark_jax.runtime.sharding import DATA, make_mesh
-from lark_jax.scoring import CandidateScore, ScoreOptions, assemble_scores, plan_workload, score_share, write_scores
+from lark_jax.scoring import (
+    CandidateScore,
+    ScoreOptions,
+    assemble_scores,
+    plan_workload,
+    score_share,
+    statistics,
+    write_scores,
+)
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.pool import open_pool, pool_inputs, say_what_is_left_out
 from lark_jax.stages.student import describe_attention, open_chat, scored_with, student_inputs
@@ -38,6 +46,7 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
             **pool_inputs(experiment, layout),
             **student_inputs(experiment, layout),
             "dtype": experiment.score.dtype,
+            "statistics": [statistic.name for statistic in statistics.STATISTICS],
         }
 
     def run(directory: Path) -> Outcome:

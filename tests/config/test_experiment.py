@@ -275,9 +275,14 @@ def test_a_key_in_place_of_a_variable_or_an_address_is_not_repeated() -> None:
     assert "secret" not in message
 
 
-@pytest.mark.parametrize("field", ["student.chat_template", "evaluate.python", "evaluate.system_prompts"])
-def test_an_empty_path_is_refused(field: str) -> None:
-    assert error_line(with_field(field, "")) == f"config.{field}: expected a path, got an empty one"
+def test_an_empty_path_is_refused() -> None:
+    message = error_line(with_field("evaluate.system_prompts", ""))
+    assert message == "config.evaluate.system_prompts: expected a path, got an empty one"
+
+
+def test_an_optional_value_is_taken_away_on_the_command_line() -> None:
+    found = from_command_line("--config.evaluate.python=", "--config.student.chat_template=")
+    assert (found.evaluate.python, found.student.chat_template) == (None, None)
 
 
 def test_the_home_folder_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,3 +142,19 @@ def test_a_configuration_may_leave_the_student_to_its_defaults(tmp_path: Path) -
     config.write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({pool!r})\n")
     assert main([f"--config={config}", f"--student={tmp_path / 'student'}", f"--out={out}"]) == 0
     assert json.loads(out.read_text())["tokens"]["max_length"] == 32_768
+
+
+def test_the_student_of_the_configuration_is_asked_and_one_that_refuses_every_answer_stops_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = SyntheticConfig(num_problems=2, num_test_problems=1, num_pretrain_problems=50, rollouts=1)
+    write_synthetic(sizes, 0, tmp_path)
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(path=str(tmp_path / "pool.jsonl")).replace('"gold"', "None"))
+    student = f"--config.student.path={tmp_path / 'student'}"
+    assert main([f"--config={config}", student]) == 0
+    assert "target, tokens" in capsys.readouterr().out
+    assert main([f"--config={config}", student, "--config.student.max_length=2"]) == 1
+    assert "A run would stop at the first of these: no trajectory can be scored" in capsys.readouterr().out
+    assert main([f"--config={config}", "--config.student.path=some/student"]) == 0
+    assert "some/student: config.student.path is no folder here" in capsys.readouterr().err

@@ -68,6 +68,23 @@ def test_overrides_reach_the_configuration(config_file: Path, monkeypatch: pytes
     assert seen[0].raw[1:] == (*overrides, "--out=x")
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--config.evaluate.benchmarks=aime24=/data/a,math500=/data/b"], ["aime24=/data/a", "math500=/data/b"]),
+        (["--config.evaluate.benchmarks=/a.jsonl,/b.jsonl,"], ["/a.jsonl", "/b.jsonl"]),
+        (["--config.evaluate.benchmarks", "math500,own=x.jsonl"], ["math500", "own=x.jsonl"]),
+        (["--config.evaluate.benchmarks=a.jsonl", "--config.evaluate.benchmarks=b.jsonl"], ["a.jsonl", "b.jsonl"]),
+        (["--config.evaluate.benchmarks=('a.jsonl', 'b.jsonl')"], ["a.jsonl", "b.jsonl"]),
+        (["--config.evaluate.benchmarks=one.jsonl"], ["one.jsonl"]),
+    ],
+)
+def test_a_list_of_texts_may_hold_anything_but_commas(flags: list[str], expected: list[str], config_file: Path) -> None:
+    frame, seen = command(config=())
+    assert frame.main([f"--config={config_file}", *flags, "--out=x"]) == 7
+    assert list(seen[0].config["evaluate"]["benchmarks"]) == expected
+
+
 def test_an_unknown_override_of_the_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     frame, _ = command(config=())
     assert frame.main(["--config.pool.only_corect=True", "--out=x"]) == 2

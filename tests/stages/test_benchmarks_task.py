@@ -99,7 +99,7 @@ SERVER = {"engine": "openai", "server": "http://127.0.0.1:9/v1", "server_model":
 UNUSABLE = [
     (("{damaged}",), {}, EvaluationError, r"damaged\.json: not valid JSON"),
     (("aime24={own}",), {}, EvaluationError, r"own\.json: aime24 has 30 problems, this file has 4"),
-    (("{own}", "own={other}"), {}, EvaluationError, "evaluate.benchmarks: names must differ, got own, own"),
+    (("{own}", "own={other}"), {}, EvaluationError, "benchmarks: names must differ, got own, own"),
     (("{own}",), {"seeds": (3, 2**32 + 3)}, EvaluationError, r"evaluate.seeds: \(3, 4294967299\) would draw equal"),
     (("{own}",), {"system_prompts": "nowhere.json"}, ConfigError, r"system_prompts: nowhere\.json: no such file"),
     (("{own}",), {"system_prompts": "{damaged}"}, EvaluationError, r"damaged\.json: not valid JSON"),
