@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 from hf_families import FAMILIES
 
-from lark_jax.students import load_student
-from lark_jax.students.architecture import RopeScaling
+from lark_jax.students import families, load_student
+from lark_jax.students.architecture import RopeScaling, architecture_from_config
 from lark_jax.students.decoder import Decoder
 
 torch = pytest.importorskip("torch")
@@ -76,3 +76,14 @@ def test_fp32_masters_with_bf16_computation_keep_fp32_parameters(make_checkpoint
     student, architecture = load_student(folder, dtype="bfloat16", param_dtype="float32")
     assert student.head_weight().dtype == jnp.float32
     assert student(jnp.asarray(random_tokens(architecture, rows=1))).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("model_type", sorted(families.FAMILIES))
+def test_what_a_config_leaves_out_is_what_transformers_takes(model_type: str) -> None:
+    """Checkpoints of transformers have every field; those of others may not."""
+    given = {"model_type": model_type, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 31}
+    given |= {"intermediate_size": 20, "num_hidden_layers": 2}
+    if not families.FAMILIES[model_type].kv_heads_default_to_heads:
+        given["num_key_value_heads"] = 2
+    theirs = transformers.AutoConfig.for_model(**given).to_dict()
+    assert architecture_from_config(given) == architecture_from_config(theirs)

@@ -11,9 +11,10 @@ from lark_jax.runtime.sharding import PARAMETER_SPECS
 from lark_jax.students import random_student
 from lark_jax.students.architecture import architecture_from_config
 from lark_jax.students.checkpoint.hf_names import hf_slots
+from lark_jax.students.families import FAMILIES
 from lark_jax.students.parameters import abstract_decoder, flatten_parameters, parameter_shapes, replace_parameters
 
-MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral")
+MODEL_TYPES = sorted(FAMILIES)
 
 
 def make_architecture(model_type, **fields):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors
 from flax import nnx
+from hf_families import FAMILIES
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
@@ -34,7 +35,7 @@ def nudged(student):
     return nnx.merge(graph, replace_parameters(state, values))
 
 
-@pytest.mark.parametrize("family", ["qwen2-tied", "qwen2-untied", "qwen3", "llama3", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "max_shard_size"), [("float32", "1GB"), ("bfloat16", "50KB")])
 def test_import_then_export_gives_identical_bytes(family, dtype, max_shard_size, make_checkpoint, tmp_path):
     source = make_checkpoint(family, dtype=dtype, max_shard_size=max_shard_size)
