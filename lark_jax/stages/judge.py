@@ -106,9 +106,8 @@ def _require_free_accelerator(experiment: Experiment) -> None:
     if waits_for_the_accelerator(experiment):
         raise JudgeError(
             'config.score.judge.engine: "vllm" needs the accelerator that this process holds. Everything else in the '
-            'stage "score" is finished and kept. Run the same command under JAX_PLATFORMS=cpu with '
-            "--config.stages=score instead of its own stages, which runs only the judge, then the original command "
-            'again; or serve the judge and use engine "openai"'
+            'stage "score" is finished and kept. Run the same command under JAX_PLATFORMS=cpu with --only=score, which '
+            'runs only the judge, then the original command again; or serve the judge and use engine "openai"'
         )
 
 
