@@ -127,7 +127,7 @@ def release_accelerator(arguments: Sequence[str], stages: tuple[str, ...]) -> No
 
 COMMAND = Command(
     name="lark_jax.run",
-    usage="--config=FILE [--config.FIELD=VALUE ...] [--config.stages=score,select]",
+    usage="--config=FILE [--config.FIELD=VALUE ...] [--config.stages=score,select] [--only=score]",
     doc="Runs the stages of an experiment. Interrupted or killed, the same command continues where it stopped.",
     action=run,
     flags=(Flag("only", "Stages of config.stages to run now: STAGE,STAGE. The others are checked too."),),

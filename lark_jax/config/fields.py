@@ -121,10 +121,7 @@ class Section:
 
     def require_url(self, name: str) -> None:
         """For an address that only some settings need."""
-        value = getattr(self, name)
-        if value is None:
-            self.require(False, name, URL.allowed)
-        _check_value(self.prefix + name, value, About("", check=URL))
+        _check_value(self.prefix + name, getattr(self, name) or "", About("", check=URL))
 
 
 def _check_value(name: str, value: Any, rules: About) -> None:

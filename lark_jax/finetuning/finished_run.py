@@ -55,11 +55,14 @@ def finished_student(
             "run the stage 'finetune' again"
         )
     if restored.completed_steps != steps:
-        again = directory if fingerprint is None else directory / RECORD
+        remedy = (
+            f"delete {directory} and run the stage 'finetune' again"
+            if fingerprint is None
+            else f"delete {directory / RECORD} and run the stage 'finetune' again: it trains the missing steps"
+        )
         raise TrainingError(
             f"{directory / CHECKPOINTS}: the checkpoint of the last step, {steps}, is missing (the newest is of step "
-            f"{restored.completed_steps}); delete {again} and run the stage 'finetune' again: it trains the steps that "
-            "are missing"
+            f"{restored.completed_steps}); {remedy}"
         )
     frozen: Any = abstract_frozen(student)
     return student.with_parameters({**frozen, **restored.state.parameters})

@@ -47,9 +47,10 @@ def show(arguments: Arguments) -> int:
 def _students_folder(values: Mapping[str, Any]) -> str | None:
     """config.student.path, if it is a folder here: this command downloads no student."""
     folder: str = values.get("student", {}).get("path", "")
-    if folder and not Path(folder).is_dir():
-        terminal.say(f"{folder}: config.student.path is no folder here, so tokens are not counted; see --student")
-    return folder if folder and Path(folder).is_dir() else None
+    if not folder or Path(folder).is_dir():
+        return folder or None
+    terminal.say(f"{folder}: config.student.path is no folder here, so tokens are not counted; see --student")
+    return None
 
 
 def look_at(config: PoolConfig, student: StudentConfig | None) -> PoolSummary:

@@ -105,7 +105,7 @@ class Command:
             where = f"--config={config_file}" if config_file else "--config"
             for override in _overrides(arguments):
                 section, dot, _ = override.partition(".")
-                if dot and isinstance(error, KeyError) and section in str(error):
+                if dot and isinstance(error, KeyError) and str(error).strip("\"'") == section:
                     raise ConfigError(f"config.{override}: --config={config_file} has no section {section}") from error
             raise ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
         if positional and not self.positional:

@@ -18,12 +18,6 @@ from lark_jax.runtime import environment, files, processes, terminal
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 FORMAT = 2  # of everything that tasks write; incremented when any of it changes, so that old results are computed again
-# Inputs that manifests of earlier releases lack, with the value that they had then: those results stay valid.
-UNRECORDED: Mapping[str, Any] = {
-    "rendering": 1,
-    "rendering_version": 1,
-    "statistics": ["loss", "brier", "mean_clipped_rank", "mean_rank", "target_prob", "wrong_concentration"],
-}
 SECONDS_TO_BE_SEEN = 60  # NFS caches a folder's listing for up to a minute
 
 
@@ -51,10 +45,16 @@ class Task:
     scratch: tuple[str, ...] = ()  # folders inside that may be deleted once it is finished; until then they save work
     everywhere: bool = False  # all processes of the run execute it; else only the first
     environment: tuple[str, ...] = ()  # inputs that describe what is installed; later stages ignore them
+    # Inputs that earlier releases did not record, with the value that they had then: their results stay valid.
+    unrecorded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def stage(self) -> str:
         return self.name.partition("/")[0]
+
+    def with_unrecorded(self, found: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs `found` in a folder, with those that were not recorded then and that the task has `now`."""
+        return {**{key: value for key, value in self.unrecorded.items() if key in now}, **found}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _run_if_needed(task: Task) -> bool:
 def _needs_to_run(task: Task, inputs: Mapping[str, Any]) -> bool:
     """Whether the task has to run; prints it, and prepares the folder if so."""
     existing = read_manifest(task.directory)
-    before = None if existing is None else _with_unrecorded(existing.inputs, inputs)
+    before = None if existing is None else task.with_unrecorded(existing.inputs, inputs)
     if existing is not None and before == inputs and _outputs_present(existing, task.directory):
         terminal.say(f"{task.name}: up to date")
         return False
@@ -126,7 +126,7 @@ def require_current(task: Task) -> None:
     inputs = _as_json(task.inputs())
     found, now = (
         {key: value for key, value in values.items() if key not in task.environment}
-        for values in (_with_unrecorded(existing.inputs, inputs), inputs)
+        for values in (task.with_unrecorded(existing.inputs, inputs), inputs)
     )
     changed = ", ".join(_changed_keys(found, now))
     if changed:
@@ -161,17 +161,6 @@ def _as_json(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return json.loads(json.dumps({**inputs, "format": FORMAT}))
 
 
-def _with_unrecorded(found: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """`found` with those inputs that an earlier release did not record, where the task has them `now`."""
-    filled = dict(found)
-    for key, value in now.items():
-        if isinstance(value, Mapping) and isinstance(found.get(key), Mapping):
-            filled[key] = _with_unrecorded(found[key], value)
-        elif key not in found and key in UNRECORDED:
-            filled[key] = UNRECORDED[key]
-    return filled
-
-
 def _outputs_present(manifest: Manifest, directory: Path) -> bool:
     return all(
         (directory / name).is_file() and (directory / name).stat().st_size == size
@@ -189,7 +178,7 @@ def _prepare_directory(task: Task, inputs: Mapping[str, Any], finished: Mapping[
       finished: inputs of the finished result in the folder, if there is one.
     """
     started = _started_inputs(task.directory)
-    started = None if started is None else _with_unrecorded(started, inputs)
+    started = None if started is None else task.with_unrecorded(started, inputs)
     before = finished if finished is not None else started
     if before is None and task.directory.exists() and any(task.directory.iterdir()):
         raise PipelineError(

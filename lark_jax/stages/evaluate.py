@@ -28,7 +28,7 @@ from lark_jax.runtime import files
 from lark_jax.runtime.pipeline import Outcome, Task, require_manifest
 from lark_jax.runtime.terminal import say
 from lark_jax.stages.layout import BASE, Layout, Run
-from lark_jax.stages.student import rendering_inputs, student_hash
+from lark_jax.stages.student import UNRECORDED, rendering_inputs, student_hash
 from lark_jax.students import local_folder
 
 ENGINE = "engine.json"
@@ -184,7 +184,14 @@ def _student_task(
         }
         return Outcome(counts=counts, skipped=ungraded_samples(result))
 
-    return Task(f"evaluate/{name}", layout.evaluation(name), inputs, evaluate, environment=("engine_versions",))
+    return Task(
+        f"evaluate/{name}",
+        layout.evaluation(name),
+        inputs,
+        evaluate,
+        environment=("engine_versions",),
+        unrecorded=UNRECORDED,
+    )
 
 
 def ungraded_samples(result: StudentResult) -> list[dict[str, str]]:

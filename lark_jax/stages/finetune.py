@@ -30,7 +30,7 @@ from lark_jax.selection import METHODS, TRAIN_JSONL, choose_held_out, read_train
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score import STATISTICS
-from lark_jax.stages.student import describe_attention, notes_on, open_chat, open_student, student_inputs
+from lark_jax.stages.student import UNRECORDED, describe_attention, notes_on, open_chat, open_student, student_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,9 @@ def _finetune_task(experiment: Experiment, layout: Layout, run: Run) -> Task:
         return Outcome(counts=counts, notes={**notes_on(chat), "rows": padding.notes(), **_measured(result)})
 
     folder = layout.finetune(run)
-    return Task(f"finetune/{run.name}", folder, inputs, train, scratch=(CHECKPOINTS, LOGS), everywhere=True)
+    return Task(
+        f"finetune/{run.name}", folder, inputs, train, (CHECKPOINTS, LOGS), everywhere=True, unrecorded=UNRECORDED
+    )
 
 
 def training_data(experiment: Experiment, layout: Layout, chat: ChatFormat, run: Run) -> TrainingData:

@@ -11,6 +11,7 @@ from lark_jax.runtime.pipeline import Outcome, Task
 from lark_jax.scoring.metric_columns import MetricColumns, write_metric
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.pool import open_pool, pool_inputs
+from lark_jax.stages.student import UNRECORDED
 
 COLUMNS = "columns.parquet"
 
@@ -54,7 +55,9 @@ def metric_task(name: str, metric: Metric, experiment: Experiment, layout: Layou
         write_metric(directory / COLUMNS, result.columns)
         return outcome_of(pool, result)
 
-    return Task(f"score/{name}", layout.metric(name), inputs, run, metric.scratch, metric.everywhere)
+    return Task(
+        f"score/{name}", layout.metric(name), inputs, run, metric.scratch, metric.everywhere, unrecorded=UNRECORDED
+    )
 
 
 def require_complete(name: str, metric: Metric, pool: Pool, result: MetricResult) -> None:

@@ -29,7 +29,7 @@ from lark_jax.scoring import (
 )
 from lark_jax.stages.layout import Layout
 from lark_jax.stages.pool import open_pool, pool_inputs, say_what_is_left_out
-from lark_jax.stages.student import describe_attention, open_chat, scored_with, student_inputs
+from lark_jax.stages.student import UNRECORDED, describe_attention, open_chat, scored_with, student_inputs
 from lark_jax.students import Decoder, load_student, local_folder, lossless_dtype, read_architecture
 from lark_jax.students.architecture import Architecture
 from lark_jax.students.layout import choose_parameter_axes, fits_one_process, smallest_device_memory
@@ -37,6 +37,11 @@ from lark_jax.students.layout import choose_parameter_axes, fits_one_process, sm
 STATISTICS = "statistics.parquet"
 PARTS = "parts"
 THROUGHPUT = "throughput"  # the only note that differs from run to run
+# What was measured before the statistics were an input.
+EARLIER = {
+    **UNRECORDED,
+    "statistics": ["loss", "brier", "mean_clipped_rank", "mean_rank", "target_prob", "wrong_concentration"],
+}
 Assembled = TypeVar("Assembled")
 
 
@@ -91,7 +96,7 @@ def statistics_task(experiment: Experiment, layout: Layout) -> Task:
         notes = {**scored_with(experiment, layout, chat), "batches": workload.notes(), THROUGHPUT: measured}
         return dataclasses.replace(outcome_of(pool, scores), notes=notes)
 
-    return Task("score/statistics", layout.statistics, inputs, run, scratch=(PARTS,), everywhere=True)
+    return Task("score/statistics", layout.statistics, inputs, run, (PARTS,), everywhere=True, unrecorded=EARLIER)
 
 
 @dataclasses.dataclass(frozen=True)

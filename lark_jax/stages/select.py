@@ -8,13 +8,13 @@ from typing import Any
 
 from lark_jax.config import Experiment
 from lark_jax.pool import Pool, SkippedRecord
-from lark_jax.runtime.pipeline import MANIFEST, UNRECORDED, Manifest, Outcome, Task, require_manifest
+from lark_jax.runtime.pipeline import MANIFEST, Manifest, Outcome, Task, require_manifest
 from lark_jax.scoring import read_score_table
 from lark_jax.selection import Method, Selection, resampled_counts, select_trajectories, write_selection
 from lark_jax.stages.layout import Layout, Run
 from lark_jax.stages.pool import open_pool, pool_inputs
 from lark_jax.stages.score_table import SCORES, VERSIONS
-from lark_jax.stages.student import SCORED_WITH
+from lark_jax.stages.student import SCORED_WITH, UNRECORDED
 
 
 def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
@@ -24,8 +24,11 @@ def select_tasks(experiment: Experiment, layout: Layout) -> list[Task]:
 
 def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callable[[], Pool]) -> Task:
     def inputs() -> dict[str, Any]:
+        scored = provenance(require_manifest(layout.score, "score"))
+        rendering = scored.pop("rendering_version") or UNRECORDED["rendering"]
         return {
-            "scored": provenance(require_manifest(layout.score, "score")),
+            "scored": scored,
+            "rendering": rendering,
             "scores": layout.hashes.of(layout.score / SCORES),
             **pool_inputs(experiment, layout),
             "method": run.method.name,
@@ -44,14 +47,13 @@ def _select_task(experiment: Experiment, layout: Layout, run: Run, pool: Callabl
         scored = provenance(require_manifest(layout.score, "score"))
         return dataclasses.replace(outcome_of(selection, run.method), notes={"scored": scored})
 
-    return Task(f"select/{run.name}", layout.selection(run), inputs, select)
+    return Task(f"select/{run.name}", layout.selection(run), inputs, select, unrecorded=UNRECORDED)
 
 
 def provenance(score: Manifest) -> dict[str, Any]:
     """Notes on the forward pass for a selection's own manifest, since its folder may go elsewhere; null if unknown."""
     notes = score.outcome.notes
-    scored = {name: notes.get(name, UNRECORDED.get(name)) for name in SCORED_WITH}
-    return {**scored, "versions": notes.get(VERSIONS, score.versions)}
+    return {**{name: notes.get(name) for name in SCORED_WITH}, "versions": notes.get(VERSIONS, score.versions)}
 
 
 def outcome_of(selection: Selection, method: Method) -> Outcome:

@@ -17,6 +17,9 @@ from lark_jax.students import Decoder, load_student, loaded_files, local_folder,
 from lark_jax.students.attention.contract import AttentionSpec
 from lark_jax.students.attention.dispatch import describe_backend, kernel_platform
 
+# Earlier releases did not record the version; their rendering was the first.
+UNRECORDED = {"rendering": 1}
+
 
 def student_inputs(experiment: Experiment, layout: Layout) -> dict[str, Any]:
     """The inputs of every stage that renders trajectories and runs the student."""
