@@ -33,7 +33,10 @@ EXIT_BUG = 1
 
 def run(arguments: Arguments) -> int:
     """Runs the stages that use the accelerator, then, as another process, those that must not hold it."""
-    only = tuple(split_commas(arguments.flags["only"] or ""))
+    asked = arguments.flags["only"]
+    only = () if asked is None else tuple(split_commas(asked))
+    if asked is not None and not only:
+        raise ConfigError(f"--only={asked}: names no stage")
     now, later = split_stages(only or arguments.config.get("stages"))
     status = _execute_with_the_others(arguments.config, only=now if only or later else ())
     if status or not later or not processes.is_first():

@@ -15,10 +15,11 @@ import pytest
 
 from lark_jax.config import SyntheticConfig
 from lark_jax.pool.synthetic import write_synthetic
-from lark_jax.run import execute, split_stages
+from lark_jax.run import COMMAND, execute, split_stages
 from lark_jax.runtime.command import EXIT_USER_ERROR
 from lark_jax.students import random_student, read_architecture, save_new_student
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = SyntheticConfig(
     num_problems=3, num_test_problems=2, num_pretrain_problems=40, hidden_size=64, num_layers=1, num_heads=2
 )
@@ -162,6 +163,15 @@ def test_finished_stages_survive_a_later_error(files: Files) -> None:
     before = scores.read_bytes()
     assert execute({**files.values, "stages": ("score", "export")}) == EXIT_USER_ERROR
     assert scores.read_bytes() == before
+
+
+@pytest.mark.parametrize("empty", ["--only=", "--only=,"])
+def test_an_empty_only_does_not_mean_all_stages(
+    empty: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lark_jax.run.execute", lambda *_, **__: pytest.fail("it runs"))
+    assert COMMAND.main([f"--config={ROOT / 'configs' / 'tiny.py'}", empty]) == EXIT_USER_ERROR
+    assert capsys.readouterr().err == f"error: {empty}: names no stage\n"
 
 
 def test_with_only_the_other_stages_are_checked_and_not_run(files: Files, capfd: pytest.CaptureFixture[str]) -> None:
